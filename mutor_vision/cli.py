@@ -1,0 +1,33 @@
+"""The command `mutor`, and what every command shares: one line for a user's mistake, and its exit code."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from mutor_vision.errors import UserError
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command. A UserError becomes one line on stderr and the error's exit code; MUTOR_DEBUG=1 keeps tracebacks."""
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("MUTOR_DEBUG") == "1":
+            raise
+        rank = os.environ.get("RANK")
+        where = f"error [rank {rank}]" if rank and os.environ.get("WORLD_SIZE", "1") != "1" else "error"
+        print(f"{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.exit(1)  # the reader of a pipe has gone, as with `| head`
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, and with mistakes as UserError."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see {self.prog} --help")

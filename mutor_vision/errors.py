@@ -1,0 +1,26 @@
+"""Mistakes a user can mend. Commands print them as one line and exit with the class's code; anything else is a bug
+and keeps its traceback. A message says what was got, what was expected, and what to do."""
+
+
+class UserError(ValueError):
+    """A wrong setting or argument."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """An image, folder or sample file that cannot be used."""
+
+    exit_code = 3
+
+
+class IntegrityError(UserError):
+    """A file of ours that is incomplete, damaged or not what its manifest says."""
+
+    exit_code = 4
+
+
+class MismatchError(UserError):
+    """Two things that are each fine and do not belong together."""
+
+    exit_code = 5

@@ -1,0 +1,98 @@
+"""Device, ranks and precision. Every call is harmless with one process and no GPU; the only other modules that touch
+torch.distributed are the training loops, which wrap their model in DistributedDataParallel."""
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from mutor_vision.errors import UserError
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process runs. `autocast_dtype` None means float32 throughout."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    autocast_dtype: torch.dtype | None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self):
+        """Context in which forward passes run."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place; returns the tensor."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Same-shaped tensors (n, ...) of all ranks -> (world_size * n, ...), on every rank, in rank order."""
+        if self.world_size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Collective: if any rank has an error, every rank raises one, so that none waits for a dead peer."""
+        failed = self.all_reduce(torch.tensor([int(error is not None)], device=self.device)).item()
+        if error is not None:
+            raise error
+        if failed:
+            raise UserError(f"rank {self.rank} stops because {failed} other rank(s) failed; see their message")
+
+
+def start(precision: str = "auto", device: str = "auto") -> Runtime:
+    """Join the process group that torchrun describes in the environment, or run alone.
+
+    precision: 'auto' (bfloat16 autocast on CUDA, float32 elsewhere), 'float32' or 'bfloat16'.
+    device: 'auto' (CUDA when present), 'cpu' or 'cuda'.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision is '{precision}', expected one of {', '.join(PRECISIONS)}")
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device is '{device}', expected auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is 'cuda', but no CUDA device is visible; use cpu or auto")
+    kind = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if world_size > 1 and "RANK" not in os.environ:
+        raise UserError("WORLD_SIZE is set but RANK is not; start with torchrun, or unset WORLD_SIZE")
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} on this machine has no GPU of its own: {torch.cuda.device_count()} visible; "
+                "lower --nproc-per-node"
+            )
+        torch.cuda.set_device(local_rank)
+    where = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    dtype = torch.bfloat16 if precision == "bfloat16" or (precision == "auto" and kind == "cuda") else None
+    return Runtime(rank=rank, world_size=world_size, device=where, autocast_dtype=dtype)
+
+
+def finish() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
