@@ -1,7 +1,7 @@
 """What is kept of a run, and how it is read back.
 
     RUN/config.json                     kind, version and the whole resolved configuration
-    RUN/checkpoints/step-0000420/       config.json again, model.safetensors, ema.safetensors, training.pt, MANIFEST.json
+    RUN/checkpoints/step-0000420/       config.json, model.safetensors, ema.safetensors, training.pt, MANIFEST.json
     RUN/tokenizer/                      a copy of the tokenizer, so that a run samples by itself
 
 A checkpoint is written under another name, hashed into its MANIFEST.json, flushed to the disk and then renamed, so
@@ -115,9 +115,7 @@ def verify(checkpoint: Path) -> None:
         if path.stat().st_size != expected["bytes"]:
             raise IntegrityError(f"{path} has {path.stat().st_size} bytes, expected {expected['bytes']}")
         if (got := sha256(path)) != expected["sha256"]:
-            raise IntegrityError(
-                f"{path} has sha256 {got[:12]}..., expected {expected['sha256'][:12]}...; it is damaged"
-            )
+            raise IntegrityError(f"{path} is damaged: sha256 {got[:12]}, expected {expected['sha256'][:12]}")
 
 
 def newest(run: Path) -> Path | None:
@@ -142,9 +140,7 @@ def resolve(path: str | Path) -> Path:
         return path
     found = newest(path) if path.is_dir() else None
     if found is None:
-        raise UserError(
-            f"{path} holds no checkpoint; expected a run directory with checkpoints/step-*, or a checkpoint"
-        )
+        raise UserError(f"{path} holds no checkpoint; expected a run with checkpoints/step-*, or a checkpoint")
     return found
 
 

@@ -9,7 +9,7 @@ from mutor_vision.errors import UserError
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command. A UserError becomes one line on stderr and the error's exit code; MUTOR_DEBUG=1 keeps tracebacks."""
+    """Run a command: a UserError becomes one line on stderr and its exit code; MUTOR_DEBUG=1 keeps the traceback."""
     try:
         main()
     except UserError as error:

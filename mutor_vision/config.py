@@ -150,12 +150,10 @@ class RegisterConfig:
             raise UserError(f"registers.weight is {self.weight}, expected 0 to 1")
         if self.min_offset_w > self.max_offset or (self.kind != "2d" and self.min_offset_w != 1):
             raise UserError(
-                f"registers.min_offset_w is {self.min_offset_w}, expected at most max_offset, and 2d registers"
+                f"registers.min_offset_w is {self.min_offset_w}; only 2d registers have it, at most max_offset"
             )
         if self.max_offset == 1 and self.kind == "2d" and self.min_offset_w == 1:
-            raise UserError(
-                "registers.max_offset 1 leaves no 2d offset, since (1, 1) is the token itself; use 2 or more"
-            )
+            raise UserError("registers.max_offset 1 leaves no 2d offset: (1, 1) is the token itself; use 2 or more")
         if self.max_offset == 1 and self.kind == "1d" and not self.next_token:
             raise UserError("registers.max_offset 1 with next_token off leaves no offset; use 2 or more")
 

@@ -29,9 +29,7 @@ def read_image(path: str | Path) -> Image.Image:
             if getattr(image, "n_frames", 1) > 1:
                 raise DataError(f"{path}: animated with {image.n_frames} frames; extract one frame")
             if image.format == "PNG" and _png_bit_depth(path) == 16:
-                raise DataError(
-                    f"{path}: a 16-bit PNG, expected 8 bits a channel (the rest would be cut off); convert it"
-                )
+                raise DataError(f"{path}: a 16-bit PNG, expected 8 bits a channel; convert it")
             image.load()
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
