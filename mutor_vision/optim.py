@@ -1,0 +1,39 @@
+"""AdamW with LlamaGen's parameter groups, and the learning rate by step."""
+
+import math
+
+import torch
+from torch import nn
+
+from mutor_vision.config import TrainConfig
+from mutor_vision.errors import UserError
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Weight decay on tensors of two or more dimensions, embeddings too, none on norms (LlamaGen, train_c2i.py)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+
+def learning_rate(
+    step: int, *, schedule: str, lr: float, steps: int, warmup_steps: int = 0, min_lr: float = 0.0
+) -> float:
+    """Learning rate of optimizer step `step` (0-based): linear warm-up, then constant, or cosine from lr to min_lr."""
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return lr
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def check_schedule(schedule: str, steps: int, warmup_steps: int) -> None:
+    """Raise UserError for settings that name no schedule."""
+    if schedule not in ("constant", "cosine"):
+        raise UserError(f"schedule is '{schedule}', expected constant or cosine")
+    if not 0 <= warmup_steps <= steps:
+        raise UserError(f"warmup_steps is {warmup_steps}, expected 0 to steps ({steps})")

@@ -1,0 +1,140 @@
+"""LlamaGen's class-conditional transformer (arXiv 2406.06525): tokens, labels, positions and an attention pattern in,
+logits out. It knows nothing of offsets, registers' targets or losses; a register is one more row of the token
+embedding, placed by its position.
+
+Legend: B batch, N = h * w slots, T inputs, C width, H heads, D width of a head, V codebook size.
+"""
+
+import torch
+from timm.layers import DropPath, SwiGLU
+from torch import Tensor, nn
+
+from mutor_vision.attention import AttentionPattern, causal_attention, split_attention
+from mutor_vision.config import TransformerConfig
+from mutor_vision.rope import apply_rope, rope_table
+
+
+class KVCache:
+    """Keys and values of the inputs seen so far, in memory that is taken once; for use under no_grad. Setting `length`
+    back forgets the inputs after it."""
+
+    def __init__(self, config: TransformerConfig, batch: int, *, device: torch.device, dtype: torch.dtype):
+        shape = (config.layers, 2, batch, config.heads, config.num_tokens, config.head_dim)
+        self.memory = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, H, M, D) of new inputs after the first `length`; returns all (B, H, length + M, D)."""
+        end = self.length + k.shape[2]
+        keys, values = self.memory[layer, 0, :, :, :end], self.memory[layer, 1, :, :, :end]
+        keys[:, :, self.length :] = k
+        values[:, :, self.length :] = v
+        return keys, values
+
+    def keep_rows(self, count: int) -> None:
+        """Forget all but the first `count` rows of the batch."""
+        self.memory = self.memory[:, :, :count]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(self, x: Tensor, sin: Tensor, cos: Tensor, attend) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k = apply_rope(q, sin, cos), apply_rope(k, sin, cos)
+        return self.dropout(self.out(attend(q, k, v).transpose(1, 2).flatten(2)))  # (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config: TransformerConfig, drop_path: float):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, eps=1e-5)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=1e-5)
+        self.ffn = SwiGLU(config.dim, config.ffn_dim, bias=False)
+        self.ffn_dropout = nn.Dropout(config.ffn_dropout)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, sin: Tensor, cos: Tensor, attend) -> Tensor:
+        x = x + self.drop_path(self.attention(self.attention_norm(x), sin, cos, attend))
+        return x + self.drop_path(self.ffn_dropout(self.ffn(self.ffn_norm(x))))
+
+
+class Transformer(nn.Module):
+    """Sizes of LlamaGen (parameters without the register's row): B 12 layers, 12 heads, 768 wide, 110,888,448;
+    L 24/16/1024; XL 36/20/1280; XXL 48/24/1536; 3B 24/32/3200 (1000 classes, V = 16384, 16x16 tokens)."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        assert config.vocab_size > 0 and config.num_classes > 0 and config.num_tokens > 0, "resolve the config first"
+        self.config = config
+        self.null_class = config.num_classes
+        self.register_token = config.vocab_size
+        self.class_embedding = nn.Embedding(config.num_classes + 1, config.dim)
+        self.token_embedding = nn.Embedding(config.vocab_size + 1, config.dim)  # the last row is the register's
+        self.token_dropout = nn.Dropout(config.token_dropout)
+        drop_paths = [config.drop_path * i / max(1, config.layers - 1) for i in range(config.layers)]
+        self.blocks = nn.ModuleList(Block(config, drop_path) for drop_path in drop_paths)
+        self.norm = nn.RMSNorm(config.dim, eps=1e-5)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.register_buffer("rope", rope_table(config.grid, config.head_dim, config.rope_base), persistent=False)
+        self.apply(_initialise)
+        nn.init.zeros_(self.head.weight)  # the first loss is ln V
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None,
+        positions: Tensor,
+        pattern: AttentionPattern | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """tokens (B, M) int64 in [0, V] (V = register), labels (B,) in [0, num_classes] (num_classes = null class) or
+        None, positions (B or 1, T) slots in [0, N] -> logits (B, T, V) float32.
+
+        With labels the class token comes first and T = M + 1; without, T = M. pattern None is plain causal. With a
+        cache the inputs continue the ones it holds. One call serves training, validation, prefill and decoding.
+        """
+        return self.logits(self.hidden(tokens, labels, positions, pattern, cache))
+
+    def hidden(self, tokens, labels, positions, pattern=None, cache=None) -> Tensor:
+        """The normalised last hidden states (B, T, C); arguments as in forward."""
+        assert pattern is None or cache is None, "a cache holds causal inputs only"
+        x = self.token_embedding(tokens)  # (B, M, C)
+        if labels is not None:
+            x = torch.cat([self.class_embedding(labels)[:, None], x], dim=1)  # (B, T, C)
+        x = self.token_dropout(x)
+        sin, cos = self.rope[:, positions][:, :, None]  # each (B or 1, 1, T, D)
+        private_mask = None if pattern is None else pattern.private_mask()
+        for layer, block in enumerate(self.blocks):
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
+                if cache is not None:
+                    return causal_attention(q, *cache.append(layer, k, v))
+                if pattern is not None:
+                    return split_attention(q, k, v, pattern.num_causal, private_mask)
+                return causal_attention(q, k, v)
+
+            x = block(x, sin, cos, attend)
+        if cache is not None:
+            cache.length += x.shape[1]
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., C) -> float32 logits (..., V)."""
+        return self.head(hidden).float()
+
+
+def num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _initialise(module: nn.Module) -> None:
+    # N(0, 0.02) for every matrix, no depth scaling, as LlamaGen.
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
