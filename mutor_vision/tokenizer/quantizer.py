@@ -1,0 +1,120 @@
+"""Vector quantization: latents -> the nearest of V codebook vectors, with a straight-through gradient.
+
+Legend: B batch, h x w grid, C width of a code, V codebook size, n = B * h * w latents.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_CHUNK = 2**24  # distances held at once while searching, 64 MB
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a quantizer makes of latents. The three losses are not weighted; all tensors but codes are float32."""
+
+    latents: Tensor  # (B, C, h, w) chosen code vectors; their gradient goes straight through to the encoder
+    codes: Tensor  # (B, h, w) int64 in [0, V)
+    codebook_loss: Tensor  # pulls the codes to the latents
+    commitment_loss: Tensor  # pulls the latents to their codes
+    entropy_loss: Tensor  # low: each latent is sure of its code, and all codes are used; 0 unless asked for
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest-code lookup. l2_norm compares unit vectors and returns unit codes (ViT-VQGAN, arXiv 2110.04627, as in
+    LlamaGen); without it plain vectors are compared (taming-transformers)."""
+
+    def __init__(self, codebook_size: int, code_dim: int, l2_norm: bool = True):
+        super().__init__()
+        self.l2_norm = l2_norm
+        codebook = torch.empty(codebook_size, code_dim).uniform_(-1 / codebook_size, 1 / codebook_size)
+        self.codebook = nn.Parameter(self._normalise(codebook))
+
+    def forward(self, latents: Tensor, entropy_temperature: float = 0.0) -> Quantized:
+        """(B, C, h, w) -> Quantized, all in float32 even under autocast.
+
+        entropy_temperature: temperature of the softmax over distances in the entropy loss (LlamaGen: 0.01), which
+        holds (n, V) numbers for the backward pass; 0 = no entropy loss.
+        """
+        with torch.autocast(latents.device.type, enabled=False):
+            flat = self._normalise(latents.float().permute(0, 2, 3, 1).flatten(0, 2))  # (n, C)
+            codebook = self._normalise(self.codebook.float())
+            codes = nearest(flat, codebook)
+            chosen = codebook[codes]
+            if entropy_temperature > 0:
+                entropy_loss = assignment_entropy(flat, codebook, entropy_temperature)
+            else:
+                entropy_loss = flat.new_zeros(())
+            straight_through = flat + (chosen - flat).detach()
+            batch, _, height, width = latents.shape
+            return Quantized(
+                latents=straight_through.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2),
+                codes=codes.view(batch, height, width),
+                codebook_loss=F.mse_loss(chosen, flat.detach()),
+                commitment_loss=F.mse_loss(flat, chosen.detach()),
+                entropy_loss=entropy_loss,
+            )
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """(B, h, w) int64 in [0, V) -> (B, C, h, w) float32 code vectors, as the decoder saw them in training."""
+        return self._normalise(self.codebook.float())[codes].permute(0, 3, 1, 2)
+
+    def _normalise(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=-1) if self.l2_norm else vectors
+
+
+@torch.no_grad()
+def nearest(latents: Tensor, codebook: Tensor) -> Tensor:
+    """(n, C), (V, C) -> (n,) int64 index of the nearest row in squared distance; searched in slices of n, because the
+    whole (n, V) table of LlamaGen's VQ-16 at batch 128 would be 2 GB."""
+    rows = max(1, _CHUNK // len(codebook))
+    return torch.cat([_distances(part, codebook).argmin(dim=1) for part in latents.split(rows)])
+
+
+def assignment_entropy(latents: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+    """(n, C), (V, C) -> mean entropy of each latent's soft assignment minus the entropy of the mean assignment, in
+    nats, with assignment = softmax(-distance / temperature). Source: MaskGIT's tokenizer loss, as in LlamaGen."""
+    log_shares = F.log_softmax(-_distances(latents, codebook) / temperature, dim=1)  # (n, V)
+    shares = log_shares.exp()
+    of_each = -(shares * log_shares).sum(dim=1).mean()
+    mean_share = shares.mean(dim=0)
+    of_mean = -(mean_share * (mean_share + 1e-5).log()).sum()
+    return of_each - of_mean
+
+
+def _distances(latents: Tensor, codebook: Tensor) -> Tensor:
+    return (latents**2).sum(1, keepdim=True) + (codebook**2).sum(1) - 2 * latents @ codebook.T
+
+
+def count_codes(codes: Tensor, codebook_size: int) -> Tensor:
+    """int64 codes of any shape -> (V,) int64, how often each occurs."""
+    return torch.bincount(codes.flatten(), minlength=codebook_size)
+
+
+def usage(counts: Tensor) -> tuple[float, float]:
+    """(V,) counts -> (share of codes that occur at all, perplexity = exp of the entropy of their frequencies: V when
+    all are equally frequent, 1 when there is only one)."""
+    share = counts.double() / counts.sum().clamp(min=1)
+    entropy = -torch.special.xlogy(share, share).sum()
+    return (counts > 0).double().mean().item(), entropy.exp().item()
+
+
+@torch.no_grad()
+def revive_dead_codes(
+    codebook: Tensor, idle_steps: Tensor, counts: Tensor, candidates: Tensor, limit: int, uniforms: Tensor
+) -> Tensor:
+    """Move each code that no latent chose for `limit` steps onto a latent of this step; changes codebook and
+    idle_steps in place and returns how many moved (0-dim int64). Given equal arguments every rank does the same.
+
+    codebook (V, C) parameter; idle_steps (V,) int64, the state to keep between steps; counts (V,) this step's code
+    counts over all ranks; candidates (n, C) latents, the same on all ranks; uniforms (V,) in [0, 1) choose among them.
+    """
+    idle_steps.add_(1).masked_fill_(counts > 0, 0)
+    dead = idle_steps >= limit
+    picked = candidates[(uniforms * len(candidates)).long()].to(codebook.dtype)
+    codebook.copy_(torch.where(dead[:, None], picked, codebook))  # no index list, so no wait for the device
+    idle_steps.masked_fill_(dead, 0)
+    return dead.sum()
