@@ -31,3 +31,26 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main() -> None:
+    """Entry point of the command `mutor` and of `python -m mutor_vision` (which torchrun starts with -m)."""
+    run_command(_main)
+
+
+def _main() -> None:
+    # Each subcommand's module is imported only when it is asked for: `mutor info` needs no image library.
+    parser = Parser(prog="mutor", description="Sample from a trained model, or ask what a folder holds.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    sample_parser = commands.add_parser("sample", help="make an image grid, or a set of images for evaluation")
+    info_parser = commands.add_parser("info", help="say what a run, checkpoint or token set is")
+    info_parser.add_argument("path")
+    if sys.argv[1:2] == ["sample"]:
+        from mutor_vision import sample
+
+        sample.add_arguments(sample_parser)
+        sample.main(parser.parse_args())
+    else:
+        from mutor_vision.info import describe
+
+        print(describe(parser.parse_args().path))

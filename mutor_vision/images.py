@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageDraw, ImageFile, ImageFont
 from torch import Tensor
 
 from mutor_vision.errors import DataError, UserError
@@ -122,11 +122,26 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.float().mul(127.5).add_(128).clamp_(0, 255).to(torch.uint8)
 
 
-def grid(images: Tensor, columns: int, padding: int = 2) -> Image.Image:
-    """uint8 (B, 3, H, W) -> one Pillow image, row by row, white lines between the cells."""
+def grid(images: Tensor, columns: int, row_labels: list[str] | None = None, min_cell: int = 128) -> Image.Image:
+    """uint8 (B, 3, H, W) -> one Pillow image, row by row with white lines between the cells and an optional name before
+    each row. Images narrower than `min_cell` pixels are enlarged by a whole factor, pixel by pixel."""
     from torchvision.utils import make_grid
 
-    return to_pil(make_grid(images.cpu(), nrow=columns, padding=padding, pad_value=255))
+    factor = max(1, -(-min_cell // images.shape[-1])) if images.shape[-1] < min_cell else 1
+    images = images.cpu().repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    padding = 4
+    cells = to_pil(make_grid(images, nrow=columns, padding=padding, pad_value=255))
+    if row_labels is None:
+        return cells
+    font = ImageFont.load_default(size=max(12, images.shape[-2] // 8))
+    margin = max(int(font.getlength(label)) for label in row_labels) + 16
+    labelled = Image.new("RGB", (cells.width + margin, cells.height), "white")
+    labelled.paste(cells, (margin, 0))
+    pen = ImageDraw.Draw(labelled)
+    for row, label in enumerate(row_labels):
+        middle = padding + row * (images.shape[-2] + padding) + images.shape[-2] // 2
+        pen.text((margin - 8, middle), label, fill="black", font=font, anchor="rm")
+    return labelled
 
 
 def to_pil(image: Tensor) -> Image.Image:

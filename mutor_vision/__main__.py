@@ -1,0 +1,3 @@
+from mutor_vision.cli import main
+
+main()

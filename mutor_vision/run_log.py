@@ -1,0 +1,61 @@
+"""What a training run says while it runs: log.jsonl always, TensorBoard when it is installed, status.json."""
+
+import json
+from pathlib import Path
+
+from mutor_vision.checkpoint import write_json
+
+
+class RunLog:
+    """Writes on one rank; on the others every call does nothing.
+
+    Opening it for a run that continues after `step` drops the lines that a killed process wrote beyond that step, so
+    log.jsonl has each step once.
+    """
+
+    def __init__(self, run: Path, step: int, *, active: bool):
+        self.run, self.active, self.tensorboard = run, active, None
+        if not active:
+            return
+        path = run / "log.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        path.write_text("".join(line + "\n" for line in kept))
+        self.file = open(path, "a", buffering=1)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self.tensorboard = SummaryWriter(run / "tensorboard", purge_step=step + 1)
+
+    def write(self, step: int, **values: float) -> None:
+        """One line of numbers at an optimizer step."""
+        if not self.active:
+            return
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.tensorboard:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, step)
+
+    def status(self, state: str, step: int, reason: str = "") -> None:
+        """status.json: 'running', 'done' or 'failed', at which step and why."""
+        if self.active:
+            write_json(self.run / "status.json", {"state": state, "step": step, "reason": reason})
+
+    def close(self) -> None:
+        if self.active:
+            self.file.close()
+            if self.tensorboard:
+                self.tensorboard.close()
+
+
+def read_log(run: Path) -> list[dict]:
+    """The lines of RUN/log.jsonl."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):  # the last line of a killed process may be cut off
+        return float("inf")

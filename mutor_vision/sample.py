@@ -1,0 +1,317 @@
+"""A trained run -> images: the command `mutor sample`, and the functions behind it that evaluation uses as well.
+
+Image i of a sampling run depends on the weights, the seed, i, its label and the settings, and on nothing else: not on
+the batch size, the order, or the number of processes.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import mutor_vision
+from mutor_vision import checkpoint, images
+from mutor_vision.config import TrainConfig
+from mutor_vision.errors import UserError
+from mutor_vision.generate import CFG_SCHEDULES, SampleSettings, generate
+from mutor_vision.keyed_random import permutation, uniforms
+from mutor_vision.runtime import Runtime, finish, start
+from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer
+from mutor_vision.transformer import Transformer
+
+LABEL_PLANS = ("balanced", "random")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """Everything that sampling needs, in evaluation mode on one device."""
+
+    transformer: Transformer
+    tokenizer: VQTokenizer
+    config: TrainConfig
+    class_names: list[str]
+    runtime: Runtime
+    identity: dict  # where the weights come from, for the protocol of a result
+
+
+def load(path: str | Path, runtime: Runtime, weights: str = "best") -> LoadedModel:
+    """A run or one of its checkpoints -> LoadedModel. weights: 'model', 'ema', or 'best' (EMA where there is one)."""
+    folder = checkpoint.resolve(path)
+    config = checkpoint.read_config(folder, "transformer", TrainConfig)
+    root = folder if (folder / "tokenizer").is_dir() else folder.parent.parent
+    for name in ("tokenizer", "token_set.json"):
+        if not (root / name).exists():
+            raise UserError(
+                f"{root} has no {name}; give a run directory made by train/imagenet.py, or a checkpoint in it"
+            )
+    if weights == "best":
+        weights = "ema" if "ema" in checkpoint.weight_names(folder) else "model"
+    transformer = Transformer(config.model)
+    checkpoint.load_strictly(transformer, checkpoint.read_weights(folder, weights), folder)
+    token_set = checkpoint.read_json(root / "token_set.json")
+    identity = {
+        "run": root.name,
+        "checkpoint": folder.name,
+        "weights": weights,
+        "weights_sha256": checkpoint.sha256(folder / f"{weights}.safetensors"),
+        "tokenizer_sha256": token_set["tokenizer_sha256"],
+    }
+    return LoadedModel(
+        transformer=transformer.to(runtime.device).eval().requires_grad_(False),
+        tokenizer=load_tokenizer(root / "tokenizer", runtime.device),
+        config=config,
+        class_names=token_set["class_names"],
+        runtime=runtime,
+        identity=identity,
+    )
+
+
+def label_plan(num: int, num_classes: int, plan: str = "balanced", seed: int = 0) -> Tensor:
+    """(num,) int64 labels in a seeded, shuffled order. 'balanced': as equal numbers of each class as `num` allows;
+    'random': uniform draws, LlamaGen's protocol. The order matters: Inception Score is computed on consecutive parts."""
+    if plan == "random":
+        draws = uniforms(seed, "label", np.arange(num), 1)[:, 0]
+        return torch.from_numpy((draws * num_classes).astype(np.int64))
+    if plan == "balanced":
+        return torch.from_numpy(permutation(seed, "label", 0, num) % num_classes)
+    raise UserError(f"labels is '{plan}', expected one of {', '.join(LABEL_PLANS)}")
+
+
+@torch.no_grad()
+def sample_images(
+    loaded: LoadedModel, labels: Tensor, indices: np.ndarray, settings: SampleSettings, seed: int
+) -> Tensor:
+    """labels (B,) in [0, num_classes), indices (B,) -> uint8 images (B, 3, H, W) on the CPU."""
+    with loaded.runtime.autocast():
+        codes = generate(
+            loaded.transformer, labels.to(loaded.runtime.device), settings, seed=seed, indices=np.asarray(indices)
+        )
+    return images.to_uint8(loaded.tokenizer.decode(codes)).cpu()
+
+
+def sample_stream(
+    loaded: LoadedModel, labels: Tensor, settings: SampleSettings, seed: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Images 0..len(labels)-1, shared among the processes: yields this process's (indices (b,), uint8 (b, 3, H, W)).
+
+    Round r covers the indices from r * batch_size * world_size; every process has the same number of rounds, the last
+    of which may be empty for some.
+    """
+    runtime = loaded.runtime
+    for start_index in range(0, len(labels), batch_size * runtime.world_size):
+        first = start_index + runtime.rank * batch_size
+        indices = np.arange(first, max(first, min(first + batch_size, len(labels))))
+        if len(indices):
+            yield indices, sample_images(loaded, labels[torch.from_numpy(indices)], indices, settings, seed)
+        else:
+            height, width = (side * loaded.tokenizer.config.downsample for side in loaded.config.model.grid)
+            yield indices, torch.empty(0, 3, height, width, dtype=torch.uint8)
+
+
+def sample_in_order(
+    loaded: LoadedModel, labels: Tensor, settings: SampleSettings, seed: int, batch_size: int
+) -> Iterator[Tensor]:
+    """The same, gathered: every process sees all images (b, 3, H, W) uint8 in the order of their indices."""
+    runtime = loaded.runtime
+    done = 0
+    for _, part in sample_stream(loaded, labels, settings, seed, batch_size):
+        padded = torch.zeros(batch_size, *part.shape[1:], dtype=torch.uint8)
+        padded[: len(part)] = part
+        gathered = runtime.gather(padded.to(runtime.device)).cpu()
+        count = min(batch_size * runtime.world_size, len(labels) - done)
+        done += count
+        yield gathered[:count]
+
+
+def default_batch_size(runtime: Runtime) -> int:
+    return 128 if runtime.device.type == "cuda" else 16
+
+
+def save_training_grid(transformer: Transformer, run: Path, step: int, config: TrainConfig, runtime: Runtime) -> None:
+    """samples/step-<step>.png of a run in training: classes spread over all, the same seeds every time."""
+    training = transformer.training
+    loaded = LoadedModel(
+        transformer=transformer.eval(),
+        tokenizer=load_tokenizer(run / "tokenizer", runtime.device),
+        config=config,
+        class_names=checkpoint.read_json(run / "token_set.json")["class_names"],
+        runtime=dataclasses.replace(runtime, rank=0, world_size=1),
+        identity={},
+    )
+    columns = 8
+    classes = _spread_classes(config.model.num_classes, config.sample_classes)
+    labels = torch.tensor(classes).repeat_interleave(columns)
+    guided = config.sample_cfg_scale if config.label_dropout else 1.0
+    batches = list(sample_in_order(loaded, labels, SampleSettings(cfg_scale=guided), 0, default_batch_size(runtime)))
+    names = [loaded.class_names[c] for c in classes]
+    images.save_png(images.grid(torch.cat(batches), columns, names), run / "samples" / f"step-{step:07d}.png")
+    transformer.train(training)
+
+
+def parse_classes(text: str, class_names: list[str]) -> list[int]:
+    """'207,360' or 'goldfish,tabby' -> class ids. A whole number is always an id."""
+    classes = []
+    for part in text.split(","):
+        part = part.strip()
+        if part.lstrip("-").isdigit():
+            if not 0 <= int(part) < len(class_names):
+                raise UserError(f"class {part} does not exist; this model has classes 0 to {len(class_names) - 1}")
+            classes.append(int(part))
+        elif part in class_names:
+            classes.append(class_names.index(part))
+        else:
+            close = difflib.get_close_matches(part, class_names, n=1, cutoff=0.4)
+            hint = f"did you mean '{close[0]}'?" if close else f"give ids 0 to {len(class_names) - 1}, or names"
+            raise UserError(f"class '{part}' does not exist; {hint}")
+    return classes
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The flags of SampleSettings."""
+    group = parser.add_argument_group("drawing")
+    defaults = SampleSettings()
+    group.add_argument("--cfg-scale", type=float, default=defaults.cfg_scale, help="guidance, 1 = none (default 2)")
+    group.add_argument("--cfg-schedule", default=defaults.cfg_schedule, help=", ".join(CFG_SCHEDULES))
+    group.add_argument("--cfg-power", type=float, default=defaults.cfg_power, help="exponent of power-cosine")
+    group.add_argument("--cfg-interval", default="0,0", help="guided tokens first,end; end 0 = to the last")
+    group.add_argument("--temperature", type=float, default=defaults.temperature, help="0 = greedy")
+    group.add_argument("--top-k", type=int, default=defaults.top_k, help="0 = all")
+    group.add_argument("--top-p", type=float, default=defaults.top_p, help="1 = all")
+
+
+def settings_from(arguments: argparse.Namespace) -> SampleSettings:
+    """SampleSettings from parsed flags; raises UserError for values out of range."""
+    try:
+        interval = tuple(int(part) for part in arguments.cfg_interval.split(","))
+    except ValueError:
+        raise UserError(f"--cfg-interval is '{arguments.cfg_interval}', expected first,end such as 0,64") from None
+    names = [f.name for f in dataclasses.fields(SampleSettings) if f.name != "cfg_interval"]
+    return SampleSettings(cfg_interval=interval, **{name: getattr(arguments, name) for name in names})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="run directory or checkpoint")
+    parser.add_argument("--classes", help="ids or names with commas; default: eight spread over all classes")
+    parser.add_argument("--per-class", type=int, default=4, help="images of each class in the grid (default 4)")
+    parser.add_argument("--num", type=int, help="make a set of this many images instead of a grid")
+    parser.add_argument("--labels", default="balanced", help="classes of a set: balanced (default) or random")
+    parser.add_argument("--out", required=True, help="grid: FILE.png; set: FILE.npz, or a folder of PNGs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--weights", default="best", help="best (default: EMA where there is one), ema or model")
+    parser.add_argument("--batch-size", type=int, default=0, help="images at once per process, 0 = by device")
+    parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add_settings(parser)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    settings = settings_from(arguments)
+    out = Path(arguments.out)
+    if arguments.per_class < 1:
+        raise UserError(f"--per-class is {arguments.per_class}, expected 1 or more")
+    if arguments.batch_size < 0:
+        raise UserError(f"--batch-size is {arguments.batch_size}, expected 1 or more, or 0 to choose by device")
+    if not 0 <= arguments.seed < 2**63:
+        raise UserError(f"--seed is {arguments.seed}, expected 0 to 2^63 - 1")
+    if arguments.num is not None:
+        if arguments.num < 1:
+            raise UserError(f"--num is {arguments.num}, expected 1 or more")
+        if arguments.classes is not None:
+            raise UserError("--num makes a set over all classes; drop --classes, or drop --num for a grid")
+        if out.suffix == ".png":
+            raise UserError(f"--num makes a set, but --out is {out}; use FILE.npz or a folder")
+        if out.exists():
+            raise UserError(f"{out} exists already; remove it or give another --out")
+    elif out.suffix != ".png":
+        raise UserError(f"--out is {out}, expected FILE.png for a grid; use --num for a set of images")
+    runtime = start(arguments.precision, arguments.device)
+    loaded = load(arguments.model, runtime, arguments.weights)
+    if settings.cfg_scale != 1 and not loaded.config.label_dropout:
+        raise UserError("the model was trained with label_dropout 0 and has no null class; use --cfg-scale 1")
+    batch_size = arguments.batch_size or default_batch_size(runtime)
+    if arguments.num is None:
+        _write_grid(loaded, settings, arguments, out, batch_size)
+    else:
+        _write_set(loaded, settings, arguments, out, batch_size)
+    finish()
+
+
+def _write_grid(loaded, settings, arguments, out: Path, batch_size: int) -> None:
+    num_classes = len(loaded.class_names)
+    if arguments.classes is None:
+        classes = _spread_classes(num_classes, 8)
+    else:
+        classes = parse_classes(arguments.classes, loaded.class_names)
+    labels = torch.tensor(classes).repeat_interleave(arguments.per_class)
+    stream = sample_in_order(loaded, labels, settings, arguments.seed, min(batch_size, len(labels)))
+    parts = list(_progress(stream, len(labels), loaded.runtime))
+    if loaded.runtime.is_main:
+        names = [loaded.class_names[c] for c in classes]
+        images.save_png(images.grid(torch.cat(parts), arguments.per_class, names), out)
+        identity = loaded.identity
+        print(f"{out}: {len(labels)} images of {len(classes)} classes from {identity['run']}/{identity['checkpoint']} "
+              f"({identity['weights']} weights), cfg {settings.cfg_scale:g}, seed {arguments.seed}")  # fmt: skip
+
+
+def _write_set(loaded, settings, arguments, out: Path, batch_size: int) -> None:
+    runtime, num = loaded.runtime, arguments.num
+    labels = label_plan(num, len(loaded.class_names), arguments.labels, arguments.seed)
+    record = {
+        "num": num, "labels": arguments.labels, "seed": arguments.seed, "sampler": dataclasses.asdict(settings),
+        "model": loaded.identity, "mutor_vision": mutor_vision.__version__, "torch": torch.__version__,
+    }  # fmt: skip
+    height, width = (side * loaded.tokenizer.config.downsample for side in loaded.config.model.grid)
+    if out.suffix == ".npz":
+        from mutor_vision.metrics.npz import NpzImageWriter
+
+        stream = sample_in_order(loaded, labels, settings, arguments.seed, batch_size)
+        if runtime.is_main:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with NpzImageWriter(out, num, height, width) as writer:
+                for part in _progress(stream, num, runtime):
+                    writer.write(part)
+        else:
+            for _ in stream:
+                pass
+    else:
+        partial = out.with_name(f".{out.name}.partial")
+        if runtime.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        runtime.barrier()
+        bar = tqdm(total=num, unit=" images", disable=not runtime.is_main, dynamic_ncols=True)
+        for indices, part in sample_stream(loaded, labels, settings, arguments.seed, batch_size):
+            for index, image in zip(indices, part, strict=True):
+                images.save_png(images.to_pil(image), partial / f"{index:06d}.png")
+            bar.update(min(len(part) * runtime.world_size, num - bar.n))
+        bar.close()
+        runtime.barrier()
+        if runtime.is_main:
+            os.replace(partial, out)
+    if runtime.is_main:
+        # Beside the set rather than in it, so that the set is images and nothing else.
+        record["labels_of_images"] = labels.tolist()
+        out.with_name(out.name + ".json").write_text(json.dumps(record) + "\n")
+        print(f"{out}: {num} images, {arguments.labels} labels, seed {arguments.seed}; how they were made: {out}.json")
+
+
+def _progress(parts: Iterator[Tensor], total: int, runtime: Runtime) -> Iterator[Tensor]:
+    with tqdm(total=total, unit=" images", disable=not runtime.is_main, dynamic_ncols=True) as bar:
+        for part in parts:
+            bar.update(len(part))
+            yield part
+
+
+def _spread_classes(num_classes: int, count: int) -> list[int]:
+    count = min(count, num_classes)
+    return [i * num_classes // count for i in range(count)]

@@ -1,0 +1,273 @@
+"""Training of the transformer, one flat function: next-token prediction, MuToR-1D and MuToR-2D differ in what
+add_registers returns and in nothing else."""
+
+import dataclasses
+import os
+import shutil
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from mutor_vision import checkpoint
+from mutor_vision.config import TrainConfig, check_positive, differences
+from mutor_vision.data import SampleOrder, read_batch, split
+from mutor_vision.errors import MismatchError, UserError
+from mutor_vision.keyed_random import derived_seed
+from mutor_vision.loss import loss_sums, total_loss
+from mutor_vision.optim import build_optimizer, check_schedule, learning_rate
+from mutor_vision.registers import add_registers, place_registers
+from mutor_vision.run_log import RunLog
+from mutor_vision.runtime import Runtime, start
+from mutor_vision.token_set import TokenSet
+from mutor_vision.transformer import Transformer, num_parameters
+
+# What may change when a run is continued: how long it lasts and what it reports. The rest would be another experiment.
+RESUMABLE = {"steps", "log_every", "val_every", "val_images", "sample_every", "sample_classes", "sample_cfg_scale",
+             "save_every", "keep", "micro_batch", "codes", "val_codes"}  # fmt: skip
+
+
+def train(config: TrainConfig, out: Path) -> None:
+    """Train config.model on config.codes and keep everything in the run directory `out`. Running it again with the
+    same configuration continues from the newest checkpoint, on CPU to the last bit as if it had never stopped."""
+    runtime = start(config.precision)
+
+    # --- data and configuration -------------------------------------------------------------------------------------
+    token_set = TokenSet.open(config.codes)
+    config = resolve(config, token_set)
+    val_set = TokenSet.open(config.val_codes) if config.val_codes else token_set
+    train_images, held_out = split(token_set, 0.0 if config.val_codes else config.val_fraction)
+    val_images = (np.arange(val_set.num_images) if config.val_codes else held_out)[: config.val_images]
+    check(config, token_set, val_set, len(train_images), runtime)
+    order = SampleOrder(train_images, config.seed)
+
+    # --- model, optimizer, EMA --------------------------------------------------------------------------------------
+    torch.manual_seed(derived_seed(config.seed, "initialisation"))
+    model = Transformer(config.model).to(runtime.device)
+    ema = ModelEmaV3(model, config.ema_decay, use_warmup=True, warmup_gamma=10, warmup_power=1) if config.ema_decay else None  # noqa: E501  # fmt: skip
+    optimizer = build_optimizer(model, config)
+
+    # --- resume -----------------------------------------------------------------------------------------------------
+    step = resume(out, config, token_set, model, ema, optimizer, runtime)
+    log = RunLog(out, step, active=runtime.is_main)
+    parallel = model
+    if runtime.world_size > 1:
+        parallel = DistributedDataParallel(model, device_ids=[runtime.device.index] if runtime.device.index is not None else None)  # noqa: E501  # fmt: skip
+    if runtime.is_main:
+        print(f"{num_parameters(model):,} parameters, {len(train_images):,} training and {len(val_images):,} held-out "
+              f"images, {runtime.world_size} process(es) on {runtime.device.type}, "
+              f"{'bfloat16 autocast' if runtime.autocast_dtype else 'float32'}"
+              + (f", continuing after step {step}" if step else ""), flush=True)  # fmt: skip
+    log.status("running", step)
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+    registers = config.registers
+    local_batch = config.batch_size // runtime.world_size
+    micro_batch = config.micro_batch or local_batch
+    sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)  # see below; since the last log line
+    since, last = time.perf_counter(), step
+    bar = tqdm(total=config.steps * config.batch_size, initial=step * config.batch_size, unit=" images",
+               unit_scale=True, desc=out.name, disable=not runtime.is_main, dynamic_ncols=True)  # fmt: skip
+    model.train()
+    while step < config.steps:
+        torch.manual_seed(derived_seed(config.seed, "dropout", step, runtime.rank))
+        batch = read_batch(token_set, order, step=step, batch_size=config.batch_size, rank=runtime.rank,
+                           world_size=runtime.world_size, label_dropout=config.label_dropout,
+                           device=runtime.device)  # fmt: skip
+        parts = [slice(i, i + micro_batch) for i in range(0, local_batch, micro_batch)]
+        sequences = [
+            add_registers(batch.codes[part], registers, register_token=model.register_token, seed=config.seed,
+                          sample_index=batch.sample_index[part], step=step)
+            for part in parts
+        ]  # fmt: skip
+        # The means are over the targets of the whole batch, of which each process has its own number.
+        counts = torch.stack([
+            torch.stack([s.num_next_token_targets for s in sequences]).sum(),
+            torch.stack([s.num_register_targets for s in sequences]).sum(),
+        ])  # fmt: skip
+        num_next_token, num_register = runtime.all_reduce(counts)
+        for part, sequence in zip(parts, sequences, strict=True):
+            last_part = part is parts[-1]
+            with nullcontext() if last_part or parallel is model else parallel.no_sync():
+                with runtime.autocast():
+                    logits = parallel(sequence.tokens, batch.labels[part], sequence.positions, sequence.pattern)
+                terms = loss_sums(logits, sequence)
+                loss = total_loss(terms, num_next_token, num_register if registers.count else None, registers.weight)
+                (loss * runtime.world_size).backward()  # data parallelism averages over processes
+            sums[0] += terms.next_token.detach()
+            sums[2] += terms.register.detach()
+        sums[1] += num_next_token / runtime.world_size
+        sums[3] += num_register / runtime.world_size
+        gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or float("inf"))
+        lr = learning_rate(step, schedule=config.schedule, lr=config.lr, steps=config.steps,
+                           warmup_steps=config.warmup_steps, min_lr=config.min_lr)  # fmt: skip
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if ema:
+            ema.update(model, step=step)
+        bar.update(config.batch_size)
+
+        # --- report ---
+        if _due(step, config.log_every, config.steps):
+            means = _means(runtime.all_reduce(sums), registers)
+            seconds = time.perf_counter() - since
+            if not np.isfinite(means["loss"]) or not torch.isfinite(gradient_norm):
+                reason = f"loss {means['loss']:.4g}, gradient norm {gradient_norm:.4g} at step {step}"
+                log.status("failed", step, reason)
+                raise UserError(f"training diverged: {reason}; continue from the last checkpoint with a lower lr")
+            speed = (step - last) * config.batch_size / seconds
+            log.write(step, images=step * config.batch_size, **means, lr=lr, gradient_norm=gradient_norm.item(),
+                      images_per_second=round(speed, 2))  # fmt: skip
+            bar.set_postfix(loss=f"{means['loss']:.3f}")
+            sums.zero_()
+            since, last = time.perf_counter(), step
+        if len(val_images) and _due(step, config.val_every, config.steps):
+            score = lambda m: validate(m, val_set, val_images, config, micro_batch, runtime)  # noqa: E731
+            scores = {f"val_{name}": value for name, value in score(model).items()}
+            if ema:
+                scores |= {f"val_{name}_ema": value for name, value in score(ema.module).items()}
+            log.write(step, **scores)
+            if runtime.is_main:
+                bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        if config.sample_every and _due(step, config.sample_every, config.steps):
+            if runtime.is_main:
+                from mutor_vision.sample import save_training_grid  # imports the tokenizer's libraries
+
+                save_training_grid(ema.module if ema else model, out, step, config, runtime)
+        if _due(step, config.save_every, config.steps) or step == config.steps:
+            if runtime.is_main:
+                weights = {"model": model.state_dict()} | ({"ema": ema.module.state_dict()} if ema else {})
+                state = {"step": step, "optimizer": optimizer.state_dict()}
+                checkpoint.save(out, step, "transformer", config, weights, state, config.keep)
+            runtime.barrier()
+    bar.close()
+    log.status("done", step)
+    log.close()
+
+
+@torch.no_grad()
+def validate(
+    model: Transformer, token_set: TokenSet, images: np.ndarray, config: TrainConfig, batch: int, runtime: Runtime
+) -> dict[str, float]:
+    """Mean cross-entropies in nats per token on the first view of `images`, with the same registers every time."""
+    training = model.training
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)
+    mine = images[runtime.rank :: runtime.world_size]
+    for i in range(0, len(mine), batch):
+        ids = mine[i : i + batch]
+        first_view = torch.zeros(len(ids), dtype=torch.int64)
+        codes = token_set.take(torch.from_numpy(ids), first_view).to(runtime.device)
+        labels = token_set.labels[torch.from_numpy(ids)].to(runtime.device)
+        sequence = add_registers(codes, config.registers, register_token=model.register_token,
+                                 seed=derived_seed(0, "validation"), sample_index=ids)  # fmt: skip
+        with runtime.autocast():
+            logits = model(sequence.tokens, labels, sequence.positions, sequence.pattern)
+        terms = loss_sums(logits, sequence)
+        sums += torch.stack([terms.next_token, sequence.num_next_token_targets,
+                             terms.register, sequence.num_register_targets])  # fmt: skip
+    model.train(training)
+    return _means(runtime.all_reduce(sums), config.registers)
+
+
+def resolve(config: TrainConfig, token_set: TokenSet) -> TrainConfig:
+    """Fill what the token set decides; raise MismatchError where the configuration says otherwise."""
+    model = config.model
+    for name, value in (
+        ("vocab_size", token_set.codebook_size),
+        ("num_classes", len(token_set.class_names)),
+        ("grid", tuple(token_set.grid)),
+    ):
+        current = getattr(model, name)
+        if current in (0, (0, 0)):
+            model = dataclasses.replace(model, **{name: value})
+        elif current != value:
+            raise MismatchError(
+                f"model.{name} is {current}, but the token set {config.codes} has {value}; "
+                f"encode with another tokenizer or set model.{name}={value}"
+            )
+    return dataclasses.replace(config, model=model)
+
+
+def check(config: TrainConfig, token_set: TokenSet, val_set: TokenSet, num_images: int, runtime: Runtime) -> None:
+    """Raise UserError for the first setting that cannot work, before anything expensive is built."""
+    check_positive(config, "steps", "batch_size", "lr")
+    check_schedule(config.schedule, config.steps, config.warmup_steps)
+    world = runtime.world_size
+    if config.batch_size % world:
+        raise UserError(f"batch_size {config.batch_size} cannot be split over {world} processes; use a multiple")
+    if config.batch_size > num_images:
+        raise UserError(f"batch_size is {config.batch_size}, but there are {num_images} training images; lower it")
+    if not 0 <= config.micro_batch <= config.batch_size // world:
+        raise UserError(f"micro_batch is {config.micro_batch}, expected 0 to batch_size / processes")
+    if not 0 <= config.label_dropout < 1 or not 0 <= config.val_fraction < 1 or not 0 <= config.ema_decay < 1:
+        raise UserError("label_dropout, val_fraction and ema_decay must be at least 0 and below 1")
+    if config.keep < 2:
+        raise UserError(f"keep is {config.keep}, expected 2 or more: the newest checkpoint may turn out damaged")
+    if val_set.tokenizer_identity != token_set.tokenizer_identity or val_set.class_names != token_set.class_names:
+        raise MismatchError(
+            f"{config.val_codes} and {config.codes} differ in tokenizer or classes; encode both with the same tokenizer "
+            "and class folders"
+        )
+    if config.registers.count:
+        place_registers(config.registers, config.model.grid, seed=0, sample_index=np.zeros(1, dtype=np.int64))
+
+
+def resume(out: Path, config: TrainConfig, token_set: TokenSet, model, ema, optimizer, runtime: Runtime) -> int:
+    """Load the newest checkpoint of `out` and return its step, or start the run directory and return 0. Raises
+    MismatchError when the run was started with other settings or another token set."""
+    found = checkpoint.newest(out)
+    if found is not None:
+        # A cosine schedule ends at `steps`, so another number of steps is another run.
+        allowed = RESUMABLE - (set() if config.schedule == "constant" else {"steps"})
+        before = checkpoint.read_config(found, "transformer", TrainConfig)
+        changed = [d for d in differences(before, config) if d.split(":")[0] not in allowed]
+        if checkpoint.sha256(out / "token_set.json") != token_set.identity:
+            changed.append(f"token set: {config.codes} is another one")
+        if changed:
+            raise MismatchError(f"{out} was trained with other settings ({'; '.join(changed)}); use another --out")
+        checkpoint.load_strictly(model, checkpoint.read_weights(found, "model"), found / "model.safetensors")
+        if ema:
+            checkpoint.load_strictly(ema.module, checkpoint.read_weights(found, "ema"), found / "ema.safetensors")
+        state = checkpoint.read_training_state(found)
+        optimizer.load_state_dict(state["optimizer"])
+        runtime.barrier()
+    if runtime.is_main:
+        checkpoint.write_config(out, "transformer", config)
+        if found is None:
+            shutil.copyfile(Path(config.codes) / "manifest.json", out / "token_set.json")
+            shutil.copytree(token_set.tokenizer_path, out / "tokenizer", copy_function=_link, dirs_exist_ok=True)
+    runtime.barrier()
+    return state["step"] if found is not None else 0
+
+
+def _link(source: str, target: str) -> None:
+    # A hard link costs no space; another file system takes a copy.
+    Path(target).unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _due(step: int, every: int, steps: int) -> bool:
+    return every > 0 and (step % every == 0 or step == steps)
+
+
+def _means(sums: Tensor, registers) -> dict[str, float]:
+    next_token_sum, num_next_token, register_sum, num_register = sums.tolist()
+    next_token = next_token_sum / num_next_token
+    if not registers.count:
+        return {"loss": next_token, "next_token": next_token}
+    register = register_sum / max(1.0, num_register)
+    loss = (1 - registers.weight) * next_token + registers.weight * register
+    return {"loss": loss, "next_token": next_token, "register": register}

@@ -1,0 +1,48 @@
+"""Train the class-conditional transformer on a token set: next-token prediction, MuToR-1D or MuToR-2D by preset.
+
+    torchrun --nproc-per-node=8 train/imagenet.py --preset imagenet256-B-mutor-2d-80 --codes CODES --out runs/B-80
+    python train/imagenet.py --preset tiny-imagenet-mutor-2d --codes CODES --out runs/tiny
+
+Run the same command again to continue. Any setting can be changed with --set name=value, for example
+--set registers.count=128 --set lr=1e-4; --dry-run prints them all. Presets, their hardware and their scores are in
+mutor_vision/presets.py.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from mutor_vision.cli import Parser, run_command
+from mutor_vision.config import override, preset, to_dict
+from mutor_vision.presets import TRANSFORMERS
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--preset", required=True, metavar="NAME", help=", ".join(TRANSFORMERS))
+    parser.add_argument("--codes", required=True, help="token set made by tokenizers/encode.py")
+    parser.add_argument("--val-codes", default="", help="held-out token set; without it the preset's share is held out")
+    parser.add_argument("--out", required=True, help="run directory, new or to be continued")
+    parser.add_argument("--steps", type=int, help="optimizer steps in all")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    arguments = parser.parse_args()
+
+    config = override(preset(TRANSFORMERS, arguments.preset), arguments.set)
+    config = dataclasses.replace(config, codes=arguments.codes, val_codes=arguments.val_codes)
+    if arguments.steps is not None:
+        config = dataclasses.replace(config, steps=arguments.steps)
+
+    from mutor_vision.runtime import finish  # after the cheap mistakes: importing torch takes seconds
+    from mutor_vision.token_set import TokenSet
+    from mutor_vision.train_loop import resolve, train
+
+    if arguments.dry_run:
+        print(json.dumps(to_dict(resolve(config, TokenSet.open(config.codes))), indent=1))
+        return
+    train(config, Path(arguments.out))
+    finish()
+
+
+if __name__ == "__main__":
+    run_command(main)
