@@ -85,7 +85,7 @@ class VQTokenizer(nn.Module):
 def load_tokenizer(path: str | Path, device: torch.device | str = "cpu", weights: str = "best") -> VQTokenizer:
     """A run, a checkpoint or an exported tokenizer -> VQTokenizer in eval mode whose parameters take no gradient.
     weights: 'best' (EMA where there is one), 'ema' or 'model'. Raises UserError, IntegrityError or MismatchError."""
-    folder = checkpoint.resolve(_folder(path))
+    folder = checkpoint.resolve(tokenizer_folder(path))
     config = checkpoint.read_config(folder, "tokenizer", TokenizerTrainConfig)
     tokenizer = VQTokenizer(config.model)
     checkpoint.load_strictly(tokenizer, checkpoint.read_weights(folder, weights), folder)
@@ -98,7 +98,7 @@ def tokenizer_identity(tokenizer: VQTokenizer | str | Path, weights: str = "best
     if isinstance(tokenizer, nn.Module):
         tensors = tokenizer.state_dict()
     else:
-        tensors = checkpoint.read_weights(checkpoint.resolve(_folder(tokenizer)), weights)
+        tensors = checkpoint.read_weights(checkpoint.resolve(tokenizer_folder(tokenizer)), weights)
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -107,7 +107,8 @@ def tokenizer_identity(tokenizer: VQTokenizer | str | Path, weights: str = "best
     return digest.hexdigest()
 
 
-def _folder(path: str | Path) -> Path:
+def tokenizer_folder(path: str | Path) -> Path:
+    """What a user may name (a run, a checkpoint, an exported tokenizer, its model.safetensors) -> the folder."""
     path = Path(path)
     if path.suffix in (".pt", ".pth", ".ckpt"):
         raise UserError(f"{path} is a PyTorch file of another project; `mutor convert` makes a tokenizer of it")

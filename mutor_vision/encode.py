@@ -1,0 +1,175 @@
+"""Images -> token set. Shard s belongs to rank s % world_size and batches start at shard boundaries, so the bytes do
+not depend on the number of processes or on interruptions: what is done stays, what is missing is made."""
+
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mutor_vision import checkpoint
+from mutor_vision.errors import MismatchError, UserError
+from mutor_vision.image_folder import ImageFolder, Views, batched, check_apart, read_batches
+from mutor_vision.images import to_float, views_named
+from mutor_vision.runtime import Runtime
+from mutor_vision.token_set import (
+    FORMAT,
+    PLAN,
+    TokenSet,
+    code_dtype,
+    load_array,
+    save_array,
+    shard_names,
+    write_manifest,
+)  # fmt: skip
+from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer, tokenizer_folder, tokenizer_identity
+
+_CORNERS = ["top-left", "top-right", "bottom-left", "bottom-right", "center"]
+VIEW_NAMES = {"center-flip": ["center", "center-flip"], "ten-crop": _CORNERS + [f"{name}-flip" for name in _CORNERS]}
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """What decides the bytes of a token set."""
+
+    views: str = "center-flip"  # a plan of images.VIEWS
+    image_size: int = 0  # pixels, square; 0 = the size that the tokenizer was trained on
+    batch_size: int = 32  # crops per forward pass; rounding may depend on it
+    shard_size: int = 10_000  # images per file
+    weights: str = "best"  # of the tokenizer: best | ema | model
+
+
+def encode_folder(
+    tokenizer_path: str | Path, data: str | Path, out: str | Path, settings: EncodeSettings, runtime: Runtime,
+    workers: int = 2,
+) -> TokenSet:  # fmt: skip
+    """Encode every image of folder `data` into the token set `out`, and return it opened and verified.
+
+    Run again to continue: settings, tokenizer and file list must be those of the first time (MismatchError). Raises
+    DataError naming the image when one cannot be read; finished shards stay, and there is no manifest."""
+    out = Path(out)
+    for name in ("batch_size", "shard_size"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"{name} is {getattr(settings, name)}, expected 1 or more")
+    check_apart(data, out)
+    crops = views_named(settings.views)
+    folder = ImageFolder.open(data)
+    tokenizer = load_tokenizer(tokenizer_path, runtime.device, settings.weights)
+    plan = _plan(tokenizer, folder, settings)
+    _begin(out, plan, tokenizer_path, settings.weights, runtime)
+    if not (out / "manifest.json").is_file():
+        views = Views(folder, plan["image_size"], crops)
+        _encode_shards(tokenizer, views, out, plan, runtime, workers)
+        runtime.barrier()
+        if runtime.is_main:
+            write_manifest(out, plan, [len(_images_of(shard, plan)) for shard in range(plan["num_shards"])])
+        runtime.barrier()
+    return TokenSet.open(out)
+
+
+def _encode_shards(
+    tokenizer: VQTokenizer, views: Views, out: Path, plan: dict[str, Any], runtime: Runtime, workers: int
+) -> None:
+    mine = range(runtime.rank, plan["num_shards"], runtime.world_size)
+    missing = [shard for shard in mine if not _has_shard(out, shard, plan)]
+    batches = {shard: list(batched(_images_of(shard, plan), plan["batch_size"])) for shard in missing}
+    stream = read_batches(views, [batch for shard in missing for batch in batches[shard]], workers)
+    bar = tqdm(
+        total=sum(len(_images_of(shard, plan)) for shard in missing), unit="image", disable=not runtime.is_main,
+        dynamic_ncols=True, desc=f"encode (process 1 of {runtime.world_size})" if runtime.world_size > 1 else "encode",
+    )  # fmt: skip
+    for shard in missing:
+        codes = []
+        for images in islice(stream, len(batches[shard])):
+            parts = images.flatten(0, 1).split(plan["batch_size"])
+            encoded = [_encode(tokenizer, to_float(part.to(runtime.device))) for part in parts]
+            codes.append(torch.cat(encoded).unflatten(0, images.shape[:2]).cpu().numpy())
+            bar.update(len(images))
+        codes_name, labels_name = shard_names(shard)
+        save_array(out / codes_name, np.concatenate(codes).astype(code_dtype(plan["codebook_size"])))
+        # The labels come second: a shard is done when both are there.
+        labels = [views.folder.labels[i] for i in _images_of(shard, plan)]
+        save_array(out / labels_name, np.array(labels, dtype=np.int64))
+    bar.close()
+
+
+def _encode(tokenizer: VQTokenizer, images: Tensor) -> Tensor:
+    # Plain float32 and a fixed choice of kernels: TF32 would move latents across cell borders.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        return tokenizer.encode(images).flatten(1)
+
+
+def _images_of(shard: int, plan: dict[str, Any]) -> range:
+    return range(shard * plan["shard_size"], min((shard + 1) * plan["shard_size"], plan["num_images"]))
+
+
+def _plan(tokenizer: VQTokenizer, folder: ImageFolder, settings: EncodeSettings) -> dict[str, Any]:
+    image_size = settings.image_size or tokenizer.config.image_size
+    side = tokenizer.config.downsample
+    if image_size < side or image_size % side:
+        raise UserError(f"image_size is {image_size}, expected a multiple of {side}, the tokenizer's pixels per code")
+    return {
+        "format": FORMAT,
+        "tokenizer_sha256": tokenizer_identity(tokenizer),
+        "codebook_size": tokenizer.config.codebook_size,
+        "image_size": image_size,
+        "grid": [image_size // side, image_size // side],
+        "view_plan": settings.views,
+        "views": VIEW_NAMES[settings.views],
+        "batch_size": settings.batch_size,
+        "num_images": len(folder),
+        "num_shards": -(-len(folder) // settings.shard_size),
+        "shard_size": settings.shard_size,
+        "source": folder.root.resolve().name,
+        "files_sha256": folder.fingerprint(),
+        "class_names": folder.class_names,
+        "images_per_class": folder.counts(),
+    }
+
+
+def _begin(out: Path, plan: dict[str, Any], tokenizer_path: str | Path, weights: str, runtime: Runtime) -> None:
+    """Create the folder and its plan, or check that they are those of this encoding."""
+    error = None
+    if runtime.is_main:
+        try:
+            if (out / PLAN).is_file():
+                _check_same(out, plan)
+            elif out.exists() and any(out.iterdir()):
+                raise UserError(f"{out} is not empty and no token set; give a new folder")
+            out.mkdir(parents=True, exist_ok=True)
+            if not (out / "tokenizer").is_dir():
+                checkpoint.export(tokenizer_folder(tokenizer_path), out / "tokenizer", weights)
+            checkpoint.write_json(out / PLAN, plan)
+        except UserError as raised:
+            error = raised
+    runtime.raise_together(error)
+
+
+def _check_same(out: Path, plan: dict[str, Any]) -> None:
+    begun = checkpoint.read_json(out / PLAN)
+    changed = [key for key in plan if begun.get(key) != plan[key]]
+    if changed:
+        shown = [f"{key}: {_short(begun.get(key))} -> {_short(plan[key])}" for key in changed]
+        raise MismatchError(
+            f"{out} was begun with other settings ({'; '.join(shown)}); repeat those, or give a new folder"
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:16]}..."
+
+
+def _has_shard(out: Path, shard: int, plan: dict[str, Any]) -> bool:
+    images = len(_images_of(shard, plan))
+    codes, labels = (out / name for name in shard_names(shard))
+    if not (codes.is_file() and labels.is_file()):
+        return False
+    shape = (images, len(plan["views"]), plan["grid"][0] * plan["grid"][1])
+    load_array(codes, code_dtype(plan["codebook_size"]), shape)
+    load_array(labels, np.int64, (images,))
+    return True
