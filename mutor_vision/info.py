@@ -22,7 +22,7 @@ def _describe_token_set(path: Path) -> str:
     codes = TokenSet.open(path)
     return "\n".join([
         f"token set {path}, complete and verified",
-        f"  {codes.num_images:,} images of {len(codes.class_names)} classes, {codes.image_size}x{codes.image_size} pixels",
+        f"  {codes.num_images:,} images of {len(codes.class_names)} classes, {codes.image_size} pixels square",
         f"  {codes.grid[0]}x{codes.grid[1]} codes in [0, {codes.codebook_size}), views {', '.join(codes.views)}",
         f"  tokenizer {codes.tokenizer_identity[:16]}",
     ])  # fmt: skip

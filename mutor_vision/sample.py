@@ -51,9 +51,7 @@ def load(path: str | Path, runtime: Runtime, weights: str = "best") -> LoadedMod
     root = folder if (folder / "tokenizer").is_dir() else folder.parent.parent
     for name in ("tokenizer", "token_set.json"):
         if not (root / name).exists():
-            raise UserError(
-                f"{root} has no {name}; give a run directory made by train/imagenet.py, or a checkpoint in it"
-            )
+            raise UserError(f"{root} has no {name}; give a run made by train/imagenet.py, or a checkpoint in it")
     if weights == "best":
         weights = "ema" if "ema" in checkpoint.weight_names(folder) else "model"
     transformer = Transformer(config.model)
@@ -78,7 +76,7 @@ def load(path: str | Path, runtime: Runtime, weights: str = "best") -> LoadedMod
 
 def label_plan(num: int, num_classes: int, plan: str = "balanced", seed: int = 0) -> Tensor:
     """(num,) int64 labels in a seeded, shuffled order. 'balanced': as equal numbers of each class as `num` allows;
-    'random': uniform draws, LlamaGen's protocol. The order matters: Inception Score is computed on consecutive parts."""
+    'random': uniform draws, LlamaGen's protocol. The order matters: Inception Score is taken over consecutive parts."""
     if plan == "random":
         draws = uniforms(seed, "label", np.arange(num), 1)[:, 0]
         return torch.from_numpy((draws * num_classes).astype(np.int64))

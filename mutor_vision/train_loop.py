@@ -215,8 +215,8 @@ def check(config: TrainConfig, token_set: TokenSet, val_set: TokenSet, num_image
         raise UserError(f"keep is {config.keep}, expected 2 or more: the newest checkpoint may turn out damaged")
     if val_set.tokenizer_identity != token_set.tokenizer_identity or val_set.class_names != token_set.class_names:
         raise MismatchError(
-            f"{config.val_codes} and {config.codes} differ in tokenizer or classes; encode both with the same tokenizer "
-            "and class folders"
+            f"{config.val_codes} and {config.codes} differ in tokenizer or classes; "
+            "encode both with the same tokenizer and class folders"
         )
     if config.registers.count:
         place_registers(config.registers, config.model.grid, seed=0, sample_index=np.zeros(1, dtype=np.int64))

@@ -1,0 +1,124 @@
+"""Named configurations. Each comment gives the command's hardware and the score published or measured with it."""
+
+from mutor_vision.config import TokenizerConfig, TokenizerTrainConfig
+
+_LLAMAGEN_LOSSES = {"l2_weight": 1.0, "lpips_weight": 1.0, "adversarial_weight": 0.5, "adversarial_start": 20_000}
+
+TOKENIZERS: dict[str, TokenizerTrainConfig] = {
+    # LlamaGen's VQ-16: 256 px, 16x16 codes. ImageNet, 8 A100-80G, 40 epochs of batch 128. Published: rFID 2.19,
+    # usage 97 %. python/torchrun tokenizers/train_vq.py --preset vq-16 --set lpips_weights=FILE
+    "vq-16": TokenizerTrainConfig(steps=400_000, **_LLAMAGEN_LOSSES),
+    # LlamaGen's VQ-8: 256 px, 32x32 codes. The same recipe. Published: rFID 0.59.
+    "vq-8": TokenizerTrainConfig(
+        model=TokenizerConfig(channels=(128, 256, 256, 512)), steps=400_000, **_LLAMAGEN_LOSSES
+    ),
+    # 64 px, 16x16 codes of 1024.
+    "tiny-imagenet": TokenizerTrainConfig(
+        model=TokenizerConfig(
+            image_size=64, channels=(32, 64, 64), layers_per_block=1, latent_channels=64, codebook_size=1024,
+            norm_groups=8,
+        ),
+        steps=3000, batch_size=32, lr=1e-3, schedule="cosine", warmup_steps=100, min_crop_scale=0.8,
+    ),
+    # 64 px, 8x8 codes of 1024.
+    "tiny-imagenet-8x8": TokenizerTrainConfig(
+        model=TokenizerConfig(
+            image_size=64, channels=(32, 64, 64, 128), layers_per_block=1, latent_channels=64, codebook_size=1024,
+            norm_groups=8,
+        ),
+        steps=3000, batch_size=32, lr=1e-3, schedule="cosine", warmup_steps=100, min_crop_scale=0.8,
+    ),
+    # 32 px, 8x8 codes of 64: scikit-learn's handwritten digits.
+    "digits": TokenizerTrainConfig(
+        model=TokenizerConfig(
+            image_size=32, channels=(16, 32, 32), layers_per_block=1, latent_channels=32, codebook_size=64,
+            code_dim=8, norm_groups=8, attention=False,
+        ),
+        steps=600, batch_size=32, lr=2e-3, schedule="cosine", warmup_steps=50, min_crop_scale=1.0,
+    ),
+}  # fmt: skip
+
+# --- transformers ---------------------------------------------------------------------------------------------------
+# NAME = data - size - objective. Sizes are LlamaGen's; parameters without the register's row, for 1000 classes and
+# 16384 codes. 'mutor-2d' has a register at every slot of a 16x16 grid, 'mutor-2d-80' 80 at random slots (+31 % inputs).
+
+_SIZES = {  #                    layers, heads, width      parameters
+    "B": TransformerConfig(12, 12, 768),  #              110,888,448
+    "L": TransformerConfig(24, 16, 1024),  #             342,910,976
+    "XL": TransformerConfig(36, 20, 1280),  #            774,699,520
+    "XXL": TransformerConfig(48, 24, 1536),  #         1,410,972,672
+    "3B": TransformerConfig(24, 32, 3200),  #          3,096,659,200
+}
+
+_OBJECTIVES = {
+    "next-token": RegisterConfig(),
+    "mutor-1d": RegisterConfig("1d", 256),
+    "mutor-2d": RegisterConfig("2d", 256),
+    "mutor-2d-80": RegisterConfig("2d", 80),
+}
+
+# The paper's recipe (arXiv 2505.10518, B.2): batch 1024, constant lr 4e-4, 360,000 steps, centre crop and mirror image,
+# 8 H100. Its scores for size B at cfg 2.0, 50,000 samples, ADM evaluator, one seed, FID / IS at 100K, 200K, 360K steps:
+#   next-token    7.71 / 146.5   6.83 / 158.4   6.18 / 171.5
+#   mutor-1d      7.01 / 155.6   6.43 / 163.0   5.79 / 178.3
+#   mutor-2d      6.57 / 163.2   5.65 / 183.5   5.09 / 195.3
+#   mutor-2d-80   6.87 / 162.1   5.89 / 175.6   5.03 / 195.6
+# The paper trained size B only; the other sizes have no published score. None was run by this project.
+_PAPER = TrainConfig()
+
+# LlamaGen's recipe (ten-crop token sets, 300 epochs): batch 256 and lr 1e-4 for B and L, lr 2e-4 for XL, batch 512 and
+# lr 2e-4 for XXL and 3B. Its scores, next-token: B 5.46 (cfg 2.0), L 3.80 (cfg 2.0). Chosen by the suffix '-llamagen'.
+_LLAMAGEN = {
+    size: replace(_PAPER, batch_size=batch, lr=lr, steps=300 * 1_281_167 // batch)
+    for size, batch, lr in (
+        ("B", 256, 1e-4),
+        ("L", 256, 1e-4),
+        ("XL", 256, 2e-4),
+        ("XXL", 512, 2e-4),
+        ("3B", 512, 2e-4),
+    )
+}
+
+
+def _imagenet256() -> dict[str, TrainConfig]:
+    presets = {}
+    for size, model in _SIZES.items():
+        model = replace(model, vocab_size=16384, num_classes=1000, grid=(16, 16))
+        for objective, registers in _OBJECTIVES.items():
+            name = f"imagenet256-{size}-{objective}"
+            presets[name] = replace(_PAPER, model=model, registers=registers)
+            presets[f"{name}-llamagen"] = replace(_LLAMAGEN[size], model=model, registers=registers)
+    return presets
+
+
+# One's own images with 16x16 tokens (256 pixels with vq-16, or 64 pixels with tiny-imagenet), from some thousands on;
+# classes and codebook come from the token set. A few hours on one GPU; no score, since the data are yours.
+_OWN = TrainConfig(
+    model=TransformerConfig(8, 8, 512), batch_size=128, lr=4e-4, steps=50_000, warmup_steps=500, val_fraction=0.05,
+    val_images=2000, ema_decay=0.9999, val_every=1000, sample_every=1000, save_every=1000,
+)  # fmt: skip
+
+# Tiny ImageNet at 64 pixels, 16x16 tokens, small enough for 2 CPU cores; figures in docs/tiny-imagenet.md.
+_TINY = TrainConfig(
+    model=TransformerConfig(6, 4, 256), batch_size=32, lr=6e-4, steps=400, warmup_steps=20, val_fraction=0.05,
+    val_images=256, ema_decay=0.99, log_every=10, val_every=100, sample_every=200, save_every=100,
+)  # fmt: skip
+
+# scikit-learn's digits at 32 pixels, 8x8 tokens: the demo. Figures in its report.
+_DIGITS = TrainConfig(
+    model=TransformerConfig(4, 4, 128), batch_size=64, lr=1e-3, steps=500, warmup_steps=20, val_fraction=0.0,
+    val_images=400, ema_decay=0.98, log_every=10, val_every=50, sample_every=0, save_every=100,
+)  # fmt: skip
+_DIGITS_OBJECTIVES = {
+    "next-token": RegisterConfig(),
+    "mutor-1d": RegisterConfig("1d", 64),
+    "mutor-2d": RegisterConfig("2d", 64),
+    "mutor-2d-20": RegisterConfig("2d", 20),
+}
+
+TRANSFORMERS: dict[str, TrainConfig] = (
+    _imagenet256()
+    | {f"own-{name}": replace(_OWN, registers=registers) for name, registers in _OBJECTIVES.items()}
+    | {f"tiny-imagenet-{name}": replace(_TINY, registers=registers) for name, registers in _OBJECTIVES.items()}
+    | {f"digits-{name}": replace(_DIGITS, registers=registers) for name, registers in _DIGITS_OBJECTIVES.items()}
+)
