@@ -1,6 +1,8 @@
 """Named configurations. Each comment gives the command's hardware and the score published or measured with it."""
 
-from mutor_vision.config import TokenizerConfig, TokenizerTrainConfig
+from dataclasses import replace
+
+from mutor_vision.config import RegisterConfig, TokenizerConfig, TokenizerTrainConfig, TrainConfig, TransformerConfig
 
 _LLAMAGEN_LOSSES = {"l2_weight": 1.0, "lpips_weight": 1.0, "adversarial_weight": 0.5, "adversarial_start": 20_000}
 
