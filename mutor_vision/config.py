@@ -46,6 +46,7 @@ class TokenizerTrainConfig:
     data: str = ""  # folder with one sub-folder of images per class
     val_data: str = ""  # the same, held out; '' = hold out `val_fraction` of `data`
     val_fraction: float = 0.02  # share of images, 0 = no validation
+    val_images: int = 2000  # at most this many held-out images are scored
     steps: int = 400_000  # optimizer steps
     batch_size: int = 128  # images per step over all processes
     lr: float = 1e-4
