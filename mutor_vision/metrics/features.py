@@ -1,0 +1,183 @@
+"""Feature extractors by one string: 'inception', 'timm:NAME[@SIZE]', or the folder of a network that
+eval/train_features.py trained.
+
+An extractor is a module with
+    forward     uint8 (B, 3, H, W) -> {'pool': (B, D), ...} float32, 'logits' (B, C) where it classifies
+    layers      {'pool': D, ...}: what forward returns, and how wide
+    class_names its classes, in the order of its logits; () when they have no names
+    identity    name, resize rule and hashes, for protocol blocks
+    is_random   True: its numbers test the plumbing and measure nothing
+"""
+
+import difflib
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mutor_vision.checkpoint import load_strictly, read_json, sha256
+from mutor_vision.errors import DataError, IntegrityError, UserError
+from mutor_vision.metrics.weights import read_state, state_sha256
+
+
+class TimmFeatures(nn.Module):
+    """A timm model's features before its classifier. Images are resized to size x size (bicubic with antialias, on
+    uint8, as Pillow does) and normalised with the model's own mean and deviation."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        *,
+        identity: dict,
+        class_names: tuple[str, ...] = (),
+        is_random: bool = False,
+    ):
+        super().__init__()
+        self.model = model
+        self.size = size
+        self.class_names = class_names
+        self.is_random = is_random
+        self.layers = {"pool": model.head_hidden_size}
+        if not isinstance(model.get_classifier(), nn.Identity):
+            self.layers["logits"] = model.num_classes
+        resize = f"bicubic to {size}x{size}, antialias, on uint8"
+        self.identity = identity | {"resize": resize, "mean": list(mean), "std": list(std)}
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        images = resize(images, self.size)
+        hidden = self.model.forward_features((images.float() / 255 - self.mean) / self.std)
+        features = {"pool": self.model.forward_head(hidden, pre_logits=True).float()}
+        if "logits" in self.layers:
+            features["logits"] = self.model.forward_head(hidden).float()
+        return features
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """uint8 (B, 3, H, W) -> uint8 (B, 3, size, size), bicubic with antialias; unchanged when the size fits."""
+    if tuple(images.shape[-2:]) == (size, size):
+        return images
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2.functional import resize as torchvision_resize
+
+    return torchvision_resize(images, [size, size], InterpolationMode.BICUBIC, antialias=True)
+
+
+def load_extractor(features: str, weights: str | None = None, allow_unknown: bool = False) -> nn.Module:
+    """'inception' | 'timm:NAME[@SIZE]' | folder made by eval/train_features.py -> extractor, on the CPU.
+
+    weights: None (published weights, downloaded by torch.hub or timm when absent), 'random', or a file."""
+    if features == "inception":
+        from mutor_vision.metrics.inception import load_inception
+
+        return load_inception(weights, allow_unknown)
+    if features.startswith("timm:"):
+        return load_timm(features.removeprefix("timm:"), weights)
+    if Path(features).is_dir():
+        if weights is not None:
+            raise UserError(f"--weights {weights} with --features {features}: a trained network has its own; drop it")
+        return load_trained(Path(features))
+    raise UserError(
+        f"features is '{features}', expected inception, timm:NAME[@SIZE], or a folder made by eval/train_features.py"
+    )
+
+
+def load_timm(name: str, weights: str | None = None) -> TimmFeatures:
+    """'NAME' or 'NAME@SIZE' (pixels; without it the model's own input size)."""
+    import timm
+
+    name, _, size_text = name.partition("@")
+    if size_text and not size_text.isdigit():
+        raise UserError(f"size in 'timm:{name}@{size_text}' is '{size_text}', expected pixels, as in timm:{name}@224")
+    if not name.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
+        close = difflib.get_close_matches(name, timm.list_models() + timm.list_models(pretrained=True), n=1)
+        raise UserError(f"timm has no model '{name}'" + (f"; did you mean '{close[0]}'?" if close else ""))
+    config = timm.get_pretrained_cfg(name) if not name.startswith(("hf-hub:", "local-dir:")) else None
+    sized = {"img_size": int(size_text)} if size_text and (config is None or config.fixed_input_size) else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model = timm.create_model(name, pretrained=weights is None, **sized)
+        except (OSError, RuntimeError) as error:
+            raise DataError(
+                f"cannot get timm model '{name}' ({' '.join(str(error).split())[:160]}); pass --weights PATH or random"
+            ) from None
+    identity = {"name": f"timm:{name}", "weights": weights if weights in (None, "random") else "file"}
+    identity["weights"] = identity["weights"] or f"pretrained {model.pretrained_cfg.get('tag', '')}".strip()
+    if weights not in (None, "random"):
+        load_strictly(model, read_state(weights), weights)
+        identity["weights_sha256"] = sha256(Path(weights))
+    identity["state_sha256"] = state_sha256(model.state_dict())
+    settings = timm.data.resolve_model_data_config(model)
+    size = int(size_text) if size_text else settings["input_size"][-1]
+    class_names = ()
+    if not isinstance(model.get_classifier(), nn.Identity) and model.num_classes == 1000 and weights != "random":
+        class_names = tuple(timm.data.ImageNetInfo("imagenet-1k").label_names())
+    return TimmFeatures(
+        model, size, settings["mean"], settings["std"], identity=identity, class_names=class_names,
+        is_random=weights == "random",
+    )  # fmt: skip
+
+
+def load_trained(folder: Path) -> TimmFeatures:
+    """A folder with config.json and model.safetensors, written by `save_trained`."""
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise UserError(f"{folder} has no config.json; expected a folder made by eval/train_features.py")
+    config = read_json(config_path)
+    if config.get("kind") != "features" or config.get("format") != 1:
+        raise UserError(f"{folder} holds {config.get('kind')}, expected features of format 1")
+    path = folder / "model.safetensors"
+    if not path.is_file() or sha256(path) != config["weights_sha256"]:
+        raise IntegrityError(f"{path} is missing or not the file that config.json names; train the features again")
+    model = create_small(config["architecture"], len(config["class_names"]), config["architecture_settings"])
+    load_strictly(model, read_state(path), path)
+    identity = {
+        "name": f"trained:{config['architecture']}",
+        "weights": "trained",
+        "weights_sha256": config["weights_sha256"],
+        "state_sha256": state_sha256(model.state_dict()),
+        "held_out_accuracy": config["held_out_accuracy"],
+        "held_out_images": config["held_out_images"],
+        "trained_on": config["data"],
+    }
+    return TimmFeatures(
+        model, config["image_size"], config["mean"], config["std"], identity=identity,
+        class_names=tuple(config["class_names"]),
+    )  # fmt: skip
+
+
+def create_small(architecture: str, num_classes: int, settings: dict) -> nn.Module:
+    """A timm classifier with random weights. `settings` go to timm.create_model."""
+    import timm
+
+    if not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=1)
+        raise UserError(f"timm has no model '{architecture}'" + (f"; did you mean '{close[0]}'?" if close else ""))
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    return timm.create_model(architecture, pretrained=False, num_classes=num_classes, **settings)
+
+
+@contextmanager
+def exact_float32():
+    """Convolutions and products in IEEE float32, restored afterwards. cuDNN uses TF32 by default, which makes features
+    depend on the batch size (torch-fidelity issue 43)."""
+    convolution, product = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = convolution.fp32_precision, product.fp32_precision
+    convolution.fp32_precision = product.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolution.fp32_precision, product.fp32_precision = before
+
+
+def identity_text(extractor: nn.Module) -> str:
+    """The identity as one line of JSON, keys sorted: equal for equal extractors."""
+    return json.dumps(extractor.identity, sort_keys=True)
