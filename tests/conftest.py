@@ -59,3 +59,89 @@ def random_model(tiny_config):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_path(tmp_path_factory) -> Path:
+    """An exported tokenizer with random weights: 16 pixels, 4x4 codes of 32."""
+    from mutor_vision import checkpoint
+    from mutor_vision.config import TokenizerConfig, TokenizerTrainConfig
+    from mutor_vision.tokenizer.model import VQTokenizer
+
+    torch.manual_seed(0)
+    config = TokenizerConfig(
+        image_size=16, channels=(8, 8, 8), layers_per_block=1, latent_channels=8, code_dim=4, codebook_size=32,
+        attention=False, norm_groups=4,
+    )  # fmt: skip
+    run = tmp_path_factory.mktemp("tokenizer") / "run"
+    weights = {"model": VQTokenizer(config).state_dict()}
+    checkpoint.save(run, 1, "tokenizer", TokenizerTrainConfig(model=config), weights, {}, keep=2)
+    return run
+
+
+def _write_token_set(path: Path, tokenizer: Path, num_images: int, seed: int) -> Path:
+    """Codes that a model can learn: a class has a favourite code, and neighbours are often equal."""
+    import numpy as np
+
+    from mutor_vision import checkpoint
+    from mutor_vision.token_set import save_array, shard_names, write_manifest
+    from mutor_vision.tokenizer.model import load_tokenizer, tokenizer_identity
+
+    generator = np.random.default_rng(seed)
+    path.mkdir()
+    checkpoint.export(tokenizer, path / "tokenizer")
+    labels = np.arange(num_images) % 5
+    codes = generator.integers(32, size=(num_images, 2, 16))
+    common = generator.random(codes.shape) < 0.7
+    codes = np.where(common, labels[:, None, None] * 6 + generator.integers(2, size=codes.shape), codes)
+    sizes = [num_images // 2, num_images - num_images // 2]
+    for shard, (start, size) in enumerate(zip((0, sizes[0]), sizes, strict=True)):
+        codes_name, labels_name = shard_names(shard)
+        save_array(path / codes_name, codes[start : start + size].astype(np.uint16))
+        save_array(path / labels_name, labels[start : start + size].astype(np.int64))
+    plan = {
+        "format": 1, "tokenizer_sha256": tokenizer_identity(load_tokenizer(tokenizer, torch.device("cpu"))),
+        "codebook_size": 32, "image_size": 16, "grid": [4, 4], "views": ["center", "center-flip"],
+        "class_names": ["ant", "bee", "cat", "dog", "eel"],
+    }  # fmt: skip
+    write_manifest(path, plan, sizes)
+    return path
+
+
+@pytest.fixture(scope="session")
+def token_set_path(tmp_path_factory, tiny_tokenizer_path) -> Path:
+    """60 images of 5 classes, 2 views, 4x4 codes of 32, in two shards."""
+    return _write_token_set(tmp_path_factory.mktemp("codes") / "set", tiny_tokenizer_path, 60, seed=0)
+
+
+@pytest.fixture(scope="session")
+def train_config(token_set_path):
+    """10 steps of a tiny model with dropout and EMA; one log line a step."""
+    from mutor_vision.config import TrainConfig
+
+    return TrainConfig(
+        model=TransformerConfig(2, 2, 32), registers=RegisterConfig("2d", 6), codes=str(token_set_path),
+        val_fraction=0.2, val_images=8, steps=10, batch_size=12, lr=3e-3, ema_decay=0.9, log_every=1, val_every=5,
+        sample_every=0, save_every=5,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory, train_config) -> Path:
+    """A finished run of 10 steps."""
+    from mutor_vision.train_loop import train
+
+    out = tmp_path_factory.mktemp("runs") / "trained"
+    train(train_config, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def write_token_set():
+    return _write_token_set

@@ -1,0 +1,124 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from mutor_vision.errors import UserError
+from mutor_vision.generate import SampleSettings, draw, filtered_probabilities, generate, guidance_scales
+
+LABELS = torch.tensor([0, 3, 1, 4, 2, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0])
+INDICES = np.arange(16)
+
+
+def sample(model, rows=slice(None), seed=0, **settings):
+    return generate(model, LABELS[rows], SampleSettings(**settings), seed=seed, indices=INDICES[rows])
+
+
+def greedy_by_full_forward(model, labels, cfg_scale):
+    """Without a cache: one whole forward per token and stream."""
+    tokens = torch.empty(len(labels), 0, dtype=torch.int64)
+    for i in range(model.config.num_tokens):
+        slots = torch.arange(i + 1)[None]
+        conditional = model(tokens, labels, slots)[:, -1]
+        unconditional = model(tokens, torch.full_like(labels, 5), slots)[:, -1]
+        logits = unconditional + cfg_scale * (conditional - unconditional)
+        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
+    return tokens
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+def test_greedy_generation_equals_full_forwards(random_model, cfg_scale):
+    expected = greedy_by_full_forward(random_model, LABELS, cfg_scale)
+    assert torch.equal(sample(random_model, cfg_scale=cfg_scale, temperature=0).flatten(1), expected)
+
+
+def test_image_i_is_the_same_for_every_batch_size(random_model):
+    together = sample(random_model, cfg_scale=2.0)
+    for size in (1, 3):
+        parts = [sample(random_model, slice(i, i + size), cfg_scale=2.0) for i in range(0, 16, size)]
+        assert torch.equal(torch.cat(parts), together)
+
+
+def test_the_seed_and_the_index_decide(random_model):
+    assert torch.equal(sample(random_model), sample(random_model))
+    assert not torch.equal(sample(random_model), sample(random_model, seed=1))
+    same_label = generate(random_model, LABELS[[0, 0]], SampleSettings(), seed=0, indices=INDICES[:2])
+    assert not torch.equal(same_label[0], same_label[1])
+
+
+def test_guidance_one_equals_none(random_model):
+    off = sample(random_model, cfg_scale=3.0, cfg_interval=(15, 16), temperature=0)[:, :3]
+    assert torch.equal(sample(random_model, cfg_scale=1.0, temperature=0)[:, :3], off)
+    assert guidance_scales(SampleSettings(cfg_scale=1.0), 16) == [1.0] * 16
+
+
+def test_the_guided_stream_ends_with_the_interval(random_model):
+    """After the interval only the class's stream is decoded; its tokens equal those of two full streams."""
+    tokens = torch.empty(16, 0, dtype=torch.int64)
+    for i in range(16):
+        slots = torch.arange(i + 1)[None]
+        conditional = random_model(tokens, LABELS, slots)[:, -1]
+        unconditional = random_model(tokens, torch.full_like(LABELS, 5), slots)[:, -1]
+        logits = unconditional + 3 * (conditional - unconditional) if 2 <= i < 7 else conditional
+        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
+    got = sample(random_model, cfg_scale=3.0, cfg_interval=(2, 7), temperature=0)
+    assert torch.equal(got.flatten(1), tokens)
+
+
+def test_guidance_schedules():
+    linear = guidance_scales(SampleSettings(cfg_scale=3.0, cfg_schedule="linear"), 5)
+    assert linear == pytest.approx([1.0, 1.5, 2.0, 2.5, 3.0])
+    cosine = guidance_scales(SampleSettings(cfg_scale=3.0, cfg_schedule="power-cosine", cfg_power=1.0), 4)
+    assert cosine == pytest.approx([1.0, 1 + 2 * (1 - 0.5**0.5) / 2, 2.0, 1 + 2 * (1 + 0.5**0.5) / 2])
+    assert guidance_scales(SampleSettings(cfg_scale=3.0, cfg_interval=(1, 3)), 4) == [1.0, 3.0, 3.0, 1.0]
+
+
+def test_draw_inverts_the_distribution_and_skips_zeros():
+    probabilities = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).expand(4, -1)
+    uniform = torch.tensor([0.0, 0.49, 0.51, 1 - 2**-53], dtype=torch.float64)
+    assert draw(probabilities, uniform).tolist() == [1, 1, 3, 3]
+
+
+def test_draws_follow_the_probabilities():
+    logits = torch.randn(1, 6, generator=torch.Generator().manual_seed(0)).expand(20_000, -1)
+    uniform = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    counts = draw(logits.softmax(-1), uniform).bincount(minlength=6)
+    assert torch.allclose(counts / 20_000, logits[0].softmax(-1), atol=0.015)
+
+
+def test_top_k_keeps_ties_and_top_p_keeps_the_token_that_crosses():
+    logits = torch.tensor([[0.4, 0.3, 0.1, 0.1, 0.1]]).log()
+    assert (filtered_probabilities(logits, SampleSettings(top_k=3)) > 0).tolist() == [[True] * 5]
+    assert (filtered_probabilities(logits, SampleSettings(top_k=2)) > 0).sum() == 2
+    kept = filtered_probabilities(logits, SampleSettings(top_p=0.5))
+    assert torch.allclose(kept, torch.tensor([[4 / 7, 3 / 7, 0, 0, 0]]))
+    assert torch.allclose(filtered_probabilities(logits, SampleSettings()), logits.softmax(-1))
+
+
+def test_temperature_zero_is_the_limit_of_small_temperatures():
+    logits = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    cold = filtered_probabilities(logits, SampleSettings(temperature=1e-3))
+    assert torch.allclose(filtered_probabilities(logits, SampleSettings(temperature=0)), cold, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(cfg_scale=-1.0), dict(cfg_scale=float("nan")), dict(temperature=-1.0), dict(temperature=float("inf")),
+        dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5), dict(cfg_schedule="cubic"), dict(cfg_interval=(5, 3)),
+        dict(cfg_interval=(1,)), dict(cfg_power=0.0),
+    ],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(UserError, match=next(iter(settings))):
+        SampleSettings(**settings)
+
+
+def test_top_k_beyond_the_codebook_is_refused(random_model):
+    with pytest.raises(UserError, match="codebook's 32"):
+        sample(random_model, top_k=33)
+
+
+def test_settings_are_plain_values():
+    assert dataclasses.asdict(SampleSettings())["cfg_interval"] == (0, 0)

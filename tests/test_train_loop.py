@@ -1,0 +1,230 @@
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from mutor_vision import checkpoint
+from mutor_vision.config import RegisterConfig, TransformerConfig
+from mutor_vision.data import SampleOrder, read_batch, split
+from mutor_vision.errors import IntegrityError, MismatchError, UserError
+from mutor_vision.optim import learning_rate
+from mutor_vision.run_log import read_log
+from mutor_vision.token_set import TokenSet
+from mutor_vision.train_loop import train
+
+NO_DROPOUT = TransformerConfig(layers=2, heads=2, dim=32, token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0)
+
+
+def losses(run):
+    return [line["loss"] for line in read_log(run) if "loss" in line]
+
+
+def state_of(run):
+    """Every tensor of the newest checkpoint: weights, EMA, optimizer moments."""
+    folder = checkpoint.newest(run)
+    tensors = {f"{name}/{key}": value for name in checkpoint.weight_names(folder)
+               for key, value in checkpoint.read_weights(folder, name).items()}  # fmt: skip
+    moments = checkpoint.read_training_state(folder)["optimizer"]["state"]
+    return tensors | {f"{i}/{k}": v for i, state in moments.items() for k, v in state.items()}
+
+
+def assert_same_state(run, other):
+    first, second = state_of(run), state_of(other)
+    assert first.keys() == second.keys()
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+
+
+@pytest.mark.parametrize("registers", [RegisterConfig(), RegisterConfig("1d", 16), RegisterConfig("2d", 16)])
+def test_every_objective_learns(tmp_path, train_config, registers):
+    train(dataclasses.replace(train_config, registers=registers, steps=60, lr=1e-2), tmp_path / "run")
+    curve = losses(tmp_path / "run")
+    assert curve[0] == pytest.approx(math.log(32), rel=1e-3)
+    assert np.mean(curve[-5:]) < 0.8 * curve[0]
+    scores = [line for line in read_log(tmp_path / "run") if "val_next_token" in line][-1]
+    assert scores["val_next_token"] < math.log(32)
+    assert ("val_register" in scores) == (registers.count > 0)
+
+
+@pytest.mark.parametrize("cuts", [[1], [5], [7], [3, 6, 8]], ids=str)
+def test_resume_equals_uninterrupted_bit_for_bit(tmp_path, train_config, trained_run, cuts):
+    for steps in [*cuts, 10]:
+        train(dataclasses.replace(train_config, steps=steps), tmp_path / "run")
+    assert [line["step"] for line in read_log(tmp_path / "run") if "loss" in line] == list(range(1, 11))
+    assert losses(tmp_path / "run") == losses(trained_run)
+    assert_same_state(tmp_path / "run", trained_run)
+
+
+def test_lines_beyond_the_checkpoint_are_written_once(tmp_path, train_config, trained_run):
+    """A process killed after step 7 with its last checkpoint at step 5 leaves two lines that the next one repeats."""
+    train(dataclasses.replace(train_config, steps=5), tmp_path / "run")
+    with open(tmp_path / "run" / "log.jsonl", "a") as file:
+        file.write(
+            json.dumps({"step": 6, "loss": 9.0}) + "\n" + json.dumps({"step": 7, "loss": 9.0}) + '\n{"step": 8, "lo'
+        )
+    train(train_config, tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(trained_run)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, train_config):
+    train(dataclasses.replace(train_config, steps=2), tmp_path / "run")
+    before = (tmp_path / "run" / "log.jsonl").read_bytes()
+    train(dataclasses.replace(train_config, steps=2), tmp_path / "run")
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
+
+
+def test_accumulation_equals_the_large_batch(tmp_path, train_config):
+    config = dataclasses.replace(train_config, model=NO_DROPOUT)
+    train(config, tmp_path / "whole")
+    for micro_batch in (4, 5):
+        train(dataclasses.replace(config, micro_batch=micro_batch), tmp_path / f"{micro_batch}")
+        assert losses(tmp_path / f"{micro_batch}") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
+@pytest.mark.parametrize("registers", [RegisterConfig(), RegisterConfig("2d", 16)], ids=["next-token", "mutor-2d"])
+def test_two_processes_train_to_the_loss_curve_of_one(tmp_path, root, train_config, registers):
+    """With a register at every slot the two processes have different numbers of targets in each batch."""
+    config = dataclasses.replace(train_config, model=NO_DROPOUT, registers=registers)
+    train(config, tmp_path / "one")
+    preset = "digits-mutor-2d" if registers.count else "digits-next-token"
+    values = {f"model.{name}": value for name, value in dataclasses.asdict(NO_DROPOUT).items() if value}
+    values |= {f"model.{name}_dropout": 0.0 for name in ("token", "residual", "ffn")}
+    values |= {"registers.count": 16} if registers.count else {}
+    values |= {name: getattr(config, name) for name in (
+        "val_fraction", "val_images", "batch_size", "lr", "ema_decay", "log_every", "val_every", "save_every",
+        "sample_every", "warmup_steps")}  # fmt: skip
+    settings = [f"{name}={value}" for name, value in values.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train/imagenet.py",
+               "--preset", preset, "--codes", config.codes, "--out", str(tmp_path / "two"), "--steps", "10"]  # fmt: skip
+    command += [part for setting in settings for part in ("--set", setting)]
+    result = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    for name in ("val_next_token", "val_next_token_ema"):
+        one, two = ([line[name] for line in read_log(tmp_path / run) if name in line] for run in ("one", "two"))
+        assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_label_dropout_hits_its_share_and_depends_on_the_sample_alone(token_set_path):
+    token_set = TokenSet.open(token_set_path)
+    order = SampleOrder(np.arange(60), seed=0)
+
+    def batch(step, rank=0, world_size=1):
+        return read_batch(token_set, order, step=step, batch_size=60, rank=rank, world_size=world_size,
+                          label_dropout=0.1, device=torch.device("cpu"))  # fmt: skip
+
+    dropped = np.mean([(batch(step).labels == 5).float().mean() for step in range(100)])
+    assert 0.08 < dropped < 0.12
+    halves = [batch(3, rank, 2) for rank in (0, 1)]
+    assert torch.equal(torch.stack([half.codes for half in halves], dim=1).flatten(0, 1), batch(3).codes)
+    assert torch.equal(torch.stack([half.labels for half in halves], dim=1).flatten(), batch(3).labels)
+
+
+def test_every_image_once_per_epoch_in_another_order():
+    order = SampleOrder(np.arange(100, 130), seed=0)
+    epochs = [order.image_of(np.arange(30 * e, 30 * e + 30)).tolist() for e in range(3)]
+    assert all(sorted(epoch) == list(range(100, 130)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    across = order.image_of(np.arange(25, 35)).tolist()
+    assert across == epochs[0][25:] + epochs[1][:5]
+
+
+def test_held_out_images_are_never_trained_on(token_set_path):
+    training, held_out = split(TokenSet.open(token_set_path), 0.2)
+    assert len(held_out) == 12 and not set(training) & set(held_out) and len(training) == 48
+
+
+def test_learning_rate_schedules():
+    constant = [learning_rate(s, schedule="constant", lr=1.0, steps=10, warmup_steps=4) for s in range(6)]
+    assert constant == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    cosine = [learning_rate(s, schedule="cosine", lr=1.0, steps=4, min_lr=0.2) for s in range(5)]
+    assert cosine == pytest.approx(
+        [1.0, 0.6 + 0.4 * math.cos(math.pi / 4), 0.6, 0.6 - 0.4 * math.cos(math.pi / 4), 0.2]
+    )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(lr=1e-4), "lr: 0.003 -> 0.0001"),
+        (dict(seed=1), "seed: 0 -> 1"),
+        (dict(registers=RegisterConfig("2d", 7)), "registers.count: 6 -> 7"),
+    ],
+)
+def test_a_run_is_not_continued_with_other_settings(tmp_path, train_config, trained_run, change, message):
+    with pytest.raises(MismatchError, match=message):
+        train(dataclasses.replace(train_config, **change), trained_run)
+
+
+def test_a_run_is_not_continued_on_another_token_set(
+    tmp_path, train_config, trained_run, tiny_tokenizer_path, write_token_set
+):
+    other = write_token_set(tmp_path / "other", tiny_tokenizer_path, 60, seed=1)
+    with pytest.raises(MismatchError, match="token set"):
+        train(dataclasses.replace(train_config, codes=str(other)), trained_run)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(batch_size=1000), "48 training images"),
+        (dict(steps=0), "steps is 0"),
+        (dict(lr=-1.0), "lr is -1"),
+        (dict(schedule="step"), "constant or cosine"),
+        (dict(keep=1), "keep is 1"),
+        (dict(warmup_steps=11), "warmup_steps is 11"),
+        (dict(micro_batch=13), "micro_batch is 13"),
+        (dict(label_dropout=1.0), "label_dropout"),
+        (dict(precision="float8"), "float8"),
+        (dict(registers=RegisterConfig("2d", 17)), "4x4 grid has 16 slots"),
+        (dict(model=TransformerConfig(2, 2, 32, vocab_size=64)), "model.vocab_size is 64, but the token set"),
+        (dict(model=TransformerConfig(2, 2, 32, grid=(8, 8))), "model.grid"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_is_written(tmp_path, train_config, change, message):
+    with pytest.raises(UserError, match=message):
+        train(dataclasses.replace(train_config, **change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_checkpoint_is_stepped_over(tmp_path, train_config, trained_run, capsys):
+    """One flipped bit in the newest checkpoint: the run continues from the one before, to the same end."""
+    train(train_config, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "step-0000010" / "ema.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-5] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(IntegrityError, match="is damaged"):
+        checkpoint.verify(path.parent)
+    train(train_config, tmp_path / "run")
+    assert "stepping over" in capsys.readouterr().out
+    assert_same_state(tmp_path / "run", trained_run)
+
+
+def test_a_diverging_run_stops_and_says_so(tmp_path, train_config):
+    with pytest.raises(UserError, match="diverged.*lower lr"):
+        train(dataclasses.replace(train_config, lr=1e30, clip=0.0), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    assert checkpoint.newest(tmp_path / "run") is None
+
+
+def test_two_checkpoints_are_kept(tmp_path, train_config):
+    train(dataclasses.replace(train_config, save_every=2), tmp_path / "run")
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-0000008", "step-0000010"]
+
+
+def test_training_writes_sample_grids(tmp_path, train_config):
+    from PIL import Image
+
+    train(dataclasses.replace(train_config, steps=2, sample_every=2, sample_classes=3), tmp_path / "run")
+    grid = Image.open(tmp_path / "run" / "samples" / "step-0000002.png")
+    assert grid.height == 3 * (128 + 4) + 4 and grid.width > 8 * 132
