@@ -201,7 +201,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="run directory or checkpoint")
     parser.add_argument("--classes", help="ids or names with commas; default: eight spread over all classes")
     parser.add_argument("--per-class", type=int, default=4, help="images of each class in the grid (default 4)")
-    parser.add_argument("--num", type=int, help="make a set of this many images instead of a grid")
+    # torchrun takes a bare --num for an abbreviation of its own options, so the flag has a longer name as well.
+    parser.add_argument("--num-images", "--num", type=int, dest="num", help="make a set of N images, not a grid")
     parser.add_argument("--labels", default="balanced", help="classes of a set: balanced (default) or random")
     parser.add_argument("--out", required=True, help="grid: FILE.png; set: FILE.npz, or a folder of PNGs")
     parser.add_argument("--seed", type=int, default=0)
@@ -236,6 +237,9 @@ def main(arguments: argparse.Namespace) -> None:
     loaded = load(arguments.model, runtime, arguments.weights)
     if settings.cfg_scale != 1 and not loaded.config.label_dropout:
         raise UserError("the model was trained with label_dropout 0 and has no null class; use --cfg-scale 1")
+    vocab_size = loaded.config.model.vocab_size
+    if settings.top_k > vocab_size:
+        raise UserError(f"--top-k is {settings.top_k}, expected at most the codebook's {vocab_size}")
     batch_size = arguments.batch_size or default_batch_size(runtime)
     if arguments.num is None:
         _write_grid(loaded, settings, arguments, out, batch_size)

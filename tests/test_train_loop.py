@@ -100,7 +100,8 @@ def test_two_processes_train_to_the_loss_curve_of_one(tmp_path, root, train_conf
         "val_fraction", "val_images", "batch_size", "lr", "ema_decay", "log_every", "val_every", "save_every",
         "sample_every", "warmup_steps")}  # fmt: skip
     settings = [f"{name}={value}" for name, value in values.items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train/imagenet.py",
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, "train/imagenet.py",
                "--preset", preset, "--codes", config.codes, "--out", str(tmp_path / "two"), "--steps", "10"]  # fmt: skip
     command += [part for setting in settings for part in ("--set", setting)]
     result = subprocess.run(

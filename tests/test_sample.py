@@ -1,0 +1,167 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mutor_vision import checkpoint
+from mutor_vision.cli import main
+from mutor_vision.config import TrainConfig
+from mutor_vision.sample import label_plan, parse_classes
+
+
+@pytest.fixture
+def mutor(monkeypatch, capfd):
+    """Run the command in this process: exit code and what it printed."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mutor", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        out = capfd.readouterr()
+        return code, out.out, out.err
+
+    return run
+
+
+def test_a_grid_has_a_row_per_class(mutor, trained_run, tmp_path):
+    code, out, _ = mutor("sample", trained_run, "--classes", "bee,4", "--per-class", 3, "--out", tmp_path / "grid.png")
+    assert code == 0 and "6 images of 2 classes" in out
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.height == 2 * (128 + 4) + 4 and 3 * 132 < grid.width < 3 * 132 + 100
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_set_is_the_same_for_every_batch_size(mutor, trained_run, tmp_path, batch_size):
+    for size in (16, batch_size):
+        code, _, err = mutor(
+            "sample", trained_run, "--num", 16, "--batch-size", size, "--out", tmp_path / f"{size}.npz"
+        )
+        assert code == 0, err
+    assert (tmp_path / "16.npz").read_bytes() == (tmp_path / f"{batch_size}.npz").read_bytes()
+
+
+def test_a_set_is_the_same_for_two_processes_and_as_png(mutor, trained_run, tmp_path, root):
+    mutor("sample", trained_run, "--num", 7, "--batch-size", 2, "--out", tmp_path / "one.npz")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mutor_vision"]
+    arguments = ["sample", trained_run, "--num-images", "7", "--batch-size", "2", "--out", tmp_path / "two.npz"]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*launch, *arguments], cwd=root, capture_output=True, text=True, env=one_thread)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+
+    images = np.load(tmp_path / "one.npz", allow_pickle=False)["arr_0"]
+    assert images.shape == (7, 16, 16, 3) and images.dtype == np.uint8
+    mutor("sample", trained_run, "--num", 7, "--out", tmp_path / "folder")
+    for i in range(7):
+        assert (np.array(Image.open(tmp_path / "folder" / f"{i:06d}.png")) == images[i]).all()
+    record = json.loads((tmp_path / "folder.json").read_text())
+    assert record["sampler"]["cfg_scale"] == 2.0 and len(record["labels_of_images"]) == 7
+    assert record["model"]["weights"] == "ema" and len(record["model"]["weights_sha256"]) == 64
+
+
+def test_raw_and_ema_weights_differ(mutor, trained_run, tmp_path):
+    for weights in ("model", "ema"):
+        mutor("sample", trained_run, "--weights", weights, "--num", 4, "--out", tmp_path / f"{weights}.npz")
+    assert (tmp_path / "model.npz").read_bytes() != (tmp_path / "ema.npz").read_bytes()
+
+
+def test_a_checkpoint_may_be_given_instead_of_its_run(mutor, trained_run, tmp_path):
+    code, out, _ = mutor("sample", trained_run / "checkpoints" / "step-0000005", "--out", tmp_path / "grid.png")
+    assert code == 0 and "step-0000005" in out
+
+
+def test_a_balanced_plan_has_every_class_equally_often_in_mixed_order():
+    labels = label_plan(1000, 5, "balanced", seed=0)
+    assert labels.bincount().tolist() == [200] * 5
+    assert (labels[:-1] <= labels[1:]).float().mean() < 0.8, "not sorted by class"
+    assert label_plan(1000, 5, "random", seed=0).bincount().tolist() != [200] * 5
+    assert not torch.equal(labels, label_plan(1000, 5, "balanced", seed=1))
+
+
+def test_class_names_and_ids():
+    assert parse_classes("cat, 0,ant", ["ant", "bee", "cat"]) == [2, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--classes", "5"], "class 5 does not exist; this model has classes 0 to 4"),
+        (["--classes", "-1"], "class -1 does not exist"),
+        (["--classes", "cta"], "did you mean 'cat'?"),
+        (["--per-class", "0"], "--per-class is 0"),
+        (["--num", "0"], "--num is 0"),
+        (["--num", "4", "--classes", "1"], "drop --classes"),
+        (["--temperature", "-1"], "temperature is -1"),
+        (["--top-p", "0"], "top_p is 0"),
+        (["--top-k", "33"], "codebook's 32"),
+        (["--cfg-scale", "nan"], "cfg_scale is nan"),
+        (["--cfg-schedule", "cubic"], "constant, linear, power-cosine"),
+        (["--cfg-interval", "5"], "cfg_interval is (5,)"),
+        (["--cfg-interval", "a,b"], "expected first,end"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--weights", "best-ever"], "it has ema, model"),
+        (["--batch-size", "-4"], "--batch-size is -4"),
+        (["--device", "cuda:9"], "expected auto, cpu or cuda"),
+        (["--cfg", "2"], "unrecognized arguments: --cfg"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_leave_nothing(mutor, trained_run, tmp_path, arguments, message):
+    code, out, err = mutor("sample", trained_run, "--out", tmp_path / "grid.png", *arguments)
+    assert code not in (0, None) and message in err
+    assert len(err.strip().splitlines()) == 1 and err.startswith("error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_that_cannot_be_sampled_are_refused(mutor, trained_run, tmp_path, tiny_tokenizer_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for path, message in (
+        (tmp_path / "absent", "does not exist"),
+        (empty, "holds no checkpoint"),
+        (tiny_tokenizer_path, "holds a tokenizer, expected a transformer"),
+    ):
+        code, _, err = mutor("sample", path, "--out", tmp_path / "grid.png")
+        assert code not in (0, None) and message in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_run_whose_tokenizer_is_gone_says_so(mutor, trained_run, tmp_path):
+    shutil.copytree(trained_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "tokenizer")
+    code, _, err = mutor("sample", tmp_path / "run", "--out", tmp_path / "grid.png")
+    assert code == 2 and "has no tokenizer" in err
+
+
+def test_weights_that_are_not_finite_are_refused(mutor, trained_run, tmp_path):
+    folder = checkpoint.newest(trained_run)
+    weights = checkpoint.read_weights(folder, "model")
+    weights["norm.weight"][3] = float("nan")
+    config = checkpoint.read_config(folder, "transformer", TrainConfig)
+    checkpoint.save(tmp_path / "run", 1, "transformer", config, {"model": weights}, {}, keep=2)
+    shutil.copytree(trained_run / "tokenizer", tmp_path / "run" / "tokenizer")
+    shutil.copy(trained_run / "token_set.json", tmp_path / "run")
+    code, _, err = mutor("sample", tmp_path / "run", "--out", tmp_path / "grid.png")
+    assert code == 4 and "'norm.weight' holds values that are not finite" in err
+
+
+def test_info_describes_runs_and_token_sets(mutor, trained_run, token_set_path, tmp_path):
+    code, out, _ = mutor("info", trained_run)
+    assert code == 0 and "done at step 10" in out and "registers.count = 6" in out
+    code, out, _ = mutor("info", token_set_path)
+    assert code == 0 and "60 images of 5 classes" in out
+    code, _, err = mutor("info", tmp_path)
+    assert code == 2 and "neither config.json nor manifest.json" in err
+
+
+def test_no_command_or_a_wrong_one_is_one_line(mutor):
+    for arguments in ([], ["smaple"]):
+        code, _, err = mutor(*arguments)
+        assert code == 2 and len(err.strip().splitlines()) == 1
