@@ -29,7 +29,11 @@ from mutor_vision.token_set import (
 from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer, tokenizer_folder, tokenizer_identity
 
 _CORNERS = ["top-left", "top-right", "bottom-left", "bottom-right", "center"]
-VIEW_NAMES = {"center-flip": ["center", "center-flip"], "ten-crop": _CORNERS + [f"{name}-flip" for name in _CORNERS]}
+VIEW_NAMES = {
+    "center": ["center"],
+    "center-flip": ["center", "center-flip"],
+    "ten-crop": _CORNERS + [f"{name}-flip" for name in _CORNERS],
+}
 
 
 @dataclass(frozen=True)

@@ -75,11 +75,16 @@ def center_flip(image: Image.Image, size: int) -> list[Image.Image]:
     return [crop, mirror(crop)]
 
 
-VIEWS = {"center-flip": center_flip, "ten-crop": ten_crop}
+def center(image: Image.Image, size: int) -> list[Image.Image]:
+    """ADM centre crop alone, for images whose mirror image is something else, such as text."""
+    return [center_crop(image, size)]
+
+
+VIEWS = {"center-flip": center_flip, "ten-crop": ten_crop, "center": center}
 
 
 def views_named(name: str):
-    """'center-flip' or 'ten-crop' -> function (image, size) -> list of views."""
+    """'center', 'center-flip' or 'ten-crop' -> function (image, size) -> list of views."""
     if name not in VIEWS:
         raise UserError(f"views is '{name}', expected one of {', '.join(VIEWS)}")
     return VIEWS[name]
