@@ -1,0 +1,104 @@
+"""FID, sFID, Inception Score, precision, recall and KID by ADM's protocol, without TensorFlow.
+
+    python eval/fid.py --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz --json metrics.json
+    python eval/fid.py --samples FOLDER --reference FOLDER --features timm:vit_large_patch14_dinov2.lvd142m@224
+    torchrun --nproc-per-node=8 eval/fid.py --run RUN --num-images 50000 --reference reference.npz --json metrics.json
+
+Samples and reference: a folder of PNGs (sub-folders are classes), an npz of images (arr_0), or statistics (mu, sigma,
+mu_s, sigma_s; made by eval/reference.py, or ADM's own). --run samples from a trained model and keeps no image.
+"""
+
+import shutil
+from pathlib import Path
+
+from mutor_vision import checkpoint, sample
+from mutor_vision.cli import Parser, run_command
+from mutor_vision.errors import UserError
+from mutor_vision.metrics import report
+from mutor_vision.metrics.evaluate import METRICS, ImageSet, Options, evaluate, open_set
+from mutor_vision.metrics.features import load_extractor
+from mutor_vision.metrics.sources import RunImages
+from mutor_vision.runtime import finish, start
+
+
+def main() -> None:
+    parser = Parser(prog="eval/fid.py", description=__doc__)
+    parser.add_argument("--samples", help="folder, npz of images, or statistics")
+    parser.add_argument("--run", help="sample from this run or checkpoint instead; needs --num")
+    # torchrun takes a bare --num for an abbreviation of its own options, so the flag has a longer name as well.
+    parser.add_argument("--num-images", "--num", type=int, default=0, dest="num", help="samples to draw, or to expect")
+    parser.add_argument("--reference", required=True, help="folder, npz of images, or statistics")
+    parser.add_argument("--features", default="inception", help="inception, timm:NAME[@SIZE], or a trained folder")
+    parser.add_argument("--weights", help="file of the extractor's weights, or 'random' (tests the plumbing only)")
+    parser.add_argument("--metrics", default="", help=f"of {','.join(METRICS)}; default: all that are possible")
+    parser.add_argument("--json", type=Path, help="write values, warnings and the protocol here")
+    parser.add_argument("--report", type=Path, help="write a page with the worst and best classes here (.html)")
+    parser.add_argument("--batch-size", type=int, default=50, help="images per forward pass and process (default 50)")
+    parser.add_argument("--splits", type=int, default=10, help="parts of the Inception Score (default 10)")
+    parser.add_argument("--neighbours", type=int, default=3, help="k of precision and recall (default 3)")
+    parser.add_argument("--groups", type=int, default=20, help="jackknife groups, 0 = no error bars (default 20)")
+    parser.add_argument("--work", type=Path, help="folder for features of finished images, so that a killed run goes "
+                        "on; default: beside --json")  # fmt: skip
+    parser.add_argument("--keep-features", action="store_true", help="leave them there for a later run")
+    parser.add_argument("--image-size", type=int, default=0, help="centre-crop and resize images of files to this")
+    parser.add_argument("--sample-labels", help=".npy of class ids, one for each sample")
+    parser.add_argument("--allow-lossy", action="store_true", help="accept JPEG, WEBP and palette files; recorded")
+    parser.add_argument("--allow-unknown-weights", action="store_true", help="accept another Inception; marked")
+    parser.add_argument("--nchw", action="store_true", help="the samples' npz holds (N, 3, H, W)")
+    parser.add_argument("--strict", action="store_true", help="stop with an error at the first warning")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    sampling = parser.add_argument_group("sampling with --run")
+    sampling.add_argument("--labels", default="balanced", help=", ".join(sample.LABEL_PLANS))
+    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--run-weights", default="best", help="best (EMA where there is one), ema or model")
+    sampling.add_argument("--precision", default="auto", help="of sampling: auto, float32 or bfloat16")
+    sample.add_settings(parser)
+    arguments = parser.parse_args()
+
+    if (arguments.samples is None) == (arguments.run is None):
+        raise UserError("give either --samples or --run")
+    if arguments.run and arguments.num < 2:
+        raise UserError(f"--run needs --num-images, 2 or more; got {arguments.num}")
+    if arguments.num < 0 or arguments.image_size < 0:
+        raise UserError("--num-images and --image-size must not be negative")
+    work = arguments.work or (arguments.json.with_name(arguments.json.name + ".work") if arguments.json else None)
+    options = Options(
+        metrics=tuple(name.strip() for name in arguments.metrics.split(",") if name.strip()),
+        batch=arguments.batch_size, splits=arguments.splits, k=arguments.neighbours, groups=arguments.groups,
+        work=work, strict=arguments.strict,
+    )  # fmt: skip
+    runtime = start(arguments.precision, arguments.device)
+    reference = open_set(
+        arguments.reference, image_size=arguments.image_size, allow_lossy=arguments.allow_lossy
+    )  # cheap checks first: nothing heavy is loaded before both sides are known to be readable
+    if arguments.run:
+        loaded = sample.load(arguments.run, runtime, arguments.run_weights)
+        settings = sample.settings_from(arguments)
+        if settings.cfg_scale != 1 and not loaded.config.label_dropout:
+            raise UserError("the model was trained with label_dropout 0 and has no null class; use --cfg-scale 1")
+        source = RunImages(loaded, arguments.num, settings, plan=arguments.labels, seed=arguments.seed)
+        samples = ImageSet(source, None, {"path": loaded.identity["run"]} | source.describe())
+    else:
+        samples = open_set(
+            arguments.samples, image_size=arguments.image_size, allow_lossy=arguments.allow_lossy,
+            nchw=arguments.nchw, labels=arguments.sample_labels, count=arguments.num,
+        )  # fmt: skip
+    extractor = load_extractor(arguments.features, arguments.weights, arguments.allow_unknown_weights)
+    result = evaluate(samples, reference, extractor, runtime, options)
+    if runtime.is_main:
+        print(report.table(result))
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(arguments.json, result)
+            print(f"written: {arguments.json}")
+        if arguments.report:
+            arguments.report.parent.mkdir(parents=True, exist_ok=True)
+            arguments.report.write_text(report.page(result, samples.images, reference.images))
+            print(f"written: {arguments.report}")
+        if work is not None and not arguments.keep_features and arguments.work is None:
+            shutil.rmtree(work, ignore_errors=True)
+    finish()
+
+
+if __name__ == "__main__":
+    run_command(main)

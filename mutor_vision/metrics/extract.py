@@ -1,0 +1,167 @@
+"""Images -> features, once: split over ranks in chunks, kept on disk chunk by chunk if one wants to survive a kill,
+streamed into moments, gathered where a metric needs every row."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mutor_vision.metrics.features import exact_float32, identity_text
+from mutor_vision.metrics.moments import LAYER_KEYS, Moments
+from mutor_vision.runtime import Runtime
+
+CHUNK = 250  # images: the unit of work of a rank, and what a kill can cost
+DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """Features of a whole source, the same on every rank."""
+
+    moments: dict[str, Moments]  # per layer
+    rows: dict[str, Tensor]  # kept layers (N, D) float32 on the CPU
+    digests: Tensor  # (N, 16) uint8, a hash of each image's pixels
+    mean_rgb: Tensor  # (N, 3) float32, 0..255
+    constant: Tensor  # (N,) uint8, 1 where all pixels of an image are equal
+
+    @property
+    def images_sha256(self) -> str:
+        """Of the pixels in order: the same for a folder and an npz of the same images."""
+        return hashlib.sha256(self.digests.numpy().tobytes()).hexdigest()
+
+
+def extract(
+    source,
+    extractor: nn.Module,
+    runtime: Runtime,
+    *,
+    batch: int = 50,
+    groups: int = 1,
+    keep: tuple[str, ...] = (),
+    work: Path | None = None,
+    title: str = "images",
+) -> Extracted:
+    """Collective. Run every image of a source through an extractor (on runtime.device).
+
+    batch: images per forward pass. groups: of the moments. keep: layers whose rows are gathered. work: a folder in
+    which features of finished chunks are kept, so that the same call after a kill goes on where it was."""
+    layers = [layer for layer in extractor.layers if layer in LAYER_KEYS]
+    moments = {layer: Moments(extractor.layers[layer], groups, runtime.device) for layer in layers}
+    kept_names = (*keep, "digests", "mean_rgb", "constant")
+    kept: dict[str, list[Tensor]] = {name: [] for name in kept_names}
+    error = None
+    try:
+        for start, chunk in chunks(source, extractor, runtime, batch=batch, work=work, title=title):
+            for layer in layers:
+                moments[layer].update(chunk[layer], start)
+            for name in kept_names:
+                kept[name].append(chunk[name])
+    except Exception as caught:  # told to the other ranks, which would wait for this one for ever
+        error = caught
+    runtime.raise_together(error)
+    for layer in layers:
+        moments[layer].all_reduce(runtime)
+    shapes = {layer: ((width,), torch.float32) for layer, width in extractor.layers.items()}
+    shapes |= {"digests": ((DIGEST_BYTES,), torch.uint8), "mean_rgb": ((3,), torch.float32)}
+    shapes |= {"constant": ((), torch.uint8)}
+    rows = {name: gather_chunks(kept[name], source.count, *shapes[name], runtime) for name in kept_names}
+    return Extracted(moments, {name: rows[name] for name in keep}, rows["digests"], rows["mean_rgb"], rows["constant"])
+
+
+def chunks(
+    source, extractor: nn.Module, runtime: Runtime, *, batch: int, work: Path | None, title: str, first: int = 0
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """(index of its first image, tensors) of each of this rank's chunks from chunk number `first` on: chunk c belongs
+    to rank c % world_size. Tensors are on the CPU: every layer of the extractor, and what Extracted has per image."""
+    from tqdm import tqdm
+
+    folder = _work_folder(work, source, extractor) if work is not None else None
+    starts = list(range(0, source.count, CHUNK))[first:]
+    mine = [start for start in starts if start // CHUNK % runtime.world_size == runtime.rank]
+    total = sum(min(CHUNK, source.count - start) for start in mine)
+    with tqdm(total=total, desc=title, unit="img", disable=not runtime.is_main) as bar:
+        for start in mine:
+            stop = min(start + CHUNK, source.count)
+            path = folder / f"chunk-{start // CHUNK:06d}.safetensors" if folder is not None else None
+            chunk = _load_chunk(path, stop - start)
+            if chunk is None:
+                chunk = _compute_chunk(source, extractor, runtime, start, stop, batch, bar)
+                if path is not None:
+                    _save_chunk(path, chunk)
+            else:
+                bar.update(stop - start)
+            yield start, chunk
+
+
+def gather_chunks(
+    parts: list[Tensor], count: int, shape: tuple[int, ...], dtype: torch.dtype, runtime: Runtime
+) -> Tensor:
+    """Collective. Each rank's chunks, in order -> all rows (count, *shape) in index order."""
+    if runtime.world_size == 1:
+        return torch.cat(parts)
+    per_rank = -(-count // (CHUNK * runtime.world_size))
+    here = torch.zeros(per_rank, CHUNK, *shape, dtype=dtype, device=runtime.device)
+    for index, part in enumerate(parts):
+        here[index, : len(part)] = part.to(runtime.device)
+    gathered = runtime.gather(here).cpu().unflatten(0, (runtime.world_size, per_rank))
+    # Chunk c is the (c // world_size)-th of rank c % world_size.
+    return gathered.transpose(0, 1).flatten(0, 2)[:count].contiguous()
+
+
+@torch.inference_mode()
+def _compute_chunk(source, extractor, runtime, start, stop, batch, bar) -> dict[str, Tensor]:
+    bounds = [(first, min(first + batch, stop)) for first in range(start, stop, batch)]
+    parts = []
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(source.read, *bounds[0]) if source.prefetch else None
+        for number, (first, last) in enumerate(bounds):
+            batch_images = ahead.result() if ahead is not None else source.read(first, last)
+            if source.prefetch and number + 1 < len(bounds):
+                ahead = reader.submit(source.read, *bounds[number + 1])
+            with exact_float32():  # not around read, which may be the sampler
+                features = extractor(batch_images.to(runtime.device))
+            parts.append({name: value.cpu() for name, value in features.items()} | _facts(batch_images))
+            bar.update(last - first)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _facts(batch_images: Tensor) -> dict[str, Tensor]:
+    flat = batch_images.flatten(1)
+    hashes = (hashlib.blake2b(image.numpy().data, digest_size=DIGEST_BYTES).digest() for image in flat.contiguous())
+    return {
+        "digests": torch.frombuffer(bytearray(b"".join(hashes)), dtype=torch.uint8).view(-1, DIGEST_BYTES),
+        "mean_rgb": batch_images.float().mean((2, 3)),
+        "constant": (flat == flat[:, :1]).all(1).to(torch.uint8),
+    }
+
+
+def _work_folder(work: Path, source, extractor: nn.Module) -> Path:
+    """One folder per (images, extractor), so that features of anything else can never be taken for these."""
+    key = hashlib.sha256(f"{source.key()} {identity_text(extractor)} {CHUNK}".encode()).hexdigest()
+    folder = work / f"features-{key[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.json").write_text(json.dumps({"extractor": extractor.identity, "images": source.count}))
+    return folder
+
+
+def _load_chunk(path: Path | None, count: int) -> dict[str, Tensor] | None:
+    if path is None or not path.is_file():
+        return None
+    try:
+        chunk = load_file(path)
+    except (SafetensorError, OSError):
+        return None  # left by a machine that went down; computed again
+    return chunk if all(len(value) == count for value in chunk.values()) else None
+
+
+def _save_chunk(path: Path, chunk: dict[str, Tensor]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    save_file({name: value.contiguous() for name, value in chunk.items()}, partial)
+    partial.replace(path)

@@ -1,0 +1,88 @@
+"""Each class by itself: how far its samples are from its reference images, and how many of them the extractor's
+classifier recognises.
+
+A class has too few images for a covariance, so its distance is Fréchet's with diagonal covariances:
+|m1 - m2|^2 + sum (s1 - s2)^2, with m means and s standard deviations of each feature.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mutor_vision.metrics.extract import Extracted
+
+
+def measure(samples, reference, ours: Extracted | None, theirs: Extracted | None, extractor: nn.Module) -> dict | None:
+    """Per-class results as lists in class order, JSON-ready; None where the samples have no labels.
+
+    'distance' has None for a class without two samples and two reference images, and is None altogether without a
+    labelled reference; 'accuracy' is None where the classifier's classes cannot be matched with the samples'."""
+    if ours is None or samples.labels is None:
+        return None
+    num_classes = int(samples.labels.max()) + 1
+    names = list(samples.class_names)
+    if theirs is not None and reference.labels is not None:
+        num_classes = max(num_classes, int(reference.labels.max()) + 1)
+        names = names or list(reference.class_names)
+    num_classes = max(num_classes, len(names))
+    found = {
+        "names": names or [str(number) for number in range(num_classes)],
+        "samples": torch.bincount(samples.labels, minlength=num_classes).tolist(),
+        "distance": None,
+        "accuracy": None,
+        "class_accuracy": None,
+        "matched_by": None,
+    }
+    labels_of_reference = matched_labels(reference, names) if theirs is not None else None
+    if labels_of_reference is not None:
+        found["distance"] = diagonal_distances(
+            ours.rows["pool"], samples.labels, theirs.rows["pool"], labels_of_reference, num_classes
+        )
+    outputs, how = match_classes(names, num_classes, extractor)
+    if outputs is not None:
+        right = (ours.rows["logits"].argmax(1) == outputs[samples.labels]).double()
+        found["matched_by"] = how
+        found["accuracy"] = right.mean().item()
+        found["class_accuracy"] = [
+            right[samples.labels == number].mean().item() if found["samples"][number] else None
+            for number in range(num_classes)
+        ]
+    return found
+
+
+def diagonal_distances(
+    ours: Tensor, our_labels: Tensor, theirs: Tensor, their_labels: Tensor, num_classes: int
+) -> list[float | None]:
+    """(N, D) and (M, D) features with labels -> distance of each class, None where a side has fewer than 2 images."""
+    distances = []
+    for number in range(num_classes):
+        a, b = ours[our_labels == number].double(), theirs[their_labels == number].double()
+        if len(a) < 2 or len(b) < 2:
+            distances.append(None)
+            continue
+        means, spreads = (a.mean(0) - b.mean(0)).square().sum(), (a.std(0) - b.std(0)).square().sum()
+        distances.append((means + spreads).item())
+    return distances
+
+
+def matched_labels(reference, names: list[str]) -> Tensor | None:
+    """The reference's labels in the samples' numbering: by name where both have names, else by number."""
+    if reference is None or reference.labels is None:
+        return None
+    if not names or not reference.class_names or list(reference.class_names) == names:
+        return reference.labels
+    number = {name: index for index, name in enumerate(names)}
+    table = torch.tensor([number.get(name, -1) for name in reference.class_names])
+    return table[reference.labels]
+
+
+def match_classes(names: list[str], num_classes: int, extractor: nn.Module) -> tuple[Tensor | None, str | None]:
+    """(num_classes,) index of each class among the classifier's outputs, and 'name' or 'number'; (None, None) where
+    they cannot be matched."""
+    if not extractor.class_names or "logits" not in extractor.layers:
+        return None, None
+    outputs = {name: index for index, name in enumerate(extractor.class_names)}
+    if names and all(name in outputs for name in names):
+        return torch.tensor([outputs[name] for name in names]), "name"
+    if (not names or names == [str(i) for i in range(len(names))]) and num_classes == len(outputs):
+        return torch.arange(num_classes), "number"
+    return None, None

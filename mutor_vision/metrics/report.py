@@ -1,0 +1,194 @@
+"""Results as a person reads them: a table for the terminal and a paper, and a page with the classes as pictures."""
+
+import base64
+import html
+import io
+from collections.abc import Callable
+
+from torch import Tensor
+
+from mutor_vision import images
+
+STRIP_COLUMNS = 8  # pictures of a class in the page
+STRIP_PIXELS = 96  # sides of a picture in the page are at least this, by whole factors
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; } th, td { text-align: left; padding: .2rem .9rem .2rem 0; }
+th { border-bottom: 1px solid #999; } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+.warnings { background: #fff4d6; padding: .6rem 1rem; border-left: 4px solid #d9a400; } .note { color: #666; }
+.class { margin: 1.4rem 0; } .class img { display: block; margin: .25rem 0; max-width: 100%; }
+.scroll { max-height: 30rem; overflow-y: auto; }
+"""
+
+
+def table(result: dict) -> str:
+    """A Markdown table of every metric, then the warnings and one line of protocol."""
+    rows = [("metric", "value", "± s.e.", "bias-corrected", "95 % interval")]
+    for entry in result["metrics"].values():
+        low_high = entry.get("interval_95")
+        rows.append(
+            (
+                entry["name"],
+                number(entry["value"]),
+                number(entry.get("standard_error", entry.get("standard_deviation"))),
+                number(entry.get("bias_corrected")),
+                f"{number(low_high[0])} to {number(low_high[1])}" if low_high else "",
+            )
+        )
+    columns = [column for column in range(5) if any(row[column] for row in rows[1:])]
+    widths = {column: max(len(row[column]) for row in rows) for column in columns}
+    lines = ["| " + " | ".join(row[column].ljust(widths[column]) for column in columns) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (widths[column] + 2) for column in columns) + "|")
+    return "\n".join(lines + [""] + notes(result))
+
+
+def notes(result: dict) -> list[str]:
+    """The warnings, and what was compared, one line each."""
+    protocol = result["protocol"]
+    extractor = protocol["extractor"]
+    accuracy = extractor.get("held_out_accuracy")
+    lines = [f"warning: {text}" for text in result["warnings"]]
+    lines.append(
+        f"{protocol['samples']['path']} against {protocol['reference']['path']}, {extractor['name']} "
+        f"({extractor['weights']} weights"
+        + (f", held-out accuracy {accuracy:.1%}" if accuracy is not None else "")
+        + f"), {protocol['protocol']} protocol, resize {extractor['resize']}"
+    )
+    entry = result["metrics"].get("is") or result["metrics"].get("kid")
+    if entry is not None:
+        lines.append("± of IS and KID is the deviation over splits or subsets, not an error of the mean")
+    return lines
+
+
+def number(value: float | None) -> str:
+    """4 significant digits, never fewer than the integer part; '' for None."""
+    if value is None:
+        return ""
+    if value != 0 and abs(value) < 1e-3:
+        return f"{value:.2e}"
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def page(result: dict, samples, reference, shown: int = 5) -> str:
+    """One self-contained HTML page: the table, then the `shown` worst and best classes as strips of samples above
+    strips of reference images, then every class. Without scripts; names and paths are escaped."""
+    parts = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Evaluation</title>',
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">",
+        f"<style>{STYLE}</style></head><body><h1>Evaluation</h1>",
+        _metrics_html(result),
+    ]
+    classes = result.get("classes")
+    if classes is None:
+        parts.append("<p>No labels came with the samples, so there is nothing to say of single classes.</p>")
+    else:
+        order, by = _ranking(classes)
+        strips = _strip_maker(classes, samples, reference)
+        worst, best = (order[:shown], order[shown:][::-1][:shown]) if order else ([], [])
+        for title, chosen in (("Worst classes", worst), ("Best classes", best)):
+            if chosen:
+                parts.append(f"<h2>{title}</h2><p class=note>By {by}. Above: samples; below: the reference.</p>")
+                parts += [strips(number) for number in chosen]
+        parts.append(_class_table(classes, order or range(len(classes["names"]))))
+    return "\n".join(parts) + "</body></html>\n"
+
+
+def _metrics_html(result: dict) -> str:
+    head = ("metric", "value", "±", "bias-corrected", "95 % interval")
+    rows = []
+    for entry in result["metrics"].values():
+        interval = entry.get("interval_95")
+        cells = [
+            entry["name"], number(entry["value"]),
+            number(entry.get("standard_error", entry.get("standard_deviation"))), number(entry.get("bias_corrected")),
+            f"{number(interval[0])} to {number(interval[1])}" if interval else "",
+        ]  # fmt: skip
+        rows.append(cells)
+    warnings = "".join(f"<li>{html.escape(text)}</li>" for text in result["warnings"])
+    lines = [html.escape(line) for line in notes(result) if not line.startswith("warning: ")]
+    return (
+        _html_table(head, rows)
+        + (f'<ul class="warnings">{warnings}</ul>' if warnings else "")
+        + f'<p class="note">{"<br>".join(lines)}</p>'
+    )
+
+
+def _ranking(classes: dict) -> tuple[list[int], str]:
+    """Classes from worst to best by accuracy where there is one, ties and all else by distance."""
+    distance, accuracy = classes["distance"], classes["class_accuracy"]
+    known = [
+        index
+        for index in range(len(classes["names"]))
+        if (distance is not None and distance[index] is not None)
+        or (accuracy is not None and accuracy[index] is not None)
+    ]
+
+    def badness(index: int) -> tuple[float, float]:
+        right = accuracy[index] if accuracy is not None and accuracy[index] is not None else 1.0
+        far = distance[index] if distance is not None and distance[index] is not None else 0.0
+        return right, -far
+
+    by = "accuracy under the extractor's classifier, then distance" if accuracy is not None else "distance"
+    return sorted(known, key=badness), by
+
+
+def _strip_maker(classes: dict, samples, reference) -> Callable[[int], str]:
+    from mutor_vision.metrics.per_class import matched_labels
+
+    reference_labels = matched_labels(reference, list(samples.class_names))
+
+    def strips(index: int) -> str:
+        found = [_strip(samples, samples.labels, index)]
+        if reference_labels is not None:
+            found.append(_strip(reference, reference_labels, index))
+        facts = [html.escape(classes["names"][index])]
+        if classes["distance"] is not None and classes["distance"][index] is not None:
+            facts.append(f"distance {number(classes['distance'][index])}")
+        if classes["class_accuracy"] is not None and classes["class_accuracy"][index] is not None:
+            facts.append(f"accuracy {classes['class_accuracy'][index]:.0%}")
+        return f'<div class="class"><b>{facts[0]}</b> {" · ".join(facts[1:])}{"".join(found)}</div>'
+
+    return strips
+
+
+def _strip(source, labels: Tensor, index: int) -> str:
+    """The first images of a class as one PNG inside the page."""
+    import torch
+
+    chosen = (labels == index).nonzero().flatten()[:STRIP_COLUMNS].tolist()
+    if not chosen:
+        return '<p class="note">no image</p>'
+    pictures = torch.cat([source.read(number, number + 1) for number in chosen])
+    factor = max(1, STRIP_PIXELS // pictures.shape[-1])
+    pictures = pictures.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    if pictures.shape[-1] > 2 * STRIP_PIXELS:
+        pictures = torch.nn.functional.interpolate(
+            pictures.float(), (STRIP_PIXELS, STRIP_PIXELS), mode="bicubic", antialias=True
+        )
+        pictures = pictures.round().clamp(0, 255).to(torch.uint8)
+    file = io.BytesIO()
+    images.grid(pictures, columns=STRIP_COLUMNS).save(file, format="PNG")
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+
+
+def _class_table(classes: dict, order) -> str:
+    head = ["class", "samples"]
+    columns = [classes["names"], classes["samples"]]
+    if classes["distance"] is not None:
+        head.append("distance")
+        columns.append([number(value) for value in classes["distance"]])
+    if classes["class_accuracy"] is not None:
+        head.append("accuracy")
+        columns.append(["" if value is None else f"{value:.1%}" for value in classes["class_accuracy"]])
+    rows = [[column[index] for column in columns] for index in order]
+    return f'<h2>All classes</h2><div class="scroll">{_html_table(head, rows)}</div>'
+
+
+def _html_table(head, rows) -> str:
+    def cells(tag: str, row) -> str:
+        made = (f"<{tag}{' class=number' if i else ''}>{html.escape(str(cell))}</{tag}>" for i, cell in enumerate(row))
+        return "<tr>" + "".join(made) + "</tr>"
+
+    return "<table>" + cells("th", head) + "".join(cells("td", row) for row in rows) + "</table>"

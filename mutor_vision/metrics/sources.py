@@ -1,0 +1,256 @@
+"""Where images come from: a folder, an npz, or the sampler itself. A source has
+
+count, height, width
+read(start, stop)   uint8 (stop - start, 3, H, W) of those images, in index order, on the CPU
+labels              int64 (count,) or None, with `class_names`
+describe()          its part of the protocol block
+key()               changes whenever the images may have changed; names what may be kept of them
+prefetch            whether read may run in a second thread
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mutor_vision import images
+from mutor_vision.errors import DataError, IntegrityError, MismatchError, UserError
+from mutor_vision.metrics.npz import Npz, check_image_array
+
+LOSSY_FORMATS = ("JPEG", "WEBP")
+READERS = 8  # decoding threads; Pillow releases Python's lock
+PEEKED = 64  # images looked at before the work begins
+
+
+class FolderImages:
+    """Every image below a folder, in natural order (2.png before 10.png). Where all of them lie in sub-folders, the
+    first level is the class. image_size > 0 cuts and resizes all to that size by ADM's centre crop.
+
+    Raises DataError for an empty folder and IntegrityError for lossy files without `allow_lossy`, palette files,
+    mixed sizes, and a gap in a numbered sequence."""
+
+    prefetch = True
+
+    def __init__(self, path: str | Path, *, image_size: int = 0, allow_lossy: bool = False):
+        self.path = Path(path)
+        self.image_size = image_size
+        self.allow_lossy = allow_lossy
+        if not self.path.is_dir():
+            raise DataError(f"{path} is not a folder; expected a folder of images")
+        found = [file for file in self.path.rglob("*") if file.suffix.lower() in images.EXTENSIONS]
+        names = (file.relative_to(self.path) for file in found)
+        self.names = sorted((name for name in names if not _is_hidden(name)), key=_natural)
+        self.count = len(self.names)
+        if not self.count:
+            raise DataError(f"{path} holds no image; looked for {', '.join(images.EXTENSIONS)}, at any depth")
+        _check_numbering(self.path, self.names)
+        self.height, self.width, self.lossy = self._check_headers()
+        self.labels, self.class_names = self._classes()
+
+    def read(self, start: int, stop: int) -> Tensor:
+        with ThreadPoolExecutor(READERS) as pool:
+            return torch.stack(list(pool.map(self._read_one, range(start, stop))))
+
+    def describe(self) -> dict:
+        return {
+            "source": "folder", "path": self.path.name, "files": "lossy" if self.lossy else "lossless",
+            "centre_crop": self.image_size or None, "classes": len(self.class_names) or None,
+        }  # fmt: skip
+
+    def key(self) -> str:
+        digest = hashlib.sha256(f"{self.path.resolve()} {self.image_size};".encode())
+        for name in self.names:
+            state = (self.path / name).stat()
+            digest.update(f"{name} {state.st_size} {state.st_mtime_ns};".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    def _read_one(self, index: int) -> Tensor:
+        image = images.read_image(self.path / self.names[index])
+        if self.image_size:
+            image = images.center_crop(image, self.image_size)
+        if image.size != (self.width, self.height):
+            raise IntegrityError(f"{self.path / self.names[index]} has changed its size to {image.size} while read")
+        return images.to_tensor(image)
+
+    def _check_headers(self) -> tuple[int, int, bool]:
+        # Headers cost 0.1 ms each: much cheaper than finding image 40,000 of another size after an hour.
+        with ThreadPoolExecutor(READERS) as pool:
+            headers = list(pool.map(lambda name: _header(self.path / name), self.names))
+        lossy = [name for name, header in zip(self.names, headers, strict=True) if header[0] in LOSSY_FORMATS]
+        if lossy and not self.allow_lossy:
+            raise IntegrityError(
+                f"{self.path / lossy[0]} and {len(lossy) - 1} more of {self.count} files are JPEG or WEBP, whose loss "
+                "shifts every metric; use PNG or npz, or pass --allow-lossy, which is recorded"
+            )
+        for name, (_, mode, _) in zip(self.names, headers, strict=True):
+            if mode == "P" and not self.allow_lossy:
+                raise IntegrityError(
+                    f"{self.path / name} has a palette of 256 colours, so pixels were lost; save RGB, or pass "
+                    "--allow-lossy, which is recorded"
+                )
+        if self.image_size:
+            return self.image_size, self.image_size, bool(lossy)
+        first = headers[0][2]
+        for index, (_, _, size) in enumerate(headers):
+            if size != first:
+                raise IntegrityError(
+                    f"{self.path / self.names[index]} (index {index}) is {size[0]}x{size[1]}, the images before it "
+                    f"{first[0]}x{first[1]}; give images of one size, or pass --image-size to centre-crop all"
+                )
+        return first[1], first[0], bool(lossy)
+
+    def _classes(self) -> tuple[Tensor | None, tuple[str, ...]]:
+        if any(len(name.parts) < 2 for name in self.names):
+            return None, ()
+        class_names = tuple(sorted({name.parts[0] for name in self.names}))
+        number = {name: index for index, name in enumerate(class_names)}
+        return torch.tensor([number[name.parts[0]] for name in self.names]), class_names
+
+
+class NpzImages:
+    """`arr_0` of an npz, streamed. Labels: `arr_1` (N,) where the file has it."""
+
+    prefetch = True
+
+    def __init__(self, npz: Npz, *, nchw: bool = False, image_size: int = 0):
+        self.npz = npz
+        self.path = npz.path
+        self.nchw = nchw
+        self.image_size = image_size
+        self.count, self.height, self.width = check_image_array(npz, nchw)
+        self.class_names = ()
+        self.labels = None
+        if "arr_1" in npz.arrays and npz.arrays["arr_1"].dtype.kind in "iu":
+            self.labels = check_labels(npz.read("arr_1"), self.count, f"{npz.path}: arr_1")
+        if self.count:
+            with npz.rows("arr_0") as read:
+                if (first := read(0, min(self.count, PEEKED))).max() <= 1:
+                    raise IntegrityError(
+                        f"{npz.path}: no value of the first {len(first)} images is above 1; it looks like 0 to 1 cast "
+                        "to uint8. Multiply by 255 first"
+                    )
+        if image_size:
+            self.height = self.width = image_size
+        self._rows = self._context = None
+
+    def read(self, start: int, stop: int) -> Tensor:
+        if self._rows is None:  # kept open: compressed members can only be read forward
+            self._context = self.npz.rows("arr_0")
+            self._rows = self._context.__enter__()
+        found = torch.from_numpy(self._rows(start, stop).copy())
+        found = found if self.nchw else found.permute(0, 3, 1, 2).contiguous()
+        if self.image_size:
+            crops = [images.center_crop(images.to_pil(image), self.image_size) for image in found]
+            found = torch.stack([images.to_tensor(crop) for crop in crops])
+        return found
+
+    def describe(self) -> dict:
+        return {
+            "source": "npz", "path": self.path.name, "files": "lossless", "centre_crop": self.image_size or None,
+            "classes": None if self.labels is None else int(self.labels.max()) + 1,
+        }  # fmt: skip
+
+    def key(self) -> str:
+        state = self.path.stat()
+        text = f"{self.path.resolve()} {state.st_size} {state.st_mtime_ns} {self.image_size} {self.nchw}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class RunImages:
+    """Images sampled from a trained model as they are needed; nothing on disk. Image i has label `labels[i]` of a
+    seeded plan ('balanced' or 'random') and is the same however many processes sample."""
+
+    prefetch = False  # the sampler has the device to itself
+
+    def __init__(self, loaded, count: int, settings, *, plan: str = "balanced", seed: int = 0):
+        from mutor_vision.sample import label_plan
+
+        if count < 2:
+            raise UserError(f"--num is {count}, expected 2 or more images")
+        self.loaded, self.count, self.settings, self.plan, self.seed = loaded, count, settings, plan, seed
+        self.class_names = tuple(loaded.class_names)
+        self.labels = label_plan(count, loaded.config.model.num_classes, plan, seed)
+        self.height, self.width = self.read(0, 1).shape[-2:]  # also fails early
+
+    def read(self, start: int, stop: int) -> Tensor:
+        from mutor_vision.sample import sample_images
+
+        indices = np.arange(start, stop)
+        return sample_images(self.loaded, self.labels[start:stop], indices, self.settings, self.seed)
+
+    def describe(self) -> dict:
+        return {
+            "source": "sampler", "model": self.loaded.identity, "settings": dataclasses.asdict(self.settings),
+            "labels": self.plan, "seed": self.seed, "classes": len(self.class_names) or None,
+            "uint8": "clamp(127.5 x + 128), truncated",
+        }  # fmt: skip
+
+    def key(self) -> str:
+        text = json.dumps(self.describe() | {"count": self.count}, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_labels(labels: np.ndarray, count: int, what: str) -> Tensor:
+    """Integer class ids (count,), each at least 0, as int64; IntegrityError otherwise."""
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or (labels.size and labels.min() < 0):
+        raise IntegrityError(f"{what} is {labels.dtype} {labels.shape}, expected class ids from 0, one per image")
+    if len(labels) != count:
+        raise IntegrityError(f"{what} has {len(labels)} labels for {count} images; give one per image")
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def read_labels(path: str | Path, count: int) -> Tensor:
+    """Class ids from an .npy file (N,)."""
+    try:
+        labels = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"labels {path} do not exist; expected an .npy file of {count} class ids") from None
+    except (ValueError, EOFError, OSError) as error:
+        raise IntegrityError(f"labels {path} are no plain .npy array ({str(error)[:100]})") from None
+    return check_labels(np.asarray(labels), count, f"labels {path}")
+
+
+def check_count(source, expected: int) -> None:
+    """MismatchError unless a source has exactly the number of images that its result is to be named after."""
+    if expected and source.count != expected:
+        raise MismatchError(
+            f"{source.path} has {source.count:,} images, expected exactly {expected:,} (--num); "
+            + ("remove what is of another run" if source.count > expected else "sample the missing ones")
+        )
+
+
+def _header(path: Path) -> tuple[str, str, tuple[int, int]]:
+    """(format, mode, (width, height)) without decoding."""
+    try:
+        with Image.open(path, formats=images.FORMATS) as image:
+            return image.format, image.mode, image.size
+    except Exception:  # any of Pillow's many kinds; reading it again gives the one clear message
+        images.read_image(path)
+        raise
+
+
+def _check_numbering(folder: Path, names: list[Path]) -> None:
+    """A flat folder of 000000.png, 000001.png, ... must have no gap: one of its files was lost."""
+    if any(len(name.parts) > 1 or not name.stem.isascii() or not name.stem.isdigit() for name in names):
+        return
+    numbers = sorted(int(name.stem) for name in names)
+    for before, after in zip(numbers, numbers[1:], strict=False):
+        if after - before > 1:
+            raise IntegrityError(
+                f"{folder}: image {before + 1} is missing between {before} and {after}; sample it, or rename the files"
+            )
+
+
+def _is_hidden(name: Path) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.parts)
+
+
+def _natural(name: Path) -> list:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name.as_posix())]
