@@ -1,0 +1,174 @@
+"""The whole pipeline on real handwritten digits, in minutes on two CPU cores: `make demo`.
+
+scikit-learn's digits (1,797 images of 8x8, in its wheel) are enlarged to 32x32. Every stage runs a command of this
+project, printed before it runs, so that it can be repeated by hand: tokenizer, token sets, a next-token baseline and
+MuToR-2D at equal steps under torchrun, grids, a Frechet distance, and a page that shows it all.
+"""
+
+import argparse
+import html
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+OBJECTIVES = {"next-token": "digits-next-token", "MuToR-2D": "digits-mutor-2d-20"}
+NUM_SAMPLES = 1000
+GUIDANCE = "1.5"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "demo")
+    parser.add_argument("--tokenizer-steps", type=int, help="instead of the preset's")
+    parser.add_argument("--steps", type=int, help="optimizer steps of each transformer, instead of the preset's")
+    arguments = parser.parse_args()
+    out: Path = arguments.out
+    started = time.perf_counter()
+    stages: list[tuple[str, float]] = []
+
+    def stage(title: str, *commands: list[str | Path]) -> None:
+        print(f"\n=== {title}", flush=True)
+        begun = time.perf_counter()
+        for command in commands:
+            run(command)
+        stages.append((title, time.perf_counter() - begun))
+
+    images, codes, val_codes = out / "images", out / "codes", out / "codes-held-out"
+    begun = time.perf_counter()
+    write_digits(images)
+    stages.append(("Images", time.perf_counter() - begun))
+
+    python, torchrun = [sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += [f"--nproc-per-node={min(2, os.cpu_count() or 1)}"]
+    steps = ["--steps", str(arguments.steps)] if arguments.steps else []
+    tokenizer_steps = ["--steps", str(arguments.tokenizer_steps)] if arguments.tokenizer_steps else []
+    stage(
+        "Tokenizer",
+        [*python, "tokenizers/train_vq.py", "--preset", "digits", "--data", images / "train",
+         "--val-data", images / "held-out", "--out", out / "tokenizer", *tokenizer_steps],
+        [*python, "tokenizers/reconstruct.py", "--tokenizer", out / "tokenizer", "--data", images / "held-out",
+         "--out", out / "reconstructions", "--num", "360"],
+    )  # fmt: skip
+    encode = [*python, "tokenizers/encode.py", "--tokenizer", out / "tokenizer", "--batch-size", "64"]
+    # The mirror image of a digit is not a digit: one view.
+    encode += ["--views", "center"]
+    stage(
+        "Token sets",
+        [*encode, "--data", images / "train", "--out", codes],
+        [*encode, "--data", images / "held-out", "--out", val_codes],
+    )
+    for name, preset in OBJECTIVES.items():
+        stage(
+            f"Training, {name}",
+            [*torchrun, "train/imagenet.py", "--preset", preset, "--codes", codes, "--val-codes", val_codes,
+             "--out", out / name, *steps],
+        )  # fmt: skip
+    for name in OBJECTIVES:
+        mutor = [*python, "-m", "mutor_vision", "sample", out / name, "--cfg-scale", GUIDANCE, "--seed", "0"]
+        stage(
+            f"Samples, {name}",
+            [*mutor, "--classes", "0,1,2,3,4,5,6,7,8,9", "--per-class", "8", "--out", out / f"samples-{name}.png"],
+            [*mutor, "--num", str(NUM_SAMPLES), "--batch-size", "250", "--out", out / f"samples-{name}"],
+        )
+    stage(
+        "Feature network",
+        [*python, "eval/train_features.py", "--data", images / "train", "--val-data", images / "held-out",
+         "--out", out / "features"],
+    )  # fmt: skip
+    stage(
+        "Metrics",
+        *[
+            [*python, "eval/fid.py", "--samples", samples, "--reference", images / "held-out", "--features",
+             out / "features", "--json", out / f"metrics-{name}.json"]
+            for name, samples in [(name, out / f"samples-{name}") for name in OBJECTIVES]
+        ],
+    )  # fmt: skip
+    total = time.perf_counter() - started
+    page = write_report(out, stages, total)
+    print(f"\nDone in {total / 60:.1f} minutes. Open the report:\n  {page}", flush=True)
+
+
+def run(command: list[str | Path]) -> None:
+    """Run a command of the project, shown as a person would type it; stop the demo where it fails."""
+    words = [str(word) for word in command]
+    shown = " ".join("python" if word == sys.executable else os.path.relpath(word, ROOT) if word.startswith("/") else word
+                     for word in words)  # fmt: skip
+    print(f"$ {shown}", flush=True)
+    if subprocess.run(words, cwd=ROOT).returncode:
+        sys.exit(f"error: this command failed; see above: {shown}")
+
+
+def write_digits(folder: Path) -> None:
+    """scikit-learn's digits as 32x32 PNGs in class folders; every fifth image is held out."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        split = "held-out" if index % 5 == 0 else "train"
+        path = folder / split / str(label) / f"{index:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray((255 - pixels * (255 / 16)).clip(0, 255).astype("uint8"))
+        image.resize((32, 32), Image.Resampling.BICUBIC).convert("RGB").save(path)
+
+
+def plot_losses(out: Path, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from mutor_vision.run_log import read_log
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, color in zip(OBJECTIVES, ("#0072B2", "#D55E00"), strict=True):  # distinct for the colour-blind
+        log = read_log(out / name)
+        for key, style, what in (("next_token", ":", "training"), ("val_next_token", "-", "held out")):
+            points = [(line["step"], line[key]) for line in log if key in line]
+            axes.plot(*zip(*points, strict=True), style, color=color, label=f"{name}, {what}")
+    axes.set(xlabel="optimizer step", ylabel="next-token cross-entropy (nats per token)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def write_report(out: Path, stages: list[tuple[str, float]], total: float) -> Path:
+    """report.html and the pictures beside it."""
+    import torch
+
+    from mutor_vision.image_folder import ImageFolder
+    from mutor_vision.images import grid, read_image, save_png, to_tensor
+    from mutor_vision.run_log import read_log
+
+    folder = ImageFolder.open(out / "images" / "train")
+    rows = [[path for path, label in zip(folder.paths, folder.labels, strict=True) if label == c][:8] for c in range(10)]
+    inputs = torch.stack([to_tensor(read_image(path)) for row in rows for path in row])
+    save_png(grid(inputs, 8, folder.class_names, min_cell=64), out / "inputs.png")
+    plot_losses(out, out / "losses.png")
+    reconstruction = json.loads((out / "reconstructions" / "metrics.json").read_text())
+    features = json.loads((out / "features" / "config.json").read_text())
+
+    table = []
+    for name in OBJECTIVES:
+        metrics = json.loads((out / f"metrics-{name}.json").read_text())
+        log = read_log(out / name)
+        held_out = [line["val_next_token"] for line in log if "val_next_token" in line]
+        speeds = sorted(line["images_per_second"] for line in log if "images_per_second" in line)
+        table.append([name, f"{held_out[-1]:.3f}", f"{min(held_out):.3f}", metrics, f"{speeds[len(speeds) // 2]:.0f}"])
+    (out / "demo.json").write_text(json.dumps({"stages": stages, "total_seconds": total}, indent=1) + "\n")
+    page = out / "report.html"
+    page.write_text(render(table, stages, total, reconstruction, features))
+    return page
+
+
+def render(table, stages, total, reconstruction, features) -> str:
+    raise SystemExit("to be written with the metrics' format")
+
+
+if __name__ == "__main__":
+    main()
