@@ -86,7 +86,7 @@ def save(run: Path, step: int, kind: str, config: Any, weights: dict[str, dict[s
     partial.mkdir()
     write_config(partial, kind, config)
     for name, tensors in weights.items():
-        tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         save_file(tensors, partial / f"{name}.safetensors")
     torch.save(state, partial / "training.pt")
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(partial.iterdir())}

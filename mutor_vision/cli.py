@@ -45,11 +45,23 @@ def _main() -> None:
     sample_parser = commands.add_parser("sample", help="make an image grid, or a set of images for evaluation")
     info_parser = commands.add_parser("info", help="say what a run, checkpoint or token set is")
     info_parser.add_argument("path")
+    convert_parser = commands.add_parser("convert", help="LlamaGen's checkpoints and codes in, our checkpoints out")
+    merge_parser = commands.add_parser("merge", help="a base and its LoRA adapter -> a plain run")
     if sys.argv[1:2] == ["sample"]:
         from mutor_vision import sample
 
         sample.add_arguments(sample_parser)
         sample.main(parser.parse_args())
+    elif sys.argv[1:2] == ["convert"]:
+        from mutor_vision import convert
+
+        convert.add_arguments(convert_parser)
+        convert.main(parser.parse_args())
+    elif sys.argv[1:2] == ["merge"]:
+        from mutor_vision import lora
+
+        lora.add_arguments(merge_parser)
+        lora.main(parser.parse_args())
     else:
         from mutor_vision.info import describe
 
