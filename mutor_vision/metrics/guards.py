@@ -3,11 +3,13 @@ wrong) or returns warnings, each with a short mark that goes into the result."""
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mutor_vision.errors import IntegrityError, MismatchError
 from mutor_vision.metrics.extract import Extracted
+from mutor_vision.metrics.npz import Npz
 
 PUBLISHED_COUNT = 50_000  # samples behind published FID and IS
 SMOKE_COUNT = 10_000  # below, a distance says little
@@ -115,6 +117,14 @@ def image_sizes(samples, height: int, width: int, what: str) -> None:
             f"samples are {samples.width}x{samples.height}, {what} {width}x{height}; "
             "compare equal sizes, or pass --image-size to crop and resize both"
         )
+
+
+def statistics_file(npz: Npz) -> list[Warning]:
+    """Warnings about a reference file with statistics."""
+    found = []
+    if any(npz.arrays[name].dtype == np.float16 for name in ("mu", "sigma")):
+        found.append(Warning("float16-statistics", f"{npz.path} holds float16 statistics, which have lost digits"))
+    return found
 
 
 def recorded_extractor(protocol: dict | None, extractor, path) -> list[Warning]:

@@ -54,8 +54,8 @@ def load_inception(weights: str | None = None, allow_unknown: bool = False) -> I
     Raises IntegrityError when a file is missing, damaged, or (unless `allow_unknown`) not the published one: numbers
     of another Inception look plausible and compare with nothing.
     """
-    network = _network_without_weights()
     if weights == "random":
+        network = _network_without_weights()
         identity = {"weights": "random", "state_sha256": state_sha256(network.state_dict())}
         return InceptionFeatures(network, identity, is_random=True)
     path = Path(weights) if weights is not None else _published_file()
@@ -69,7 +69,9 @@ def load_inception(weights: str | None = None, allow_unknown: bool = False) -> I
             f"Inception weights {path} have sha256 {digest[:8]} (the file begins with {first}), expected {PUBLISHED}; "
             f"download {FILE_NAME} again, or pass --allow-unknown-weights, which marks the result"
         )
-    load_strictly(network, read_state(path), path)
+    state = read_state(path)
+    network = _network_without_weights()
+    load_strictly(network, state, path)
     kind = "published" if digest.startswith(PUBLISHED) else "unknown"
     identity = {"weights": kind, "weights_sha256": digest, "state_sha256": state_sha256(network.state_dict())}
     return InceptionFeatures(network, identity, is_random=False)

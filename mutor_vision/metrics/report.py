@@ -55,6 +55,8 @@ def notes(result: dict) -> list[str]:
         + (f", held-out accuracy {accuracy:.1%}" if accuracy is not None else "")
         + f"), {protocol['protocol']} protocol, resize {extractor['resize']}"
     )
+    if protocol["reference"]["distance_from"] != "images":
+        lines.append(f"distances from the {protocol['reference']['distance_from']}: {protocol['reference']['path']}")
     entry = result["metrics"].get("is") or result["metrics"].get("kid")
     if entry is not None:
         lines.append("± of IS and KID is the deviation over splits or subsets, not an error of the mean")
