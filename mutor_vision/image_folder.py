@@ -99,11 +99,6 @@ class Views(Dataset):
         return torch.stack([to_tensor(view) for view in self.crops(image, self.size)])
 
 
-def center_view(image: Image.Image, size: int) -> list[Image.Image]:
-    """The ADM centre crop as a list of one, for Views."""
-    return [center_crop(image, size)]
-
-
 def read_batches(dataset: Dataset, batches: Iterable[Iterable[int]], workers: int) -> Iterator[Tensor]:
     """The items of `dataset` at each batch's indices, stacked, in order, read ahead by `workers` processes (0 = none).
     Raises the DataError of an unreadable image here, as one clear line, not as a worker's traceback."""

@@ -17,6 +17,7 @@ class Quantized:
     """What a quantizer makes of latents. The three losses are not weighted; all tensors but codes are float32."""
 
     latents: Tensor  # (B, C, h, w) chosen code vectors; their gradient goes straight through to the encoder
+    encoded: Tensor  # (B, C, h, w) what was quantized, unit vectors under l2_norm
     codes: Tensor  # (B, h, w) int64 in [0, V)
     codebook_loss: Tensor  # pulls the codes to the latents
     commitment_loss: Tensor  # pulls the latents to their codes
@@ -50,8 +51,13 @@ class VectorQuantizer(nn.Module):
                 entropy_loss = flat.new_zeros(())
             straight_through = flat + (chosen - flat).detach()
             batch, _, height, width = latents.shape
+
+            def to_grid(vectors: Tensor) -> Tensor:
+                return vectors.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
+
             return Quantized(
-                latents=straight_through.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2),
+                latents=to_grid(straight_through),
+                encoded=to_grid(flat),
                 codes=codes.view(batch, height, width),
                 codebook_loss=F.mse_loss(chosen, flat.detach()),
                 commitment_loss=F.mse_loss(flat, chosen.detach()),
