@@ -123,7 +123,7 @@ def evaluate(samples: ImageSet, reference: ImageSet, extractor: nn.Module, runti
             guards.image_sizes(samples.images, *protocol["image_size"], "the reference's images")
         n_reference = protocol["n"] if protocol else None
         found = read_statistics(reference.statistics, extractor.layers)
-        roots = {layer: frechet.root(_to(statistics, runtime)) for layer, statistics in found.items()}
+        roots = {layer: frechet.root(to_device(statistics, runtime)) for layer, statistics in found.items()}
     if reference.images is not None and (reference.statistics is None or {"pr", "kid"} & set(metrics)):
         by_image = extract(
             reference.images, extractor, runtime, batch=options.batch, keep=("pool",), work=options.work,
@@ -138,7 +138,7 @@ def evaluate(samples: ImageSet, reference: ImageSet, extractor: nn.Module, runti
     ours = None
     if samples.images is None:
         ours_statistics = {
-            layer: _to(statistics, runtime)
+            layer: to_device(statistics, runtime)
             for layer, statistics in read_statistics(samples.statistics, extractor.layers).items()
         }
         n = next(iter(ours_statistics.values())).n
@@ -282,5 +282,6 @@ def _take_sampling_record(source, record: dict, beside: Path) -> None:
     record["settings"] = made.get("sampler")
 
 
-def _to(statistics: Statistics, runtime: Runtime) -> Statistics:
+def to_device(statistics: Statistics, runtime: Runtime) -> Statistics:
+    """The same statistics on runtime.device."""
     return Statistics(statistics.mu.to(runtime.device), statistics.sigma.to(runtime.device), statistics.n)

@@ -3,6 +3,7 @@ streamed into moments, gathered where a metric needs every row."""
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -140,6 +141,11 @@ def _facts(batch_images: Tensor) -> dict[str, Tensor]:
         "mean_rgb": batch_images.float().mean((2, 3)),
         "constant": (flat == flat[:, :1]).all(1).to(torch.uint8),
     }
+
+
+def forget(work: Path, source, extractor: nn.Module) -> None:
+    """Remove what is kept of a source's features."""
+    shutil.rmtree(_work_folder(work, source, extractor), ignore_errors=True)
 
 
 def _work_folder(work: Path, source, extractor: nn.Module) -> Path:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mutor_vision.errors import IntegrityError, MismatchError
-from mutor_vision.metrics.npz import Npz, write_arrays
+from mutor_vision.metrics.npz import Npz
 from mutor_vision.runtime import Runtime
 
 BUFFERED_ROWS = 256  # rows of a group that wait for one large product; a row at a time would be bound by memory
@@ -107,16 +107,16 @@ class Moments:
         return self._cached
 
 
-def write_statistics(path, statistics: dict[str, Statistics], protocol: dict, arrays: dict | None = None) -> None:
-    """Layer name -> Statistics to an npz in ADM's keys, with the protocol as JSON bytes that ADM's evaluator ignores.
-    arrays: further arrays, such as `arr_0`, the images that precision and recall are measured against."""
+def statistics_arrays(statistics: dict[str, Statistics], protocol: dict) -> dict[str, np.ndarray]:
+    """Layer name -> Statistics as the members of an ADM reference file, with the protocol as JSON bytes, which ADM's
+    evaluator ignores. The protocol needs 'n', 'extractor' (its identity) and 'image_size' (height, width)."""
     members = {}
     for layer, (mu, sigma) in LAYER_KEYS.items():
         if layer in statistics:
             members[mu] = statistics[layer].mu.cpu().numpy()
             members[sigma] = statistics[layer].sigma.cpu().numpy()
     text = json.dumps(protocol, sort_keys=True).encode()
-    write_arrays(path, members | (arrays or {}) | {"protocol_json": np.frombuffer(text, np.uint8)})
+    return members | {"protocol_json": np.frombuffer(text, np.uint8)}
 
 
 def read_protocol(npz: Npz) -> dict | None:
@@ -127,7 +127,8 @@ def read_protocol(npz: Npz) -> dict | None:
         protocol = json.loads(npz.read("protocol_json").tobytes())
     except ValueError:
         protocol = None
-    if not isinstance(protocol, dict) or not isinstance(protocol.get("n"), int):
+    kinds = {"n": int, "extractor": dict, "image_size": list}
+    if not isinstance(protocol, dict) or not all(isinstance(protocol.get(k), kind) for k, kind in kinds.items()):
         raise IntegrityError(f"{npz.path}: 'protocol_json' is damaged; make the reference again")
     return protocol
 

@@ -36,8 +36,12 @@ class NpzImageWriter:
     images (IntegrityError), there is nothing. np.load and OpenAI's evaluator read it.
     """
 
-    def __init__(self, path: str | Path, count: int, height: int, width: int):
+    def __init__(
+        self, path: str | Path, count: int, height: int, width: int, arrays: dict[str, np.ndarray] | None = None
+    ):
+        """arrays: further members, such as a reference's statistics, by name."""
         self.path = Path(path)
+        self.arrays = arrays or {}
         self.shape = (count, height, width, 3)
         self.written = 0
         self._partial = self.path.with_name(f".{self.path.name}.partial")
@@ -45,6 +49,8 @@ class NpzImageWriter:
     def __enter__(self) -> "NpzImageWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._zip = zipfile.ZipFile(self._partial, "w", zipfile.ZIP_STORED)
+        for name, array in self.arrays.items():
+            _write_member(self._zip, name, array)
         self._member = self._zip.open(zipfile.ZipInfo("arr_0.npy", _EPOCH), "w", force_zip64=True)
         header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
         np.lib.format.write_array_header_1_0(self._member, header)
@@ -225,9 +231,13 @@ def write_arrays(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
-            with archive.open(zipfile.ZipInfo(f"{name}.npy", _EPOCH), "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
+            _write_member(archive, name, array)
     partial.replace(path)
+
+
+def _write_member(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+    with archive.open(zipfile.ZipInfo(f"{name}.npy", _EPOCH), "w", force_zip64=True) as member:
+        np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
 
 
 def _check_regular_file(path: Path) -> None:

@@ -5,12 +5,14 @@ import html
 import io
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from mutor_vision import images
+from mutor_vision.metrics.features import resize
 
 STRIP_COLUMNS = 8  # pictures of a class in the page
-STRIP_PIXELS = 96  # sides of a picture in the page are at least this, by whole factors
+STRIP_PIXELS = 104  # about the sides of a picture in the page: larger ones shrink, smaller ones grow by a factor
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -157,21 +159,14 @@ def _strip_maker(classes: dict, samples, reference) -> Callable[[int], str]:
 
 def _strip(source, labels: Tensor, index: int) -> str:
     """The first images of a class as one PNG inside the page."""
-    import torch
-
     chosen = (labels == index).nonzero().flatten()[:STRIP_COLUMNS].tolist()
     if not chosen:
         return '<p class="note">no image</p>'
     pictures = torch.cat([source.read(number, number + 1) for number in chosen])
-    factor = max(1, STRIP_PIXELS // pictures.shape[-1])
-    pictures = pictures.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    if pictures.shape[-1] > 2 * STRIP_PIXELS:
-        pictures = torch.nn.functional.interpolate(
-            pictures.float(), (STRIP_PIXELS, STRIP_PIXELS), mode="bicubic", antialias=True
-        )
-        pictures = pictures.round().clamp(0, 255).to(torch.uint8)
+    if pictures.shape[-1] > STRIP_PIXELS:
+        pictures = resize(pictures, STRIP_PIXELS)
     file = io.BytesIO()
-    images.grid(pictures, columns=STRIP_COLUMNS).save(file, format="PNG")
+    images.grid(pictures, columns=STRIP_COLUMNS, min_cell=STRIP_PIXELS).save(file, format="PNG")
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 

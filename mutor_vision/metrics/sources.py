@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mutor_vision import images
 from mutor_vision.errors import DataError, IntegrityError, MismatchError, UserError
+from mutor_vision.metrics.moments import read_protocol
 from mutor_vision.metrics.npz import Npz, check_image_array
 
 LOSSY_FORMATS = ("JPEG", "WEBP")
@@ -125,7 +126,7 @@ class NpzImages:
         self.nchw = nchw
         self.image_size = image_size
         self.count, self.height, self.width = check_image_array(npz, nchw)
-        self.class_names = ()
+        self.class_names = tuple((read_protocol(npz) or {}).get("class_names", ()))
         self.labels = None
         if "arr_1" in npz.arrays and npz.arrays["arr_1"].dtype.kind in "iu":
             self.labels = check_labels(npz.read("arr_1"), self.count, f"{npz.path}: arr_1")

@@ -1,0 +1,121 @@
+"""Find the guidance scale with the lowest FID: samples at each scale, measured on the fly, and the curve as a plot.
+
+    torchrun --nproc-per-node=8 eval/cfg_sweep.py --run RUN --reference reference.npz --num-images 10000 --out sweep
+    python eval/cfg_sweep.py --run RUN --reference DIR --scales 1,1.5,2,3 --features runs/features --out sweep
+
+Without --scales: golden section between --low and --high. Run the same command again to go on after a kill; scales
+that were measured are not sampled again.
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import torch
+
+from mutor_vision import checkpoint, sample
+from mutor_vision.cli import Parser, run_command
+from mutor_vision.errors import MismatchError, UserError
+from mutor_vision.metrics import sweep
+from mutor_vision.metrics.evaluate import ImageSet, Options, evaluate, open_set
+from mutor_vision.metrics.extract import forget
+from mutor_vision.metrics.features import load_extractor
+from mutor_vision.metrics.sources import RunImages
+from mutor_vision.runtime import finish, start
+
+
+def main() -> None:
+    parser = Parser(prog="eval/cfg_sweep.py", description=__doc__)
+    parser.add_argument("--run", required=True, help="run directory or checkpoint")
+    parser.add_argument("--reference", required=True, help="folder, npz of images, or statistics")
+    parser.add_argument("--out", required=True, type=Path, help="folder for sweep.json and sweep.png")
+    # torchrun takes a bare --num for an abbreviation of its own options, so the flag has a longer name as well.
+    parser.add_argument("--num-images", "--num", type=int, default=10_000, dest="num", help="samples at each scale")
+    parser.add_argument("--scales", help="a grid, with commas; default: golden section")
+    parser.add_argument("--low", type=float, default=1.0)
+    parser.add_argument("--high", type=float, default=4.0)
+    parser.add_argument("--tolerance", type=float, default=0.1, help="width of the interval at the end (default 0.1)")
+    parser.add_argument("--features", default="inception", help="inception, timm:NAME[@SIZE], or a trained folder")
+    parser.add_argument("--weights", help="file of the extractor's weights, or 'random' (tests the plumbing only)")
+    parser.add_argument("--allow-lossy", action="store_true", help="accept a reference of JPEG files; recorded")
+    parser.add_argument("--image-size", type=int, default=0, help="centre-crop the reference's images to this")
+    parser.add_argument("--batch-size", type=int, default=50, help="images at once per process (default 50)")
+    parser.add_argument("--groups", type=int, default=20, help="jackknife groups, 0 = no error bars (default 20)")
+    parser.add_argument("--labels", default="balanced", help=", ".join(sample.LABEL_PLANS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run-weights", default="best", help="best (EMA where there is one), ema or model")
+    parser.add_argument("--precision", default="auto", help="of sampling: auto, float32 or bfloat16")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    sample.add_settings(parser)
+    arguments = parser.parse_args()
+    scales = _parse_scales(arguments.scales) if arguments.scales else []
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:  # before hours of sampling, not after
+        raise UserError("the plot needs matplotlib; pip install 'mutor-vision[demo]'") from None
+    base = sample.settings_from(arguments)
+    runtime = start(arguments.precision, arguments.device)
+    reference = open_set(arguments.reference, image_size=arguments.image_size, allow_lossy=arguments.allow_lossy)
+    loaded = sample.load(arguments.run, runtime, arguments.run_weights)
+    if not loaded.config.label_dropout:
+        raise UserError("the model was trained with label_dropout 0 and has no null class, so there is no guidance")
+    extractor = load_extractor(arguments.features, arguments.weights)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    record, work = arguments.out / "sweep.json", arguments.out / "work"
+    binding = {
+        "model": loaded.identity, "extractor": extractor.identity["state_sha256"], "reference": reference.name,
+        "num": arguments.num, "seed": arguments.seed, "labels": arguments.labels,
+        "settings": dataclasses.asdict(base) | {"cfg_scale": None, "cfg_interval": list(base.cfg_interval)},
+    }  # fmt: skip
+    done = checkpoint.read_json(record) if record.is_file() else {"binding": binding, "points": []}
+    if done["binding"] != binding:
+        raise MismatchError(f"{record} is of another model, reference or settings; give another --out")
+    metrics = ("fid", "is") if "spatial" in extractor.layers else ("fid",)
+    options = Options(metrics=metrics, batch=arguments.batch_size, groups=arguments.groups, work=work)
+
+    def value(scale: float) -> float:
+        for point in done["points"]:
+            if point["cfg_scale"] == scale:
+                return point["value"]
+        settings = dataclasses.replace(base, cfg_scale=scale)
+        source = RunImages(loaded, arguments.num, settings, plan=arguments.labels, seed=arguments.seed)
+        samples = ImageSet(source, None, {"path": loaded.identity["run"]} | source.describe())
+        result = evaluate(samples, reference, extractor, runtime, options)
+        measured = result["metrics"].get("fid") or result["metrics"]["fd"]
+        # From rank 0, so that no rounding can send the ranks different ways.
+        shared = torch.tensor([measured["value"] * runtime.is_main], dtype=torch.float64, device=runtime.device)
+        point = {"cfg_scale": scale, "value": runtime.all_reduce(shared).item(), "name": measured["name"]}
+        point |= {"standard_error": measured.get("standard_error"), "result": result}
+        point |= {"is": result["metrics"]["is"]["value"]} if "is" in result["metrics"] else {}
+        done["points"].append(point)
+        if runtime.is_main:
+            checkpoint.write_json(record, done)
+            forget(work, source, extractor)
+            print(f"cfg scale {scale:g}: {point['name']} {point['value']:.4g}", flush=True)
+        runtime.barrier()
+        return point["value"]
+
+    if scales:
+        best = sweep.grid(value, scales)
+    else:
+        best = sweep.golden_section(value, arguments.low, arguments.high, arguments.tolerance)
+    if runtime.is_main:
+        name = done["points"][0]["name"]
+        print(sweep.table(done["points"], name))
+        for text in done["points"][-1]["result"]["warnings"]:
+            print(f"warning: {text}")
+        sweep.plot(done["points"], name, arguments.out / "sweep.png")
+        shutil.rmtree(work, ignore_errors=True)
+        print(f"best cfg scale {best:g}; written: {record} and {arguments.out / 'sweep.png'}")
+    finish()
+
+
+def _parse_scales(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"--scales is '{text}', expected numbers with commas, such as 1,1.5,2") from None
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,68 @@
+"""The best guidance scale by search: a grid, or golden section for one minimum in few evaluations. Every point uses
+the same seeds and labels, so that neighbouring points differ by their guidance and hardly by chance."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mutor_vision.errors import UserError
+
+GOLDEN = (5**0.5 - 1) / 2
+
+
+def golden_section(value: Callable[[float], float], low: float, high: float, tolerance: float) -> float:
+    """Where value is least in [low, high], to within `tolerance`, if it falls and then rises; one new evaluation for
+    every shrinking of the interval by 0.618 (Kiefer 1953). Scales are rounded to 3 decimals, as they are reported."""
+    if not 0 <= low < high or tolerance < 0.001:
+        raise UserError(f"search from {low} to {high} with tolerance {tolerance}; give 0 <= low < high, 0.001 or more")
+    left, right = round(high - GOLDEN * (high - low), 3), round(low + GOLDEN * (high - low), 3)
+    at_left, at_right = value(left), value(right)
+    while high - low > tolerance and left < right:
+        if at_left <= at_right:
+            high, right, at_right = right, left, at_left
+            left = round(high - GOLDEN * (high - low), 3)
+            at_left = value(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = round(low + GOLDEN * (high - low), 3)
+            at_right = value(right)
+    return left if at_left <= at_right else right
+
+
+def grid(value: Callable[[float], float], scales: list[float]) -> float:
+    """Where value is least among the scales."""
+    return min(scales, key=lambda scale: (value(scale), scale))
+
+
+def table(points: list[dict], name: str) -> str:
+    """Markdown: scale, distance, its standard error and Inception Score where there are any; the best is marked."""
+    from mutor_vision.metrics.report import number
+
+    best = min(points, key=lambda point: point["value"])
+    lines = [f"| cfg scale | {name} | ± s.e. | IS |", "|-----------|------|--------|----|"]
+    for point in sorted(points, key=lambda point: point["cfg_scale"]):
+        star = " (best)" if point is best else ""
+        cells = [number(point["value"]) + star, number(point.get("standard_error")), number(point.get("is"))]
+        lines.append(f"| {point['cfg_scale']:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(points: list[dict], name: str, path: Path) -> None:
+    """The curve as a PNG, with error bars where there are any and the best scale marked."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    points = sorted(points, key=lambda point: point["cfg_scale"])
+    scales, values = [point["cfg_scale"] for point in points], [point["value"] for point in points]
+    errors = [point.get("standard_error") or 0.0 for point in points]
+    best = min(points, key=lambda point: point["value"])
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.errorbar(scales, values, yerr=errors if any(errors) else None, marker="o", capsize=3, color="#1f4e79")
+    axes.axvline(best["cfg_scale"], color="#b03a2e", linestyle=":", linewidth=1)
+    axes.set_title(f"best: cfg scale {best['cfg_scale']:g}, {name} {best['value']:.4g}")
+    axes.set_xlabel("classifier-free guidance scale")
+    axes.set_ylabel(f"{name}, lower is better")
+    axes.grid(alpha=0.3)
+    partial = path.with_name(f".{path.name}.partial")
+    FigureCanvasAgg(figure).print_png(str(partial))
+    partial.replace(path)
