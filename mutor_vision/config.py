@@ -167,6 +167,9 @@ class TrainConfig:
     registers: RegisterConfig = field(default_factory=RegisterConfig)
     codes: str = ""  # token set made by tokenizers/encode.py
     val_codes: str = ""  # held-out token set; '' = hold out `val_fraction` of `codes`
+    init: str = ""  # run or checkpoint to start from, which decides the model's sizes; '' = random weights
+    lora_rank: int = 0  # with init: train an adapter of this rank and leave the rest alone, 0 = train everything
+    lora_alpha: float = 16.0  # an adapter's output is scaled by lora_alpha / lora_rank
     val_fraction: float = 0.0  # share of images, 0 = train on all
     val_images: int = 10_000  # at most this many held-out images are scored
     steps: int = 360_000  # optimizer steps

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,20 +43,37 @@ class LoadedModel:
     class_names: list[str]
     runtime: Runtime
     identity: dict  # where the weights come from, for the protocol of a result
+    resize: int = 0  # pixels square to resize decoded images to, 0 = as decoded
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of the images it makes."""
+        if self.resize:
+            return self.resize, self.resize
+        height, width = (side * self.tokenizer.config.downsample for side in self.config.model.grid)
+        return height, width
 
 
-def load(path: str | Path, runtime: Runtime, weights: str = "best") -> LoadedModel:
-    """A run or one of its checkpoints -> LoadedModel. weights: 'model', 'ema', or 'best' (EMA where there is one)."""
-    folder = checkpoint.resolve(path)
-    config = checkpoint.read_config(folder, "transformer", TrainConfig)
-    root = folder if (folder / "tokenizer").is_dir() else folder.parent.parent
+def load(path: str | Path, runtime: Runtime, weights: str = "best", adapter: str | Path = "") -> LoadedModel:
+    """A run or one of its checkpoints -> LoadedModel. weights: 'model', 'ema', or 'best' (EMA where there is one).
+    adapter: a LoRA run trained on it, whose classes, tokenizer and `weights` then count."""
+    if adapter:
+        from mutor_vision.lora import load_merged
+
+        merged = load_merged(path, adapter, weights)
+        folder, root, config, weights = merged.folder, merged.root, merged.config, merged.weights
+        transformer, base = merged.transformer, {"base": merged.base}
+    else:
+        folder = checkpoint.resolve(path)
+        config = checkpoint.read_config(folder, "transformer", TrainConfig)
+        root = folder if (folder / "tokenizer").is_dir() else folder.parent.parent
+        if weights == "best":
+            weights = "ema" if "ema" in checkpoint.weight_names(folder) else "model"
+        transformer, base = Transformer(config.model), {}
+        checkpoint.load_strictly(transformer, checkpoint.read_weights(folder, weights), folder)
     for name in ("tokenizer", "token_set.json"):
         if not (root / name).exists():
-            raise UserError(f"{root} has no {name}; give a run made by train/imagenet.py, or a checkpoint in it")
-    if weights == "best":
-        weights = "ema" if "ema" in checkpoint.weight_names(folder) else "model"
-    transformer = Transformer(config.model)
-    checkpoint.load_strictly(transformer, checkpoint.read_weights(folder, weights), folder)
+            raise UserError(f"{root} has no {name}; give a run of train/imagenet.py, or `mutor convert --tokenizer` it")
     token_set = checkpoint.read_json(root / "token_set.json")
     identity = {
         "run": root.name,
@@ -63,7 +81,7 @@ def load(path: str | Path, runtime: Runtime, weights: str = "best") -> LoadedMod
         "weights": weights,
         "weights_sha256": checkpoint.sha256(folder / f"{weights}.safetensors"),
         "tokenizer_sha256": token_set["tokenizer_sha256"],
-    }
+    } | base
     return LoadedModel(
         transformer=transformer.to(runtime.device).eval().requires_grad_(False),
         tokenizer=load_tokenizer(root / "tokenizer", runtime.device),
@@ -94,7 +112,12 @@ def sample_images(
         codes = generate(
             loaded.transformer, labels.to(loaded.runtime.device), settings, seed=seed, indices=np.asarray(indices)
         )
-    return images.to_uint8(loaded.tokenizer.decode(codes)).cpu()
+    if not loaded.resize:
+        return images.to_uint8(loaded.tokenizer.decode(codes)).cpu()
+    # LlamaGen's protocol for its 384-pixel models: bicubic without antialiasing, on pixels that are not yet clamped.
+    tokenizer = loaded.tokenizer
+    pixels = tokenizer.decoder(tokenizer.post_quant_conv(tokenizer.quantizer.lookup(codes))).float()
+    return images.to_uint8(F.interpolate(pixels, size=loaded.image_size, mode="bicubic")).cpu()
 
 
 def sample_stream(
@@ -112,8 +135,7 @@ def sample_stream(
         if len(indices):
             yield indices, sample_images(loaded, labels[torch.from_numpy(indices)], indices, settings, seed)
         else:
-            height, width = (side * loaded.tokenizer.config.downsample for side in loaded.config.model.grid)
-            yield indices, torch.empty(0, 3, height, width, dtype=torch.uint8)
+            yield indices, torch.empty(0, 3, *loaded.image_size, dtype=torch.uint8)
 
 
 def sample_in_order(
@@ -205,6 +227,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-images", "--num", type=int, dest="num", help="make a set of N images, not a grid")
     parser.add_argument("--labels", default="balanced", help="classes of a set: balanced (default) or random")
     parser.add_argument("--out", required=True, help="grid: FILE.png; set: FILE.npz, or a folder of PNGs")
+    parser.add_argument("--adapter", default="", help="LoRA run trained on the model; its classes then count")
+    parser.add_argument("--resize", type=int, default=0, help="pixels (LlamaGen: 256 for 384 models), 0 = as decoded")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", default="best", help="best (default: EMA where there is one), ema or model")
     parser.add_argument("--batch-size", type=int, default=0, help="images at once per process, 0 = by device")
@@ -220,6 +244,8 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError(f"--per-class is {arguments.per_class}, expected 1 or more")
     if arguments.batch_size < 0:
         raise UserError(f"--batch-size is {arguments.batch_size}, expected 1 or more, or 0 to choose by device")
+    if arguments.resize < 0:
+        raise UserError(f"--resize is {arguments.resize}, expected pixels, or 0 for images as decoded")
     if not 0 <= arguments.seed < 2**63:
         raise UserError(f"--seed is {arguments.seed}, expected 0 to 2^63 - 1")
     if arguments.num is not None:
@@ -234,7 +260,8 @@ def main(arguments: argparse.Namespace) -> None:
     elif out.suffix != ".png":
         raise UserError(f"--out is {out}, expected FILE.png for a grid; use --num for a set of images")
     runtime = start(arguments.precision, arguments.device)
-    loaded = load(arguments.model, runtime, arguments.weights)
+    loaded = load(arguments.model, runtime, arguments.weights, arguments.adapter)
+    loaded = dataclasses.replace(loaded, resize=arguments.resize)
     if settings.cfg_scale != 1 and not loaded.config.label_dropout:
         raise UserError("the model was trained with label_dropout 0 and has no null class; use --cfg-scale 1")
     vocab_size = loaded.config.model.vocab_size
@@ -270,16 +297,16 @@ def _write_set(loaded, settings, arguments, out: Path, batch_size: int) -> None:
     labels = label_plan(num, len(loaded.class_names), arguments.labels, arguments.seed)
     record = {
         "num": num, "labels": arguments.labels, "seed": arguments.seed, "sampler": dataclasses.asdict(settings),
-        "model": loaded.identity, "mutor_vision": mutor_vision.__version__, "torch": torch.__version__,
+        "resize": loaded.resize, "model": loaded.identity, "mutor_vision": mutor_vision.__version__,
+        "torch": torch.__version__,
     }  # fmt: skip
-    height, width = (side * loaded.tokenizer.config.downsample for side in loaded.config.model.grid)
     if out.suffix == ".npz":
         from mutor_vision.metrics.npz import NpzImageWriter
 
         stream = sample_in_order(loaded, labels, settings, arguments.seed, batch_size)
         if runtime.is_main:
             out.parent.mkdir(parents=True, exist_ok=True)
-            with NpzImageWriter(out, num, height, width) as writer:
+            with NpzImageWriter(out, num, *loaded.image_size) as writer:
                 for part in _progress(stream, num, runtime):
                     writer.write(part)
         else:

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from mutor_vision import checkpoint
+from mutor_vision import checkpoint, lora
 from mutor_vision.config import TrainConfig, check_positive, differences
 from mutor_vision.data import SampleOrder, read_batch, split
 from mutor_vision.errors import MismatchError, UserError
+from mutor_vision.fine_tuning import RECORD, check_tokenizer, load_base, open_base, with_sizes_of_base
 from mutor_vision.keyed_random import derived_seed
 from mutor_vision.loss import loss_sums, total_loss
 from mutor_vision.optim import build_optimizer, check_schedule, learning_rate
@@ -30,7 +31,7 @@ from mutor_vision.transformer import Transformer, num_parameters
 
 # What may change when a run is continued: how long it lasts and what it reports. The rest would be another experiment.
 RESUMABLE = {"steps", "log_every", "val_every", "val_images", "sample_every", "sample_classes", "sample_cfg_scale",
-             "save_every", "keep", "micro_batch", "codes", "val_codes"}  # fmt: skip
+             "save_every", "keep", "micro_batch", "codes", "val_codes", "init"}  # fmt: skip
 
 
 def train(config: TrainConfig, out: Path) -> None:
@@ -49,19 +50,28 @@ def train(config: TrainConfig, out: Path) -> None:
 
     # --- model, optimizer, EMA --------------------------------------------------------------------------------------
     torch.manual_seed(derived_seed(config.seed, "initialisation"))
-    model = Transformer(config.model).to(runtime.device)
+    model = Transformer(config.model)
+    base = open_base(config.init) if config.init else None
+    if base:
+        check_tokenizer(base, token_set)
+        load_base(model, base, say=print if runtime.is_main else lambda line: None)
+    if config.lora_rank:
+        lora.add_adapter(model, config.lora_rank, config.lora_alpha)
+    kept = lora.adapter_weights if config.lora_rank else torch.nn.Module.state_dict
+    model = model.to(runtime.device)
     ema = ModelEmaV3(model, config.ema_decay, use_warmup=True, warmup_gamma=10, warmup_power=1) if config.ema_decay else None  # noqa: E501  # fmt: skip
     optimizer = build_optimizer(model, config)
 
     # --- resume -----------------------------------------------------------------------------------------------------
-    step = resume(out, config, token_set, model, ema, optimizer, runtime)
+    step = resume(out, config, token_set, base, model, ema, optimizer, runtime)
     log = RunLog(out, step, active=runtime.is_main)
     parallel = model
     if runtime.world_size > 1:
         parallel = DistributedDataParallel(model, device_ids=[runtime.device.index] if runtime.device.index is not None else None)  # noqa: E501  # fmt: skip
     if runtime.is_main:
-        print(f"{num_parameters(model):,} parameters, {len(train_images):,} training and {len(val_images):,} held-out "
-              f"images, {runtime.world_size} process(es) on {runtime.device.type}, "
+        trained = f" ({lora.describe_trainable(model)})" if config.lora_rank else ""
+        print(f"{num_parameters(model):,} parameters{trained}, {len(train_images):,} training and "
+              f"{len(val_images):,} held-out images, {runtime.world_size} process(es) on {runtime.device.type}, "
               f"{'bfloat16 autocast' if runtime.autocast_dtype else 'float32'}"
               + (f", continuing after step {step}" if step else ""), flush=True)  # fmt: skip
     log.status("running", step)
@@ -145,9 +155,9 @@ def train(config: TrainConfig, out: Path) -> None:
                 save_training_grid(ema.module if ema else model, out, step, config, runtime)
         if _due(step, config.save_every, config.steps) or step == config.steps:
             if runtime.is_main:
-                weights = {"model": model.state_dict()} | ({"ema": ema.module.state_dict()} if ema else {})
+                weights = {"model": kept(model)} | ({"ema": kept(ema.module)} if ema else {})
                 state = {"step": step, "optimizer": optimizer.state_dict()}
-                checkpoint.save(out, step, "transformer", config, weights, state, config.keep)
+                checkpoint.save(out, step, _kind(config), config, weights, state, config.keep)
             runtime.barrier()
     bar.close()
     log.status("done", step)
@@ -180,7 +190,9 @@ def validate(
 
 
 def resolve(config: TrainConfig, token_set: TokenSet) -> TrainConfig:
-    """Fill what the token set decides; raise MismatchError where the configuration says otherwise."""
+    """Fill what the base and the token set decide; raise MismatchError where they or the configuration differ."""
+    if config.init:
+        config = with_sizes_of_base(config)
     model = config.model
     for name, value in (
         ("vocab_size", token_set.codebook_size),
@@ -218,36 +230,49 @@ def check(config: TrainConfig, token_set: TokenSet, val_set: TokenSet, num_image
             f"{config.val_codes} and {config.codes} differ in tokenizer or classes; "
             "encode both with the same tokenizer and class folders"
         )
+    if config.lora_rank < 0 or config.lora_alpha <= 0 or (config.lora_rank and not config.init):
+        raise UserError(f"lora_rank is {config.lora_rank}, lora_alpha {config.lora_alpha}, init '{config.init}'; an "
+                        "adapter needs a positive rank and alpha, and --init RUN to be trained on")  # fmt: skip
     if config.registers.count:
         place_registers(config.registers, config.model.grid, seed=0, sample_index=np.zeros(1, dtype=np.int64))
 
 
-def resume(out: Path, config: TrainConfig, token_set: TokenSet, model, ema, optimizer, runtime: Runtime) -> int:
+def resume(out: Path, config: TrainConfig, token_set: TokenSet, base, model, ema, optimizer, runtime: Runtime) -> int:
     """Load the newest checkpoint of `out` and return its step, or start the run directory and return 0. Raises
-    MismatchError when the run was started with other settings or another token set."""
+    MismatchError when the run was started with other settings, another token set or another base."""
     found = checkpoint.newest(out)
+    record = base.record() if base else None
+    load = lora.load_adapter if config.lora_rank else checkpoint.load_strictly
     if found is not None:
         # A cosine schedule ends at `steps`, so another number of steps is another run.
         allowed = RESUMABLE - (set() if config.schedule == "constant" else {"steps"})
-        before = checkpoint.read_config(found, "transformer", TrainConfig)
+        before = checkpoint.read_config(found, _kind(config), TrainConfig)
         changed = [d for d in differences(before, config) if d.split(":")[0] not in allowed]
         if checkpoint.sha256(out / "token_set.json") != token_set.identity:
             changed.append(f"token set: {config.codes} is another one")
+        if bool(before.init) != bool(base) or (base and checkpoint.read_json(out / RECORD) != record):
+            changed.append(f"init: '{config.init}' holds other weights than '{before.init}' did")
         if changed:
             raise MismatchError(f"{out} was trained with other settings ({'; '.join(changed)}); use another --out")
-        checkpoint.load_strictly(model, checkpoint.read_weights(found, "model"), found / "model.safetensors")
+        load(model, checkpoint.read_weights(found, "model"), found / "model.safetensors")
         if ema:
-            checkpoint.load_strictly(ema.module, checkpoint.read_weights(found, "ema"), found / "ema.safetensors")
+            load(ema.module, checkpoint.read_weights(found, "ema"), found / "ema.safetensors")
         state = checkpoint.read_training_state(found)
         optimizer.load_state_dict(state["optimizer"])
         runtime.barrier()
     if runtime.is_main:
-        checkpoint.write_config(out, "transformer", config)
+        checkpoint.write_config(out, _kind(config), config)
         if found is None:
+            if base:
+                checkpoint.write_json(out / RECORD, record)
             shutil.copyfile(Path(config.codes) / "manifest.json", out / "token_set.json")
             shutil.copytree(token_set.tokenizer_path, out / "tokenizer", copy_function=_link, dirs_exist_ok=True)
     runtime.barrier()
     return state["step"] if found is not None else 0
+
+
+def _kind(config: TrainConfig) -> str:
+    return "adapter" if config.lora_rank else "transformer"
 
 
 def _link(source: str, target: str) -> None:

@@ -3,6 +3,8 @@
     torchrun --nproc-per-node=8 train/imagenet.py --preset imagenet256-B-mutor-2d-80 --codes CODES --out runs/B-80
     python train/imagenet.py --preset tiny-imagenet-mutor-2d --codes CODES --out runs/tiny
 
+Fine-tuning: --init RUN starts from any checkpoint and takes its sizes, --set lora_rank=8 trains an adapter on it.
+
 Run the same command again to continue. Any setting can be changed with --set name=value, for example
 --set registers.count=128 --set lr=1e-4; --dry-run prints them all. Presets, their hardware and their scores are in
 mutor_vision/presets.py.
@@ -22,6 +24,7 @@ def main() -> None:
     parser.add_argument("--preset", required=True, metavar="NAME", help=", ".join(TRANSFORMERS))
     parser.add_argument("--codes", required=True, help="token set made by tokenizers/encode.py")
     parser.add_argument("--val-codes", default="", help="held-out token set; without it the preset's share is held out")
+    parser.add_argument("--init", default="", help="run to start from instead of random weights; decides the sizes")
     parser.add_argument("--out", required=True, help="run directory, new or to be continued")
     parser.add_argument("--steps", type=int, help="optimizer steps in all")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting")
@@ -30,6 +33,7 @@ def main() -> None:
 
     config = override(preset(TRANSFORMERS, arguments.preset), arguments.set)
     config = dataclasses.replace(config, codes=arguments.codes, val_codes=arguments.val_codes)
+    config = dataclasses.replace(config, init=arguments.init or config.init)
     if arguments.steps is not None:
         config = dataclasses.replace(config, steps=arguments.steps)
 

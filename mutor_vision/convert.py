@@ -1,0 +1,267 @@
+"""The command `mutor convert`: LlamaGen's checkpoints and codes in, our checkpoints back out to LlamaGen's file."""
+
+import argparse
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mutor_vision import checkpoint, foreign_checkpoint, llamagen
+from mutor_vision.config import RegisterConfig, TokenizerConfig, TokenizerTrainConfig, TrainConfig
+from mutor_vision.errors import IntegrityError, MismatchError, UserError
+from mutor_vision.foreign_checkpoint import ForeignCheckpoint
+from mutor_vision.keyed_random import derived_seed
+from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer, tokenizer_folder, tokenizer_identity
+from mutor_vision.transformer import Transformer
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    weights: str = "",
+    heads: int = 0,
+    image_size: int = 0,
+    grid: tuple[int, int] | None = None,
+    class_names: list[str] | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """A LlamaGen transformer, LlamaGen VQ model or taming VQGAN -> the run directory `target`, which must not exist.
+
+    tokenizer: of a transformer, ours or a VQ file. 0 and None mean: from the file where it says, else LlamaGen's own
+    (heads by width, 256 pixels, ids as class names). Raises UserError, MismatchError or IntegrityError, and then
+    leaves nothing behind."""
+    target = Path(target)
+    _check_new(target)
+    foreign = foreign_checkpoint.read(source, weights)
+    say(f"{foreign.path}: {foreign.layout}, {len(foreign.tensors)} tensors")
+    try:
+        kind = llamagen.kind_of(set(foreign.tensors))
+    except MismatchError as error:
+        raise MismatchError(f"{foreign.path} is {error}") from None
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        if kind == "transformer":
+            _write_transformer(foreign, partial, tokenizer, heads, image_size, grid, class_names, say)
+        elif tokenizer:
+            raise UserError(f"{foreign.path} is a VQ model itself; drop --tokenizer")
+        else:
+            config, ours = _read_tokenizer(foreign, kind, image_size, say)
+            train_config = TokenizerTrainConfig(model=config, ema_decay=0.0)
+            checkpoint.save(partial, 0, "tokenizer", train_config, {"model": ours}, {"step": 0}, keep=2)
+            _finish_run(partial, "tokenizer", train_config, foreign.path)
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    say(f"{target}: a {'transformer' if kind == 'transformer' else 'tokenizer'} run")
+
+
+def convert_back(
+    run: str | Path, target: str | Path, weights: str = "best", say: Callable[[str], None] = print
+) -> None:
+    """A run or checkpoint of ours -> a .pt file {'model': state dict} that LlamaGen's own scripts load. Raises
+    UserError when `target` exists or `run` is none."""
+    target = Path(target)
+    _check_new(target)
+    folder = checkpoint.resolve(run)
+    kind = checkpoint.read_json(folder / "config.json").get("kind")
+    if kind not in ("transformer", "tokenizer"):
+        raise MismatchError(
+            f"{run} holds a {kind}, expected a transformer or tokenizer; `mutor merge` an adapter first"
+        )
+    ours = checkpoint.read_weights(folder, weights)
+    if kind == "transformer":
+        theirs = llamagen.llamagen_transformer_state_dict(ours)
+        say("the register's row is left out: LlamaGen's code has no register, and sampling does not use it")
+    else:
+        if not checkpoint.read_config(folder, "tokenizer", TokenizerTrainConfig).model.l2_norm:
+            raise MismatchError(f"{run} was trained without l2_norm, which LlamaGen's VQ model always uses")
+        theirs = llamagen.llamagen_tokenizer_state_dict(ours)
+        say(f"{llamagen.USAGE_BUFFER}, a statistic, is written as zeros")
+    del ours
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        torch.save({"model": {name: tensor.contiguous() for name, tensor in theirs.items()}}, partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    say(f"{target}: {len(theirs)} tensors under 'model'")
+
+
+def _write_transformer(foreign, partial, tokenizer, heads, image_size, grid, class_names, say) -> None:
+    partial.mkdir(parents=True)
+    vq = write_tokenizer_copy(tokenizer, partial / "tokenizer", say) if tokenizer else None
+    downsample = vq.downsample if vq else _setting(foreign, "downsample_size") or 16
+    if grid is None:
+        pixels = image_size or _setting(foreign, "image_size")
+        say(f"{pixels or 256} pixels" + ("" if pixels else ", assumed: no tensor tells; else give --image-size 384"))
+        grid = ((pixels or 256) // downsample,) * 2
+        if (pixels or 256) % downsample or not grid[0]:
+            raise UserError(
+                f"image size {pixels} is no multiple of {downsample}, the pixels per token; give --image-size"
+            )
+    model = llamagen.transformer_config(foreign.tensors, grid, heads)
+    shapes = _meta_state(lambda: Transformer(model))
+    _check(foreign, llamagen.llamagen_transformer_state_dict(shapes))
+    if vq and vq.codebook_size != model.vocab_size:
+        raise MismatchError(f"the transformer has {model.vocab_size} codes, the tokenizer {vq.codebook_size}")
+    names = class_names or [str(i) for i in range(model.num_classes)]
+    if len(names) != model.num_classes:
+        raise MismatchError(f"{len(names)} class names for a model of {model.num_classes} classes")
+    count = sum(tensor.numel() for tensor in foreign.tensors.values())
+    size = f"LlamaGen's size {llamagen.SIZES[model.dim]}" if model.dim in llamagen.SIZES else "no published size"
+    say(f"transformer: {model.layers} layers, {model.heads} heads, {model.dim} wide ({size}), "
+        f"{model.vocab_size} codes, {model.num_classes} classes, {grid[0]}x{grid[1]} tokens; {count:,} parameters")  # fmt: skip
+    generator = torch.Generator().manual_seed(derived_seed(0, "register row"))
+    register = torch.randn(model.dim, generator=generator) * 0.02
+    say(f"a register's row of {model.dim} numbers from N(0, 0.02) is added to the token embedding")
+    ours = llamagen.transformer_state_dict(foreign.tensors, register)
+    config = TrainConfig(model=model, registers=RegisterConfig(), ema_decay=0.0)
+    checkpoint.save(partial, 0, "transformer", config, {"model": ours}, {"step": 0}, keep=2)
+    checkpoint.write_json(partial / "token_set.json", {
+        "format": 1, "tokenizer_sha256": tokenizer_identity(partial / "tokenizer") if vq else None,
+        "codebook_size": model.vocab_size, "image_size": grid[0] * downsample, "grid": list(grid), "views": [],
+        "class_names": names, "shards": [],
+    })  # fmt: skip
+    _finish_run(partial, "transformer", config, foreign.path)
+    if not vq:
+        say("no --tokenizer: the run can be trained on, but not sampled from")
+
+
+def write_tokenizer_copy(source: str | Path, folder: Path, say) -> TokenizerConfig:
+    """Our tokenizer or a VQ file -> an exported tokenizer in `folder`."""
+    if Path(source).is_file() and Path(source).name != "model.safetensors":
+        foreign = foreign_checkpoint.read(source)
+        config, ours = _read_tokenizer(foreign, llamagen.kind_of(set(foreign.tensors)), 0, say)
+        stem = folder.with_name(f".{folder.name}.run")
+        shutil.rmtree(stem, ignore_errors=True)
+        train_config = TokenizerTrainConfig(model=config, ema_decay=0.0)
+        checkpoint.save(stem, 0, "tokenizer", train_config, {"model": ours}, {"step": 0}, keep=2)
+        checkpoint.export(stem, folder)
+        shutil.rmtree(stem)
+        return config
+    checkpoint.export(tokenizer_folder(source), folder)
+    return load_tokenizer(folder).config
+
+
+def _read_tokenizer(foreign: ForeignCheckpoint, kind: str, image_size: int, say):
+    """The configuration and our state dict of a foreign VQ model, checked."""
+    if kind == "transformer":
+        raise MismatchError(f"{foreign.path} is a transformer, expected a VQ model")
+    tensors = llamagen.taming_state_dict(foreign.tensors) if kind == "taming" else dict(foreign.tensors)
+    tensors.pop(llamagen.USAGE_BUFFER, None)
+    config = llamagen.tokenizer_config(tensors, image_size or 256, l2_norm=kind != "taming")
+    expected = llamagen.llamagen_tokenizer_state_dict(_meta_state(lambda: VQTokenizer(config)))
+    expected.pop(llamagen.USAGE_BUFFER)
+    _check(dataclasses.replace(foreign, tensors=tensors), expected)
+    count = sum(tensor.numel() for tensor in tensors.values())
+    say(f"{'taming VQGAN, plain codes' if kind == 'taming' else 'LlamaGen VQ model, unit codes'}: "
+        f"{config.downsample} pixels a code, {config.codebook_size} codes of {config.code_dim}, channels "
+        f"{', '.join(map(str, config.channels))}; {count:,} parameters")  # fmt: skip
+    return config, llamagen.tokenizer_state_dict(tensors)
+
+
+def _setting(foreign: ForeignCheckpoint, name: str) -> int:
+    # From a stranger's file: anything but a sensible number of pixels counts as absent.
+    value = foreign.arguments.get(name)
+    return value if isinstance(value, int) and 0 < value <= 4096 else 0
+
+
+def _meta_state(build: Callable[[], torch.nn.Module]) -> dict[str, Tensor]:
+    with torch.device("meta"):  # names and shapes only
+        return build().state_dict()
+
+
+def _check(foreign: ForeignCheckpoint, expected: dict[str, Tensor]) -> None:
+    """Names, shapes and types as expected, every number finite; the error names the first tensor that is not."""
+    tensors, path = foreign.tensors, foreign.path
+    for problem, names in (("lacks", expected.keys() - tensors.keys()), ("also has", tensors.keys() - expected.keys())):
+        if names:
+            raise MismatchError(f"{path} {problem} {', '.join(sorted(names)[:3])} ({len(names)} in all); "
+                                "it is of another architecture")  # fmt: skip
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise MismatchError(f"{path}: '{name}' has shape {tuple(tensor.shape)}, expected "
+                                f"{tuple(expected[name].shape)} from the other tensors")  # fmt: skip
+        if not tensor.is_floating_point():
+            raise MismatchError(f"{path}: '{name}' is {tensor.dtype}, expected floating point")
+        if not torch.isfinite(tensor).all():
+            raise IntegrityError(f"{path}: '{name}' holds numbers that are not finite; use an earlier checkpoint")
+
+
+def _finish_run(run: Path, kind: str, config, source: Path) -> None:
+    checkpoint.write_config(run, kind, config)
+    checkpoint.write_json(run / "status.json", {"state": "done", "step": 0, "reason": f"converted from {source.name}"})
+
+
+def _check_new(target: Path) -> None:
+    if target.exists():
+        raise UserError(f"{target} exists already; remove it or give another name")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="LlamaGen's .pt or folder, or a folder of its codes; with --to llamagen our run")
+    parser.add_argument("target", help="run directory, token set or .pt file to write; must not exist")
+    parser.add_argument("--to", default="run", help="run (default) or llamagen")
+    parser.add_argument("--tokenizer", help="of a transformer or of codes: our tokenizer, or a VQ file")
+    parser.add_argument("--weights", default="", help="which of several sets: model, ema, ...")
+    parser.add_argument("--heads", type=int, default=0, help="attention heads, for widths LlamaGen has not published")
+    parser.add_argument("--image-size", type=int, default=0, help="pixels (default: what the file says, else 256)")
+    parser.add_argument("--grid", help="tokens h,w (default: image size / pixels per token)")
+    parser.add_argument("--class-names", help="text file with a class name a line (default: the ids)")
+    parser.add_argument("--num-classes", type=int, default=1000, help="of a folder of codes (default 1000)")
+    parser.add_argument("--codes-105", help="folder of the same images' codes cropped at 1.05, used as further views")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    source = Path(arguments.source)
+    if arguments.to not in ("run", "llamagen"):
+        raise UserError(f"--to is '{arguments.to}', expected run or llamagen")
+    if arguments.to == "llamagen":
+        convert_back(source, arguments.target, arguments.weights or "best")
+        return
+    names = read_class_names(Path(arguments.class_names)) if arguments.class_names else None
+    from mutor_vision.llamagen_codes import import_codes, is_codes_folder
+
+    if is_codes_folder(source):
+        if not arguments.tokenizer:
+            raise UserError("codes mean nothing without their tokenizer; give --tokenizer")
+        names = names or [str(i) for i in range(arguments.num_classes)]
+        import_codes(source, arguments.target, arguments.tokenizer, names, arguments.codes_105)
+        return
+    convert(
+        source, arguments.target, tokenizer=arguments.tokenizer, weights=arguments.weights, heads=arguments.heads,
+        image_size=arguments.image_size, grid=parse_grid(arguments.grid), class_names=names,
+    )  # fmt: skip
+
+
+def parse_grid(text: str | None) -> tuple[int, int] | None:
+    """'16,16' -> (16, 16). Raises UserError."""
+    if text is None:
+        return None
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"--grid is '{text}', expected rows,columns such as 16,16")
+    return int(parts[0]), int(parts[1])
+
+
+def read_class_names(path: Path) -> list[str]:
+    """A name a line, in the order of the ids."""
+    try:
+        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} cannot be read as class names ({error}); expected a text file, a name a line"
+        ) from None
+    if len(set(names)) != len(names):
+        raise UserError(f"{path} names a class twice; expected a name a line, each once")
+    return names

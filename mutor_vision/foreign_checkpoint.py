@@ -1,0 +1,157 @@
+"""Weights from a stranger's file. A .pt file is a pickle, that is a program: it is opened with torch's weights_only
+loader and one more permitted class, argparse.Namespace, which LlamaGen's training scripts store. There is no second
+way in, whatever the environment says; what the loader refuses stays closed."""
+
+import argparse
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mutor_vision.errors import IntegrityError, MismatchError, UserError
+
+ENTRIES = ("model", "module", "state_dict", "ema")  # under which a file may keep its weights
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")  # what DDP, torch.compile and FSDP put before each name
+_POSITIONS = {"freqs_cis", "causal_mask"}  # tables that follow from the sizes; some forks store them
+
+
+@dataclass(frozen=True)
+class ForeignCheckpoint:
+    """Dense float tensors in memory, and what is known about the file they came from."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    layout: str  # where in the file they were, for a person
+    arguments: dict[str, Any]  # the training script's settings, {} when the file has none
+
+
+def read(path: str | Path, weights: str = "") -> ForeignCheckpoint:
+    """Open a .pt, .pth or .ckpt file, a .safetensors file, or a folder with FSDP's consolidated.pth.
+
+    weights: the entry to take ('model', 'module', 'state_dict' or 'ema') from a file with several. Raises UserError
+    when there is no such file or a choice is needed, IntegrityError when it is damaged or would run code."""
+    path = Path(path)
+    if path.is_dir():
+        if (path / ".metadata").exists():
+            raise IntegrityError(f"{path} is a distributed checkpoint, whose index is a pickle; give consolidated.pth")
+        path = path / "consolidated.pth"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; expected a checkpoint file, or a folder with consolidated.pth")
+    with open(path, "rb") as file:
+        _check_start(path, file.read(512))
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    tensors, layout = _choose(path, content, weights)
+    arguments = content.get("args")
+    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    del content  # the optimizer's state, as large as two models
+    tensors, prefix = _without_wrappers(tensors)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in _POSITIONS}
+    for name, tensor in tensors.items():
+        _check_tensor(path, name, tensor)
+    return ForeignCheckpoint(path, tensors, layout + (f", prefix '{prefix}' taken off" if prefix else ""), arguments)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise IntegrityError(f"{path} is no complete safetensors file ({_short(error)}); download it again") from None
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    _check_zip(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except Exception as error:  # a crafted file can make the loader raise anything
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise IntegrityError(
+                f"{path} is refused: its pickle asks for {found[1]}, and may hold nothing but tensors, plain values "
+                "and argparse.Namespace; nothing in it was run. Where you trust it, save its state dict alone"
+            ) from None
+        reason = str(error).rpartition("WeightsUnpickler error:")[2]  # before it stands how to run a stranger's code
+        raise IntegrityError(f"{path} is refused: {_short(ValueError(reason))}; nothing in it was run") from None
+    if not isinstance(content, dict):
+        raise MismatchError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors")
+    return content
+
+
+def _check_start(path: Path, start: bytes) -> None:
+    if not start:
+        raise IntegrityError(f"{path} is empty (0 bytes); download it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise IntegrityError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull")
+    if start.lstrip()[:1] == b"<":
+        raise IntegrityError(f"{path} looks like a web page: the download failed; download it again")
+    if path.suffix != ".safetensors" and not start.startswith(b"PK\x03\x04"):
+        raise IntegrityError(
+            f"{path} is not the zip file that PyTorch 1.6 and later write; older and bare pickles are never opened. "
+            "Where you trust it, load it and torch.save its state dict again"
+        )
+
+
+def _check_zip(path: Path) -> None:
+    # torch.load compares no checksum: nearly every flipped bit would become a wrong weight. The zip has them all.
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            names = {entry.filename.partition("/")[2] for entry in entries}
+            if "constants.pkl" in names or any(name.startswith("code/") for name in names):
+                raise IntegrityError(f"{path} is a TorchScript program; expected a file of weights")
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise IntegrityError(f"{path} has compressed entries, which torch.save does not write; it is refused")
+            if sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise IntegrityError(f"{path} claims more bytes than it has; it is refused")
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, ValueError) as error:
+        raise IntegrityError(
+            f"{path} ({path.stat().st_size:,} bytes) is truncated or damaged ({_short(error)}); download it again"
+        ) from None
+    if damaged:
+        raise IntegrityError(f"{path} is damaged: the checksum of its entry '{damaged}' is wrong; download it again")
+
+
+def _choose(path: Path, content: dict[str, Any], weights: str) -> tuple[dict[str, Any], str]:
+    found = [name for name in ENTRIES if isinstance(content.get(name), dict)]
+    if not found:
+        if weights:
+            raise UserError(f"{path} holds one set of weights only; drop --weights {weights}")
+        if not any(isinstance(value, Tensor) for value in content.values()):
+            raise MismatchError(f"{path} holds no weights: its entries are {', '.join(map(str, list(content)[:6]))}")
+        return content, "bare tensors"
+    if weights and weights not in found:
+        raise UserError(f"{path} has no '{weights}' weights; it has {', '.join(found)}")
+    if len(found) > 1 and not weights:
+        raise UserError(
+            f"{path} holds the weights {' and '.join(found)}; choose one, such as --weights {found[0]}"
+            + (", which LlamaGen's samplers load" if found[0] == "model" else "")
+        )
+    name = weights or found[0]
+    return content[name], f"entry '{name}'"
+
+
+def _without_wrappers(tensors: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    removed = ""
+    while prefix := next((p for p in _WRAPPERS if tensors and all(str(n).startswith(p) for n in tensors)), None):
+        tensors, removed = {name[len(prefix) :]: value for name, value in tensors.items()}, removed + prefix
+    return tensors, removed
+
+
+def _check_tensor(path: Path, name: Any, tensor: Any) -> None:
+    if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        raise MismatchError(f"{path}: '{name}' is a {type(tensor).__name__}, expected a tensor")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested or tensor.device.type != "cpu":
+        raise MismatchError(f"{path}: '{name}' is sparse, quantised or without data, expected a plain tensor")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise IntegrityError(f"{path}: '{name}' claims {tensor.numel():,} numbers, more than are stored; it is refused")
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else f"{text[:160]}..."
