@@ -60,13 +60,13 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 def ten_crop(image: Image.Image, size: int, ratio: float = 1.1) -> list[Image.Image]:
     """LlamaGen's ten views: ADM centre crop to int(size * ratio), then top-left, top-right, bottom-left,
-    bottom-right and centre crops of `size`, then the mirror image of each in the same order."""
+    bottom-right and centre crops of `size`, then the same five of the mirror image, so that the sixth is the mirrored
+    top right. Source: torchvision's ten_crop."""
     outer = int(size * ratio)
     image = center_crop(image, outer)
     far, mid = outer - size, round((outer - size) / 2)
     corners = [(0, 0), (far, 0), (0, far), (far, far), (mid, mid)]
-    crops = [image.crop((x, y, x + size, y + size)) for x, y in corners]
-    return crops + [mirror(crop) for crop in crops]
+    return [whole.crop((x, y, x + size, y + size)) for whole in (image, mirror(image)) for x, y in corners]
 
 
 def center_flip(image: Image.Image, size: int) -> list[Image.Image]:
