@@ -51,8 +51,8 @@ def reconstruct(tokenizer: VQTokenizer, images: Tensor) -> tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def score_reconstructions(tokenizer: VQTokenizer, batches: Iterable[Tensor], runtime: Runtime) -> dict[str, float]:
-    """uint8 batches (..., 3, H, W) of this rank -> means over the images of all ranks: 'psnr' (dB), 'ssim', 'l1' (of 0..255), and
-    'usage' (share of V that occurs), 'perplexity' (of the code frequencies), 'images' (how many were scored)."""
+    """uint8 batches (..., 3, H, W) of this rank -> means over the images of all ranks: 'psnr' (dB),
+    'ssim', 'l1' (of 0..255), and 'usage' (share of V that occurs), 'perplexity' (of the code frequencies), 'images'."""
     sums = torch.zeros(4, dtype=torch.float64)
     counts = torch.zeros(tokenizer.config.codebook_size, dtype=torch.int64, device=runtime.device)
     for images in batches:

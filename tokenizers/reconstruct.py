@@ -1,0 +1,90 @@
+"""How well a tokenizer reconstructs images: a side-by-side grid, PSNR, SSIM, codebook usage and perplexity.
+
+    python tokenizers/reconstruct.py --tokenizer runs/vq --data val/ --out runs/vq/val
+
+writes grid.png and metrics.json. With --save-images the centre crops and their reconstructions are written as PNG,
+for reconstruction FID: python eval/fid.py --samples OUT/reconstructions --reference OUT/originals
+"""
+
+import time
+from pathlib import Path
+
+import torch
+
+import mutor_vision
+from mutor_vision import runtime
+from mutor_vision.checkpoint import write_json
+from mutor_vision.cli import Parser, run_command
+from mutor_vision.errors import UserError
+from mutor_vision.image_folder import ImageFolder, Views, batched, read_batches
+from mutor_vision.images import center, save_png, to_pil
+from mutor_vision.keyed_random import permutation
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--tokenizer", required=True, help="tokenizer run, checkpoint or exported folder")
+    parser.add_argument("--data", required=True, help="folder with one sub-folder of images per class")
+    parser.add_argument("--out", required=True, help="folder for grid.png and metrics.json")
+    parser.add_argument("--num", type=int, default=0, help="score this many images, chosen by --seed; default: all")
+    parser.add_argument("--grid", type=int, default=32, help="images in the grid (default 32)")
+    parser.add_argument("--image-size", type=int, default=0, help="pixels; default: what the tokenizer was trained on")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=2, help="image-reading processes (default 2)")
+    parser.add_argument("--weights", default="best", help="best (EMA where there is one, default), ema or model")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-images", action="store_true", help="also write every image and its reconstruction")
+    arguments = parser.parse_args()
+    if arguments.num < 0 or arguments.grid < 1 or arguments.batch_size < 1:
+        raise UserError("--num, --grid and --batch-size must be positive")
+
+    from mutor_vision.tokenizer.model import load_tokenizer, tokenizer_identity
+    from mutor_vision.tokenizer.reconstruction import reconstruct, score_reconstructions, side_by_side
+
+    where, begun, out = runtime.start(), time.monotonic(), Path(arguments.out)
+    if where.world_size > 1:
+        raise UserError("reconstruct.py runs in one process; start it without torchrun")
+    folder = ImageFolder.open(arguments.data)
+    tokenizer = load_tokenizer(arguments.tokenizer, where.device, arguments.weights)
+    size = arguments.image_size or tokenizer.config.image_size
+    views = Views(folder, size, center)
+    order = permutation(arguments.seed, "reconstruct", 0, len(folder))
+    chosen = sorted(order[: arguments.num or len(folder)].tolist())
+    batches = read_batches(views, list(batched(chosen, arguments.batch_size)), arguments.workers)
+    if arguments.save_images:
+        batches = saved(batches, chosen, folder, tokenizer, out, reconstruct)
+    scores = score_reconstructions(tokenizer, batches, where)
+
+    shown = torch.cat([views[i] for i in order[: arguments.grid].tolist()])
+    out.mkdir(parents=True, exist_ok=True)
+    save_png(side_by_side(shown, reconstruct(tokenizer, shown)[0]), out / "grid.png")
+    protocol = {
+        "tokenizer_sha256": tokenizer_identity(tokenizer), "weights": arguments.weights, "image_size": size,
+        "crop": "ADM centre crop", "codebook_size": tokenizer.config.codebook_size,
+        "psnr": "mean over images of the PSNR in dB of uint8 RGB",
+        "ssim": "mean over images of SSIM of uint8 RGB, Gaussian window 11, sigma 1.5",
+        "source": folder.root.resolve().name, "files_sha256": folder.fingerprint(), "images_in_source": len(folder),
+        "seed": arguments.seed, "mutor_vision": mutor_vision.__version__, "torch": torch.__version__,
+    }  # fmt: skip
+    write_json(out / "metrics.json", {**scores, "protocol": protocol})
+    print(
+        f"{scores['images']} images: PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.3f}, {scores['usage']:.1%} of "
+        f"{tokenizer.config.codebook_size} codes used, perplexity {scores['perplexity']:.0f}; "
+        f"{time.monotonic() - begun:.0f} s; look at {out / 'grid.png'}"
+    )
+
+
+def saved(batches, chosen, folder, tokenizer, out, reconstruct):
+    """Pass the batches on, after writing each image and its reconstruction as PNG."""
+    numbers = iter(chosen)
+    for images in batches:
+        images = images.flatten(0, 1)
+        for original, copy in zip(images, reconstruct(tokenizer, images)[0], strict=True):
+            name = f"{next(numbers):08d}.png"
+            save_png(to_pil(original), out / "originals" / name)
+            save_png(to_pil(copy), out / "reconstructions" / name)
+        yield images
+
+
+if __name__ == "__main__":
+    run_command(main)
