@@ -119,8 +119,8 @@ def _write_transformer(foreign, partial, tokenizer, heads, image_size, grid, cla
         raise MismatchError(f"{len(names)} class names for a model of {model.num_classes} classes")
     count = sum(tensor.numel() for tensor in foreign.tensors.values())
     size = f"LlamaGen's size {llamagen.SIZES[model.dim]}" if model.dim in llamagen.SIZES else "no published size"
-    say(f"transformer: {model.layers} layers, {model.heads} heads, {model.dim} wide ({size}), "
-        f"{model.vocab_size} codes, {model.num_classes} classes, {grid[0]}x{grid[1]} tokens; {count:,} parameters")  # fmt: skip
+    say(f"transformer: {model.layers} layers, {model.heads} heads, {model.dim} wide ({size}), {model.vocab_size} "
+        f"codes, {model.num_classes} classes, {grid[0]}x{grid[1]} tokens; {count:,} parameters")  # fmt: skip
     generator = torch.Generator().manual_seed(derived_seed(0, "register row"))
     register = torch.randn(model.dim, generator=generator) * 0.02
     say(f"a register's row of {model.dim} numbers from N(0, 0.02) is added to the token embedding")

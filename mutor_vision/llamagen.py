@@ -1,5 +1,6 @@
 """LlamaGen's published models (github.com/FoundationVision/LlamaGen) and taming-transformers' VQGAN, by name: what
-their tensors are called, what ours are called, and the sizes that follow from the shapes. Pure functions on state dicts."""
+their tensors are called, what ours are called, and the sizes that follow from the shapes. Pure functions of state
+dicts."""
 
 import re
 

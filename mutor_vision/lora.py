@@ -1,6 +1,6 @@
 """LoRA (arXiv 2106.09685) through Hugging Face peft: an adapter on every linear layer of the blocks, with the
-register's embedding and the class table trained in full. A run of it keeps the adapter only, a few MB; `mutor merge` makes a
-plain run of a base and its adapter."""
+register's embedding and the class table trained in full. A run of it keeps the adapter only, a few MB; `mutor merge`
+makes a plain run of a base and its adapter."""
 
 import argparse
 import dataclasses
