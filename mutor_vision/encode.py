@@ -82,23 +82,21 @@ def _encode_shards(
     missing = [shard for shard in mine if not _has_shard(out, shard, plan)]
     batches = {shard: list(batched(_images_of(shard, plan), plan["batch_size"])) for shard in missing}
     stream = read_batches(views, [batch for shard in missing for batch in batches[shard]], workers)
-    bar = tqdm(
-        total=sum(len(_images_of(shard, plan)) for shard in missing), unit="image", disable=not runtime.is_main,
-        dynamic_ncols=True, desc=f"encode (process 1 of {runtime.world_size})" if runtime.world_size > 1 else "encode",
-    )  # fmt: skip
-    for shard in missing:
-        codes = []
-        for images in islice(stream, len(batches[shard])):
-            parts = images.flatten(0, 1).split(plan["batch_size"])
-            encoded = [_encode(tokenizer, to_float(part.to(runtime.device))) for part in parts]
-            codes.append(torch.cat(encoded).unflatten(0, images.shape[:2]).cpu().numpy())
-            bar.update(len(images))
-        codes_name, labels_name = shard_names(shard)
-        save_array(out / codes_name, np.concatenate(codes).astype(code_dtype(plan["codebook_size"])))
-        # The labels come second: a shard is done when both are there.
-        labels = [views.folder.labels[i] for i in _images_of(shard, plan)]
-        save_array(out / labels_name, np.array(labels, dtype=np.int64))
-    bar.close()
+    total = sum(len(_images_of(shard, plan)) for shard in missing)
+    title = "encode" if runtime.world_size == 1 else f"encode (process 1 of {runtime.world_size})"
+    with tqdm(total=total, unit="image", desc=title, disable=not runtime.is_main, dynamic_ncols=True) as bar:
+        for shard in missing:
+            codes = []
+            for images in islice(stream, len(batches[shard])):
+                parts = images.flatten(0, 1).split(plan["batch_size"])
+                encoded = [_encode(tokenizer, to_float(part.to(runtime.device))) for part in parts]
+                codes.append(torch.cat(encoded).unflatten(0, images.shape[:2]).cpu().numpy())
+                bar.update(len(images))
+            codes_name, labels_name = shard_names(shard)
+            save_array(out / codes_name, np.concatenate(codes).astype(code_dtype(plan["codebook_size"])))
+            # The labels come second: a shard is done when both are there.
+            labels = [views.folder.labels[i] for i in _images_of(shard, plan)]
+            save_array(out / labels_name, np.array(labels, dtype=np.int64))
 
 
 def _encode(tokenizer: VQTokenizer, images: Tensor) -> Tensor:

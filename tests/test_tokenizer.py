@@ -11,6 +11,7 @@ from mutor_vision.config import TokenizerConfig, TokenizerTrainConfig
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
 from mutor_vision.images import to_uint8
 from mutor_vision.llamagen import tokenizer_config, tokenizer_state_dict
+from mutor_vision.presets import TOKENIZERS
 from mutor_vision.tokenizer import losses
 from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer, tokenizer_identity
 from mutor_vision.tokenizer.quantizer import VectorQuantizer, assignment_entropy, nearest, revive_dead_codes, usage
@@ -64,12 +65,10 @@ def test_sizes_that_cannot_be_are_refused(change):
         VQTokenizer(dataclasses.replace(CONFIG, **change))
 
 
-@pytest.mark.parametrize(
-    "channels, count", [((128, 128, 256, 256, 512), 71_883_403), ((128, 256, 256, 512), 70_109_835)]
-)
-def test_vq16_and_vq8_have_llamagens_parameter_counts(channels, count):
+@pytest.mark.parametrize("name, count", [("vq-16", 71_883_403), ("vq-8", 70_109_835)])
+def test_vq16_and_vq8_have_llamagens_parameter_counts(name, count):
     with torch.device("meta"):
-        model = VQTokenizer(TokenizerConfig(channels=channels))
+        model = VQTokenizer(TOKENIZERS[name].model)
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -124,11 +125,13 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
             new_counts = count_codes(reconstruction.quantized.codes, len(counts))
             counts += new_counts
             if config.dead_code_steps > 0:
-                candidates = reconstruction.quantized.encoded[:8].detach().permute(0, 2, 3, 1).flatten(0, 2)
+                # Latents of the step's first 8 images, the same for any number of processes.
+                some = reconstruction.quantized.encoded[: max(1, 8 // runtime.world_size)].detach().contiguous()
+                some = rearrange(runtime.gather(some), "(rank i) c h w -> (i rank h w) c", rank=runtime.world_size)
                 draws = torch.from_numpy(uniforms(config.seed, "revive", np.array([step]), len(counts))[0])
                 revive_dead_codes(
-                    model.quantizer.codebook, idle_steps, runtime.all_reduce(new_counts),
-                    runtime.gather(candidates), config.dead_code_steps, draws.to(device),
+                    model.quantizer.codebook, idle_steps, runtime.all_reduce(new_counts), some,
+                    config.dead_code_steps, draws.to(device),
                 )  # fmt: skip
             if ema is not None:
                 ema.update(model, step=step)
@@ -231,6 +234,8 @@ def check_settings(config: TokenizerTrainConfig, runtime: Runtime) -> None:
                  "log_every", "val_every", "sample_every", "save_every"):  # fmt: skip
         if getattr(config, name) < 0:
             raise UserError(f"{name} is {getattr(config, name)}, expected 0 (off) or more")
+    if config.adversarial_weight > 0 and config.model.image_size < 24:
+        raise UserError(f"adversarial_weight needs 24 pixels or more, image_size is {config.model.image_size}")
     if config.lpips_weight > 0 and not config.lpips_weights:
         raise UserError("lpips_weight is above 0 and needs the file lpips_weights; give it, or set lpips_weight=0")
 

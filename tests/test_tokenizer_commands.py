@@ -1,0 +1,342 @@
+"""tokenizers/train_vq.py, encode.py and reconstruct.py, as a person calls them."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mutor_vision import checkpoint
+from mutor_vision.errors import IntegrityError
+from mutor_vision.image_folder import Views
+from mutor_vision.token_set import TokenSet
+from mutor_vision.tokenizer.model import tokenizer_identity
+
+SMALL = {
+    "model.image_size": 16, "model.channels": "8,8,8", "model.latent_channels": 8, "model.code_dim": 4,
+    "model.codebook_size": 32, "model.norm_groups": 4, "model.attention": "false", "batch_size": 4, "workers": 0,
+    "min_crop_scale": 0.8, "dead_code_steps": 2, "save_every": 3, "log_every": 1, "val_every": 3, "sample_every": 3,
+    "warmup_steps": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two classes of 7 smooth pictures of about 20 pixels."""
+    root, generator = tmp_path_factory.mktemp("data") / "pictures", np.random.default_rng(0)
+    for number in range(14):
+        path = root / f"class{number % 2}" / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        small = Image.fromarray(generator.integers(255, size=(4, 4, 3), dtype=np.uint8))
+        small.resize((20 + number, 22), Image.Resampling.BICUBIC).save(path)
+    return root
+
+
+@pytest.fixture
+def command(root, monkeypatch, capsys):
+    """Run a command in this process -> (exit code, stdout, stderr)."""
+
+    def run(name, **arguments):
+        flags = [part for key, value in arguments.items() if key != "set" for part in
+                 ([f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)]))]  # fmt: skip
+        flags += [part for key, value in arguments.get("set", {}).items() for part in ("--set", f"{key}={value}")]
+        monkeypatch.setattr(sys, "argv", [name, *flags])
+        code = 0
+        try:
+            runpy.run_path(str(root / "tokenizers" / name), run_name="__main__")
+        except SystemExit as exit:
+            code = exit.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def torchrun(root, name, *flags, processes=2):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launch, str(root / "tokenizers" / name), *flags], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def set_flags(**changes):
+    return [part for key, value in {**SMALL, **changes}.items() for part in ("--set", f"{key}={value}")]
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def log_of(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(root, pictures, tmp_path_factory):
+    """Six uninterrupted steps."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(root, pictures, out, 6)
+    return out
+
+
+def train(root, data, out, steps, **changes):
+    from mutor_vision.config import override
+    from mutor_vision.presets import TOKENIZERS
+    from mutor_vision.tokenizer.train_loop import train_tokenizer
+
+    settings = [f"{key}={value}" for key, value in {**SMALL, "val_fraction": 0.2, **changes}.items()]
+    config = override(TOKENIZERS["digits"], [*settings, f"data={data}", f"steps={steps}"])
+    return train_tokenizer(config, out)
+
+
+# Training.
+
+
+def test_training_writes_a_run_that_explains_itself(trained):
+    assert json.loads((trained / "status.json").read_text())["state"] == "done"
+    lines = [line for line in log_of(trained) if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "l2", "codebook", "commitment", "psnr", "usage", "perplexity", "images_per_s"} <= lines[0].keys()
+    scores = {key for line in log_of(trained) for key in line if key.startswith("val/")}
+    assert {"val/model/psnr", "val/ema/psnr", "val/ema/l1", "val/ema/usage"} <= scores
+    assert [path.name for path in sorted((trained / "samples").iterdir())] == ["step-0000003.png", "step-0000006.png"]
+    newest = checkpoint.newest(trained)
+    assert newest.name == "step-0000006" and checkpoint.weight_names(newest) == ["ema", "model"]
+
+
+def weights_of(run, step):
+    folder = run / "checkpoints" / f"step-{step:07d}"
+    return {name: checkpoint.read_weights(folder, name) for name in checkpoint.weight_names(folder)}
+
+
+def assert_equal_weights(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        for key in left[name]:
+            assert torch.equal(left[name][key], right[name][key]), f"{name}: {key}"
+
+
+def test_a_continued_run_equals_an_uninterrupted_one_bit_for_bit(root, pictures, trained, tmp_path):
+    """Killed after step 4, that is one step after the checkpoint at step 3, with a line of log too many."""
+    train(root, pictures, tmp_path / "run", 3)
+    with open(tmp_path / "run" / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "loss": 7.0}\n{"step": 5, "lo')
+    train(root, pictures, tmp_path / "run", 6)
+    assert_equal_weights(weights_of(tmp_path / "run", 6), weights_of(trained, 6))
+    logged = [[(line["step"], line["loss"]) for line in log_of(run) if "loss" in line] for run in
+              (tmp_path / "run", trained)]  # fmt: skip
+    assert logged[0] == logged[1]
+
+
+def test_the_discriminator_is_continued_too(root, pictures, tmp_path):
+    settings = {
+        "model.image_size": 24,
+        "adversarial_weight": 0.5,
+        "adversarial_start": 1,
+        "entropy_weight": 0.1,
+        "val_every": 0,
+    }
+    train(root, pictures, tmp_path / "whole", 4, **settings, save_every=2)
+    train(root, pictures, tmp_path / "run", 2, **settings, save_every=2)
+    train(root, pictures, tmp_path / "run", 4, **settings, save_every=2)
+    assert "discriminator" in weights_of(tmp_path / "run", 4)
+    assert_equal_weights(weights_of(tmp_path / "run", 4), weights_of(tmp_path / "whole", 4))
+    lines = log_of(tmp_path / "whole")
+    assert "adversarial" not in lines[0] and {"adversarial", "discriminator", "entropy"} <= lines[1].keys()
+
+
+def test_a_finished_run_is_left_alone(root, pictures, trained, capsys):
+    before = contents(trained / "checkpoints")
+    train(root, pictures, trained, 6)
+    assert "6 of 6 steps already" in capsys.readouterr().out
+    assert contents(trained / "checkpoints") == before
+
+
+def test_other_settings_or_images_are_refused_and_listed(root, pictures, trained, command, tmp_path):
+    def again(data=pictures, **changes):
+        settings = {**SMALL, "val_fraction": 0.2, **changes}
+        return command("train_vq.py", preset="digits", data=data, out=trained, steps=9, set=settings)
+
+    code, _, error = again(lr=0.5, batch_size=2)
+    assert code == 5 and "batch_size: 4 -> 2" in error and "lr: 0.002 -> 0.5" in error and error.count("\n") == 1
+    (tmp_path / "other" / "a").mkdir(parents=True)
+    Image.new("RGB", (20, 20)).save(tmp_path / "other" / "a" / "0.png")
+    Image.new("RGB", (20, 20)).save(tmp_path / "other" / "a" / "1.png")
+    code, _, error = again(data=tmp_path / "other")
+    assert code == 5 and "other images" in error
+
+
+def test_two_processes_train_as_one(root, pictures, trained, tmp_path):
+    flags = ["--preset", "digits", "--data", str(pictures), "--out", str(tmp_path / "run"), "--steps", "3"]
+    result = torchrun(root, "train_vq.py", *flags, *set_flags(val_fraction=0.2))
+    assert result.returncode == 0, result.stderr
+    pairs = list(zip(log_of(tmp_path / "run"), log_of(trained), strict=False))
+    assert len(pairs) >= 3
+    for one, other in pairs:
+        for key in one.keys() - {"images_per_s"}:
+            assert one[key] == pytest.approx(other[key], rel=1e-4), key
+
+
+@pytest.mark.parametrize("arguments, code, message", [
+    ({"preset": "digit"}, 2, "did you mean 'digits'"),
+    ({"set": {"batchsize": 3}}, 2, "did you mean 'batch_size'"),
+    ({"set": {"model.codebok_size": 3}}, 2, "did you mean 'model.codebook_size'"),
+    ({"set": {"lr": "fast"}}, 2, "expected a finite number"),
+    ({"set": {"lpips_weight": 1}}, 2, "needs the file lpips_weights"),
+    ({"set": {"schedule": "sine"}}, 2, "expected constant or cosine"),
+    ({"set": {"min_crop_scale": 0}}, 2, "min_crop_scale is 0.0, expected"),
+    ({"steps": 0}, 2, "steps is 0"),
+    ({"data": "gone"}, 3, "does not exist"),
+    ({"colour": "red"}, 2, "unrecognized arguments"),
+])  # fmt: skip
+def test_mistakes_are_one_line_and_leave_nothing(command, pictures, tmp_path, arguments, code, message):
+    given = {"preset": "digits", "data": pictures, "out": tmp_path / "run", **arguments}
+    got, _, error = command("train_vq.py", **given)
+    assert got == code and message in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_prints_the_resolved_configuration(command, tmp_path):
+    code, printed, _ = command(
+        "train_vq.py", preset="vq-8", data="d", out=tmp_path / "run", steps=7, dry_run=True, set={"lr": 0.5}
+    )
+    values = json.loads(printed)
+    assert code == 0 and (values["steps"], values["lr"], values["model"]["channels"][0]) == (7, 0.5, 128)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_loss_is_not_finite_stops_and_says_so(root, pictures, tmp_path, command):
+    code, _, error = command("train_vq.py", preset="digits", data=pictures, out=tmp_path / "run", steps=6,
+                             set={**SMALL, "lr": 1e30, "clip": 0, "warmup_steps": 0})  # fmt: skip
+    assert code == 2 and "lower lr" in error
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    assert checkpoint.newest(tmp_path / "run") is None
+
+
+# Encoding.
+
+
+@pytest.fixture(scope="module")
+def encoded(root, pictures, tiny_tokenizer_path, tmp_path_factory):
+    """The pictures in shards of 5, by two processes."""
+    out = tmp_path_factory.mktemp("codes") / "set"
+    flags = ["--tokenizer", tiny_tokenizer_path, "--data", pictures, "--out", out, "--shard-size", 5]
+    result = torchrun(root, "encode.py", *map(str, flags), "--batch-size", "4", "--workers", "1")
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def test_one_process_and_two_give_the_same_bytes(command, pictures, tiny_tokenizer_path, encoded, tmp_path):
+    code, printed, _ = command("encode.py", tokenizer=tiny_tokenizer_path, data=pictures, out=tmp_path / "set",
+                               shard_size=5, batch_size=4, workers=0)  # fmt: skip
+    assert code == 0 and "14 images of 2 classes, 2 views, 4x4 codes of 32" in printed
+    assert contents(tmp_path / "set") == contents(encoded)
+    tokens = TokenSet.open(encoded)
+    assert tokens.labels.tolist() == [0] * 7 + [1] * 7 and tokens.class_names == ["class0", "class1"]
+    assert tokens.manifest["images_per_class"] == [7, 7]
+    assert tokens.tokenizer_identity == tokenizer_identity(tiny_tokenizer_path)
+
+
+def test_an_interrupted_encoding_continues_to_the_same_bytes(
+    command, pictures, tiny_tokenizer_path, encoded, tmp_path, monkeypatch
+):
+    arguments = {"tokenizer": tiny_tokenizer_path, "data": pictures, "out": tmp_path / "set", "shard_size": 5,
+                 "batch_size": 4, "workers": 0}  # fmt: skip
+    read = Views.__getitem__
+
+    def interrupted(self, i):
+        if i == 7:
+            raise KeyboardInterrupt
+        return read(self, i)
+
+    monkeypatch.setattr(Views, "__getitem__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command("encode.py", **arguments)
+    with pytest.raises(IntegrityError, match="incomplete: 1 of 3 shards; run encode.py again"):
+        TokenSet.open(tmp_path / "set")
+    monkeypatch.setattr(Views, "__getitem__", read)
+    code, _, error = command("encode.py", **{**arguments, "batch_size": 2})
+    assert code == 5 and "batch_size: 4 -> 2" in error
+    assert command("encode.py", **arguments)[0] == 0
+    assert contents(tmp_path / "set") == contents(encoded)
+    assert command("encode.py", **arguments)[0] == 0  # nothing left to do
+
+
+def test_ten_crops_and_other_sizes(command, pictures, tiny_tokenizer_path, tmp_path):
+    code, *_ = command("encode.py", tokenizer=tiny_tokenizer_path, data=pictures, out=tmp_path / "set",
+                       views="ten-crop", image_size=24, workers=0)  # fmt: skip
+    tokens = TokenSet.open(tmp_path / "set")
+    assert code == 0 and (tokens.grid, tokens.num_views, tokens.image_size) == ((6, 6), 10, 24)
+    assert tokens.views[0] == "top-left" and tokens.views[9] == "center-flip"
+
+
+def bad_image(folder, kind):
+    Image.fromarray(np.random.default_rng(0).integers(255, size=(64, 64, 3), dtype=np.uint8)).save(folder / "whole.png")
+    path = folder / "zz.jpg"
+    if kind == "truncated":
+        Image.open(folder / "whole.png").save(path)
+        path.write_bytes(path.read_bytes()[:-500])
+    elif kind == "text":
+        path.write_text("no image")
+    else:
+        Image.fromarray(np.zeros((20, 20), dtype=np.uint16)).save(folder / "zz.png")
+
+
+@pytest.mark.parametrize("kind, code, message", [
+    ("truncated", 3, "zz.jpg: not a complete"), ("text", 3, "zz.jpg: not a complete"), ("16 bits", 3, "16-bit PNG"),
+])  # fmt: skip
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_stops_with_its_name_and_leaves_nothing_that_looks_finished(
+    command, tiny_tokenizer_path, tmp_path, kind, code, message, workers
+):
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    bad_image(tmp_path / "data" / "a", kind)
+    got, _, error = command("encode.py", tokenizer=tiny_tokenizer_path, data=tmp_path / "data", out=tmp_path / "set",
+                            workers=workers)  # fmt: skip
+    lines = [line for line in error.splitlines() if line.startswith("error")]
+    assert got == code and len(lines) == 1 and message in lines[0] and "Traceback" not in error
+    assert not (tmp_path / "set" / "manifest.json").exists()
+    with pytest.raises(IntegrityError, match="incomplete: 0 of 1 shards"):
+        TokenSet.open(tmp_path / "set")
+
+
+def test_greyscale_and_small_images_are_encoded(command, tiny_tokenizer_path, tmp_path):
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    Image.new("L", (5, 3), 90).save(tmp_path / "data" / "a" / "0.png")
+    Image.new("CMYK", (40, 30)).save(tmp_path / "data" / "a" / "1.jpg")
+    code, *_ = command("encode.py", tokenizer=tiny_tokenizer_path, data=tmp_path / "data", out=tmp_path / "set")
+    assert code == 0 and TokenSet.open(tmp_path / "set").num_images == 2
+
+
+@pytest.mark.parametrize("arguments, code, message", [
+    ({"tokenizer": "gone"}, 2, "does not exist"),
+    ({"views": "nine-crop"}, 2, "expected one of"),
+    ({"image_size": 18}, 2, "expected a multiple of 4"),
+    ({"batch_size": 0}, 2, "batch_size is 0"),
+    ({"weights": "worst"}, 2, "no 'worst' weights"),
+])  # fmt: skip
+def test_wrong_arguments_of_encode(command, pictures, tiny_tokenizer_path, tmp_path, arguments, code, message):
+    given = {"tokenizer": tiny_tokenizer_path, "data": pictures, "out": tmp_path / "set", **arguments}
+    got, _, error = command("encode.py", **given)
+    assert got == code and message in error and not (tmp_path / "set").exists()
+
+
+# Reconstructing.
+
+
+def test_reconstruct_scores_and_shows(command, pictures, tiny_tokenizer_path, tmp_path):
+    code, printed, _ = command("reconstruct.py", tokenizer=tiny_tokenizer_path, data=pictures, out=tmp_path / "out",
+                               num=5, workers=0, save_images=True)  # fmt: skip
+    scores = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert code == 0 and scores["images"] == 5 and "PSNR" in printed
+    assert 0 < scores["psnr"] < 40 and -1 <= scores["ssim"] <= 1 and 1 <= scores["perplexity"] <= 32
+    assert scores["protocol"]["tokenizer_sha256"] == tokenizer_identity(tiny_tokenizer_path)
+    assert Image.open(tmp_path / "out" / "grid.png").width > 8 * 128
+    names = [[p.name for p in sorted((tmp_path / "out" / f).iterdir())] for f in ("originals", "reconstructions")]
+    assert len(names[0]) == 5 and names[0] == names[1]
+    assert Image.open(tmp_path / "out" / "originals" / names[0][0]).size == (16, 16)
