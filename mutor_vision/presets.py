@@ -17,18 +17,20 @@ TOKENIZERS: dict[str, TokenizerTrainConfig] = {
     # 64 px, 16x16 codes of 1024.
     "tiny-imagenet": TokenizerTrainConfig(
         model=TokenizerConfig(
-            image_size=64, channels=(32, 64, 64), layers_per_block=1, latent_channels=64, codebook_size=1024,
-            norm_groups=8,
+            image_size=64, channels=(16, 32, 64), layers_per_block=1, latent_channels=64, codebook_size=1024,
+            norm_groups=8, attention=False,
         ),
-        steps=3000, batch_size=32, lr=1e-3, schedule="cosine", warmup_steps=100, min_crop_scale=0.8,
+        steps=2500, batch_size=16, lr=2e-3, schedule="cosine", warmup_steps=100, min_crop_scale=0.95,
+        dead_code_steps=20, val_every=500, sample_every=500, save_every=500,
     ),
     # 64 px, 8x8 codes of 1024.
     "tiny-imagenet-8x8": TokenizerTrainConfig(
         model=TokenizerConfig(
-            image_size=64, channels=(32, 64, 64, 128), layers_per_block=1, latent_channels=64, codebook_size=1024,
-            norm_groups=8,
+            image_size=64, channels=(16, 32, 64, 64), layers_per_block=1, latent_channels=64, codebook_size=1024,
+            norm_groups=8, attention=False,
         ),
-        steps=3000, batch_size=32, lr=1e-3, schedule="cosine", warmup_steps=100, min_crop_scale=0.8,
+        steps=2500, batch_size=16, lr=2e-3, schedule="cosine", warmup_steps=100, min_crop_scale=0.95,
+        dead_code_steps=20, val_every=500, sample_every=500, save_every=500,
     ),
     # 32 px, 8x8 codes of 64: scikit-learn's handwritten digits.
     "digits": TokenizerTrainConfig(

@@ -245,6 +245,7 @@ class _Log:
 
     def __init__(self, out: Path, config: TokenizerTrainConfig, first_step: int, runtime: Runtime):
         self.out, self.steps, self.is_main, self.board = out, config.steps, runtime.is_main, None
+        runtime.barrier()  # every rank has looked at the folder before rank 0 writes to it
         if self.is_main:
             checkpoint.write_config(out, "tokenizer", config)
             path = out / "log.jsonl"
