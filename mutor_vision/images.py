@@ -15,17 +15,20 @@ from mutor_vision.errors import DataError, UserError
 FORMATS = ("JPEG", "PNG", "WEBP")  # an allow-list: Pillow's rarer decoders are an attack surface
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 MAX_PIXELS = 50_000_000  # read from the header, before anything is decoded
+MAX_ASPECT = 50  # long side over short side; a strip of 10000x1 would be enlarged to gigabytes before it is cropped
 LOSSY_EXTENSIONS = (".jpg", ".jpeg", ".webp")
 
 
 def read_image(path: str | Path) -> Image.Image:
     """A file -> an RGB Pillow image. Greyscale, CMYK and palette files are converted; transparency is composited on
-    white. Raises DataError naming the file when it is truncated, not an image, 16-bit, animated or over 50 Mpx."""
+    white. Raises DataError naming the file when it is truncated, not an image, 16-bit, animated, a strip or over 50 Mpx."""
     assert not ImageFile.LOAD_TRUNCATED_IMAGES, "grey-filled images must never enter a data set"
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{path}: {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are read")
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise DataError(f"{path}: {image.width}x{image.height} pixels, at most {MAX_ASPECT}:1 is cropped")
             if getattr(image, "n_frames", 1) > 1:
                 raise DataError(f"{path}: animated with {image.n_frames} frames; extract one frame")
             if image.format == "PNG" and _png_bit_depth(path) == 16:

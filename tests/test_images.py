@@ -110,6 +110,11 @@ def test_the_size_limit_is_checked_before_decoding(tmp_path, monkeypatch):
         images.read_image(path)
 
 
+def test_strips_are_refused(tmp_path):
+    with pytest.raises(DataError, match="strip.png: 600x3 pixels, at most 50:1"):
+        images.read_image(save(Image.new("RGB", (600, 3)), tmp_path / "strip.png"))
+
+
 # Crops.
 
 
