@@ -21,7 +21,7 @@ LOSSY_EXTENSIONS = (".jpg", ".jpeg", ".webp")
 
 def read_image(path: str | Path) -> Image.Image:
     """A file -> an RGB Pillow image. Greyscale, CMYK and palette files are converted; transparency is composited on
-    white. Raises DataError naming the file when it is truncated, not an image, 16-bit, animated, a strip or over 50 Mpx."""
+    white. Raises DataError naming the file when it is truncated, no image, 16-bit, animated, a strip or over 50 Mpx."""
     assert not ImageFile.LOAD_TRUNCATED_IMAGES, "grey-filled images must never enter a data set"
     try:
         with Image.open(path, formats=FORMATS) as image:
