@@ -1,7 +1,7 @@
 """Find the guidance scale with the lowest FID: samples at each scale, measured on the fly, and the curve as a plot.
 
-    torchrun --nproc-per-node=8 eval/cfg_sweep.py --run RUN --reference reference.npz --num-images 10000 --out sweep
-    python eval/cfg_sweep.py --run RUN --reference DIR --scales 1,1.5,2,3 --features runs/features --out sweep
+    torchrun --nproc-per-node=8 eval/cfg_sweep.py --model RUN --reference reference.npz --num-images 10000 --out sweep
+    python eval/cfg_sweep.py --model RUN --reference DIR --scales 1,1.5,2,3 --features runs/features --out sweep
 
 Without --scales: golden section between --low and --high. Run the same command again to go on after a kill; scales
 that were measured are not sampled again.
@@ -26,10 +26,10 @@ from mutor_vision.runtime import finish, start
 
 def main() -> None:
     parser = Parser(prog="eval/cfg_sweep.py", description=__doc__)
-    parser.add_argument("--run", required=True, help="run directory or checkpoint")
+    # torchrun takes --run and --num for abbreviations of its own options, so the flags have other names as well.
+    parser.add_argument("--model", "--run", dest="run", required=True, help="run directory or checkpoint")
     parser.add_argument("--reference", required=True, help="folder, npz of images, or statistics")
     parser.add_argument("--out", required=True, type=Path, help="folder for sweep.json and sweep.png")
-    # torchrun takes a bare --num for an abbreviation of its own options, so the flag has a longer name as well.
     parser.add_argument("--num-images", "--num", type=int, default=10_000, dest="num", help="samples at each scale")
     parser.add_argument("--scales", help="a grid, with commas; default: golden section")
     parser.add_argument("--low", type=float, default=1.0)

@@ -2,10 +2,11 @@
 
     python eval/fid.py --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz --json metrics.json
     python eval/fid.py --samples FOLDER --reference FOLDER --features timm:vit_large_patch14_dinov2.lvd142m@224
-    torchrun --nproc-per-node=8 eval/fid.py --run RUN --num-images 50000 --reference reference.npz --json metrics.json
+    torchrun --nproc-per-node=8 eval/fid.py --model RUN --num-images 50000 --reference reference.npz --json metrics.json
 
 Samples and reference: a folder of PNGs (sub-folders are classes), an npz of images (arr_0), or statistics (mu, sigma,
-mu_s, sigma_s; made by eval/reference.py, or ADM's own). --run samples from a trained model and keeps no image.
+mu_s, sigma_s; made by eval/reference.py, or ADM's own). --model (or --run) samples
+from a trained run and keeps no image.
 """
 
 import shutil
@@ -24,8 +25,10 @@ from mutor_vision.runtime import finish, start
 def main() -> None:
     parser = Parser(prog="eval/fid.py", description=__doc__)
     parser.add_argument("--samples", help="folder, npz of images, or statistics")
-    parser.add_argument("--run", help="sample from this run or checkpoint instead; needs --num")
-    # torchrun takes a bare --num for an abbreviation of its own options, so the flag has a longer name as well.
+    # torchrun takes --run and --num for abbreviations of its own options, so the flags have other names as well.
+    parser.add_argument(
+        "--model", "--run", dest="run", help="sample from this run or checkpoint instead; needs --num-images"
+    )
     parser.add_argument("--num-images", "--num", type=int, default=0, dest="num", help="samples to draw, or to expect")
     parser.add_argument("--reference", required=True, help="folder, npz of images, or statistics")
     parser.add_argument("--features", default="inception", help="inception, timm:NAME[@SIZE], or a trained folder")
@@ -47,7 +50,7 @@ def main() -> None:
     parser.add_argument("--nchw", action="store_true", help="the samples' npz holds (N, 3, H, W)")
     parser.add_argument("--strict", action="store_true", help="stop with an error at the first warning")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    sampling = parser.add_argument_group("sampling with --run")
+    sampling = parser.add_argument_group("sampling with --model")
     sampling.add_argument("--labels", default="balanced", help=", ".join(sample.LABEL_PLANS))
     sampling.add_argument("--seed", type=int, default=0)
     sampling.add_argument("--run-weights", default="best", help="best (EMA where there is one), ema or model")
@@ -56,9 +59,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     if (arguments.samples is None) == (arguments.run is None):
-        raise UserError("give either --samples or --run")
+        raise UserError("give either --samples or --model")
     if arguments.run and arguments.num < 2:
-        raise UserError(f"--run needs --num-images, 2 or more; got {arguments.num}")
+        raise UserError(f"--model needs --num-images, 2 or more; got {arguments.num}")
     if arguments.num < 0 or arguments.image_size < 0:
         raise UserError("--num-images and --image-size must not be negative")
     work = arguments.work or (arguments.json.with_name(arguments.json.name + ".work") if arguments.json else None)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mutor_vision.cli import Parser, run_command
 from mutor_vision.errors import MismatchError, UserError
-from mutor_vision.image_folder import ImageFolder, Views, batched, center_view, check_apart, read_batches
+from mutor_vision.image_folder import ImageFolder, Views, batched, check_apart, read_batches
+from mutor_vision.images import center
 from mutor_vision.keyed_random import permutation
 from mutor_vision.metrics.train_features import FeatureTraining, train
 from mutor_vision.runtime import start
@@ -76,7 +77,7 @@ def _read(folder: ImageFolder, chosen: np.ndarray, size: int, workers: int) -> t
     from tqdm import tqdm
 
     batches = list(batched(chosen.tolist(), 64))
-    views = read_batches(Views(folder, size, center_view), batches, workers)
+    views = read_batches(Views(folder, size, center), batches, workers)
     pictures = [batch[:, 0] for batch in tqdm(views, total=len(batches), desc="reading", unit="batch")]
     return torch.cat(pictures), torch.tensor(folder.labels)[torch.from_numpy(chosen)]
 

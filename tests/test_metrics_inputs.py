@@ -368,10 +368,10 @@ def test_a_set_scored_against_itself_is_marked(good, tmp_path, monkeypatch, caps
 
 
 def test_a_negative_distance_is_clipped_or_refused():
-    """F42: by symmetric eigenvalues nothing is complex; a matrix that is no covariance is found out."""
+    """F42: by singular values nothing is complex; a matrix that is no covariance is found out."""
     identity = Statistics(torch.zeros(4).double(), torch.eye(4).double(), None)
     assert frechet.distance(identity, frechet.root(identity)) >= 0
-    with pytest.raises(IntegrityError, match="came out as -"):
+    with pytest.raises(IntegrityError, match="samples has the negative eigenvalue -2"):
         frechet.distance(Statistics(identity.mu, -2 * identity.sigma, None), frechet.root(identity))
 
 

@@ -2,8 +2,8 @@
 
     |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))        (Heusel et al. 2017, arXiv 1706.08500, equation 6)
 
-tr((S1 S2)^(1/2)) is the sum of the square roots of the eigenvalues of R^T S1 R, with S2 = R R^T: a symmetric problem,
-so nothing is complex, and R is found once for a reference.
+With S1 = A A^T and S2 = B B^T, the last trace is the sum of the singular values of A^T B: nothing is complex, and small
+eigenvalues keep digits that the square root of S1 S2 loses, so that ranks and parts give the same distance to 1e-9.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ ROUNDING = 1e-6  # of the traces; a distance below -that is not rounding
 
 @dataclass(frozen=True)
 class Root:
-    """A reference, prepared: mu (D,), R (D, r) with sigma = R R^T, tr(sigma)."""
+    """Statistics, prepared: mu (D,), factor (D, r) with sigma = factor factor^T, tr(sigma)."""
 
     mu: Tensor
     factor: Tensor
@@ -40,29 +40,38 @@ class Estimate:
     groups: int
 
 
-def root(reference: Statistics) -> Root:
-    """Prepare a reference for `distance`. Raises IntegrityError when sigma has a negative eigenvalue."""
-    values, vectors = torch.linalg.eigh(reference.sigma)
+def root(statistics: Statistics, what: str = "the reference") -> Root:
+    """Factor a covariance. Raises IntegrityError, naming `what`, when it has a negative eigenvalue."""
+    values, vectors = torch.linalg.eigh(statistics.sigma)
     if values[0] < -NEGATIVE_TOLERANCE * values[-1].abs():
         raise IntegrityError(
-            f"the reference's covariance has the negative eigenvalue {values[0]:.3g}, expected none; make it again"
+            f"the covariance of {what} has the negative eigenvalue {values[0]:.3g}, expected none; make it again"
         )
     kept = values > _rounding_level(values)
-    return Root(reference.mu, vectors[:, kept] * values[kept].sqrt(), reference.sigma.trace())
+    return Root(statistics.mu, vectors[:, kept] * values[kept].sqrt(), statistics.sigma.trace())
 
 
 def distance(samples: Statistics, reference: Root) -> float:
     """Fréchet distance, at least 0. Computed on the reference's device."""
-    sigma, mu = samples.sigma.to(reference.factor.device), samples.mu.to(reference.factor.device)
-    product = reference.factor.T @ sigma @ reference.factor
-    values = torch.linalg.eigvalsh((product + product.T) / 2)
-    # Rounding leaves eigenvalues of +-1e-16 where the true one is 0, and a square root would lift them to 1e-8 each.
-    shared = values[values > _rounding_level(values)].sqrt().sum()
-    traces = sigma.trace() + reference.trace
-    value = float((mu - reference.mu).square().sum() + traces - 2 * shared)
+    device = reference.factor.device
+    ours = root(Statistics(samples.mu.to(device), samples.sigma.to(device), samples.n), "the samples")
+    shared = torch.linalg.svdvals(ours.factor.T @ reference.factor).sum()
+    traces = ours.trace + reference.trace
+    value = float((ours.mu - reference.mu).square().sum() + traces - 2 * shared)
     if value < -ROUNDING * float(traces):
         raise IntegrityError(f"the Fréchet distance came out as {value:.3g}; one covariance is none. Make it again")
     return max(value, 0.0)
+
+
+def _distance_by_product(samples: Statistics, reference: Root) -> float:
+    """The same by the eigenvalues of B^T S1 B: a quarter of the time, with rounding of 1e-8 of the traces, which is
+    nothing against the errors that the jackknife finds."""
+    sigma = samples.sigma.to(reference.factor.device)
+    product = reference.factor.T @ sigma @ reference.factor
+    values = torch.linalg.eigvalsh((product + product.T) / 2)
+    shared = values[values > _rounding_level(values)].sqrt().sum()
+    difference = samples.mu.to(reference.mu.device) - reference.mu
+    return float(difference.square().sum() + sigma.trace() + reference.trace - 2 * shared)
 
 
 def jackknife(samples: Moments, reference: Root, runtime: Runtime) -> Estimate:
@@ -73,11 +82,14 @@ def jackknife(samples: Moments, reference: Root, runtime: Runtime) -> Estimate:
     """
     groups = len(samples.n)
     value = distance(samples.total(), reference)
-    left_out = torch.zeros(groups, dtype=torch.float64, device=reference.mu.device)
-    for group in range(runtime.rank, groups, runtime.world_size):
-        left_out[group] = distance(samples.without(group), reference)
-    left_out = runtime.all_reduce(left_out)
-    bias_corrected = groups * value - (groups - 1) * left_out.mean().item()
+    # One more than there are groups: the last is the distance of all, by the same rounding as the others.
+    found = torch.zeros(groups + 1, dtype=torch.float64, device=reference.mu.device)
+    for group in range(runtime.rank, groups + 1, runtime.world_size):
+        statistics = samples.without(group) if group < groups else samples.total()
+        found[group] = _distance_by_product(statistics, reference)
+    found = runtime.all_reduce(found)
+    left_out = found[:groups]
+    bias_corrected = value - (groups - 1) * (left_out.mean() - found[groups]).item()
     error = ((groups - 1) / groups * (left_out - left_out.mean()).square().sum()).sqrt().item()
     reach = student_t_975(groups - 1) * error
     return Estimate(value, bias_corrected, error, (bias_corrected - reach, bias_corrected + reach), groups)
