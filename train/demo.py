@@ -25,8 +25,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "demo")
     parser.add_argument("--tokenizer-steps", type=int, help="instead of the preset's")
     parser.add_argument("--steps", type=int, help="optimizer steps of each transformer, instead of the preset's")
+    parser.add_argument("--samples", type=int, default=NUM_SAMPLES, help="images that each model is scored on")
     arguments = parser.parse_args()
-    out: Path = arguments.out
+    out: Path = arguments.out.resolve()
     started = time.perf_counter()
     stages: list[tuple[str, float]] = []
 
@@ -72,12 +73,12 @@ def main() -> None:
         stage(
             f"Samples, {name}",
             [*mutor, "--classes", "0,1,2,3,4,5,6,7,8,9", "--per-class", "8", "--out", out / f"samples-{name}.png"],
-            [*mutor, "--num", str(NUM_SAMPLES), "--batch-size", "250", "--out", out / f"samples-{name}"],
+            [*mutor, "--num", str(arguments.samples), "--batch-size", "250", "--out", out / f"samples-{name}"],
         )
     stage(
         "Feature network",
         [*python, "eval/train_features.py", "--data", images / "train", "--val-data", images / "held-out",
-         "--out", out / "features"],
+         "--out", out / "features", "--image-size", "32", "--no-flip"],
     )  # fmt: skip
     stage(
         "Metrics",
@@ -88,14 +89,14 @@ def main() -> None:
         ],
     )  # fmt: skip
     total = time.perf_counter() - started
-    page = write_report(out, stages, total)
+    page = write_report(out, stages, total, arguments.samples)
     print(f"\nDone in {total / 60:.1f} minutes. Open the report:\n  {page}", flush=True)
 
 
 def run(command: list[str | Path]) -> None:
     """Run a command of the project, shown as a person would type it; stop the demo where it fails."""
     words = [str(word) for word in command]
-    shown = " ".join("python" if word == sys.executable else os.path.relpath(word, ROOT) if word.startswith("/") else word
+    shown = " ".join("python" if word == sys.executable else os.path.relpath(word, ROOT) if word[0] == "/" else word
                      for word in words)  # fmt: skip
     print(f"$ {shown}", flush=True)
     if subprocess.run(words, cwd=ROOT).returncode:
@@ -137,7 +138,7 @@ def plot_losses(out: Path, path: Path) -> None:
     plt.close(figure)
 
 
-def write_report(out: Path, stages: list[tuple[str, float]], total: float) -> Path:
+def write_report(out: Path, stages: list[tuple[str, float]], total: float, num_samples: int) -> Path:
     """report.html and the pictures beside it."""
     import torch
 
@@ -146,7 +147,7 @@ def write_report(out: Path, stages: list[tuple[str, float]], total: float) -> Pa
 
     folder = ImageFolder.open(out / "images" / "train")
     labelled = list(zip(folder.paths, folder.labels, strict=True))
-    rows = [[path for path, label in labelled if label == digit][:8] for digit in range(10)]
+    rows = [[folder.root / path for path, label in labelled if label == digit][:8] for digit in range(10)]
     inputs = torch.stack([to_tensor(read_image(path)) for row in rows for path in row])
     save_png(grid(inputs, 8, folder.class_names, min_cell=64), out / "inputs.png")
     plot_losses(out, out / "losses.png")
@@ -158,7 +159,7 @@ def write_report(out: Path, stages: list[tuple[str, float]], total: float) -> Pa
     record = {"stages": dict(stages), "total_seconds": total, "results": columns, "class_accuracy": accuracies}
     (out / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
     page = out / "report.html"
-    page.write_text(render(columns, accuracies, stages, total, reconstruction, features))
+    page.write_text(render(columns, accuracies, stages, total, num_samples, reconstruction, features))
     return page
 
 
@@ -180,7 +181,7 @@ def measured(out: Path, name: str) -> dict:
     }
 
 
-def render(columns: dict, accuracies: dict, stages, total: float, reconstruction: dict, features: dict) -> str:
+def render(columns: dict, accuracies: dict, stages, total: float, num_samples: int, reconstruction, features) -> str:
     """The page. Everything in it comes from this run's files."""
 
     def table(header: list[str], rows: list[list]) -> str:
@@ -220,19 +221,19 @@ minutes in all.</p>
 <h2>Results</h2>
 {table(["", *names], results)}
 <p class="note">The Fr&eacute;chet distance (FD), precision, recall and accuracy use the features of a small network
-that this demo trained itself on the training images ({features["held_out_accuracy"]:.1%} accuracy on the held-out ones).
-They compare {NUM_SAMPLES} samples with the held-out images and cannot be compared with Inception's FID. Accuracy is the
+that this demo trained itself on the training images ({features["held_out_accuracy"]:.1%} accuracy on held-out ones).
+They compare {num_samples} samples with the held-out images and cannot be compared with Inception's FID. Accuracy is the
 share of samples that the network takes for the class that was asked for:</p>
 {table(["class", *names], by_class)}
 <h2>Loss</h2>
 <img src="losses.png" alt="loss curves of both models" width="700">
-<p class="note">The dropout of training is off when held-out images are scored, which is why that curve may lie lower.</p>
+<p class="note">Dropout is off when held-out images are scored, which is why that curve may lie lower.</p>
 <h2>Tokenizer</h2>
 <p class="note">Real images, eight of each class, and reconstructions of held-out images
 ({reconstruction["psnr"]:.1f} dB PSNR, {reconstruction["usage"]:.0%} of the codes in use).</p>
 <div class="pair"><figure><figcaption>Training images</figcaption><img src="inputs.png" alt="training images"></figure>
 <figure><figcaption>Held-out images above their reconstructions</figcaption>
-<img src="reconstructions.png" alt="images and reconstructions"></figure></div>
+<img src="reconstructions/grid.png" alt="images and reconstructions"></figure></div>
 <h2>Time</h2>
 {table(["stage", "time"], times)}
 </body></html>
