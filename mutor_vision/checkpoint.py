@@ -71,10 +71,13 @@ def read_config(folder: Path, kind: str, config_type: type) -> Any:
     return from_dict(config_type, values["config"])
 
 
-def save(run: Path, step: int, kind: str, config: Any, weights: dict[str, dict[str, Tensor]], state: dict, keep: int):
+def save(
+    run: Path, step: int, kind: str, config: Any, weights: dict[str, dict[str, Tensor] | Path], state: dict, keep: int
+) -> Path:
     """Commit RUN/checkpoints/step-<step> and remove all but the newest `keep`. Call on one rank.
 
-    weights: file stem -> state dict ('model', 'ema', ...); state: tensors, numbers, strings, lists and dicts.
+    weights: file stem ('model', 'ema', ...) -> state dict, or a finished safetensors file, which is moved; state:
+    tensors, numbers, strings, lists and dicts.
     Returns the checkpoint's path.
     """
     folder = run / "checkpoints"
@@ -86,6 +89,9 @@ def save(run: Path, step: int, kind: str, config: Any, weights: dict[str, dict[s
     partial.mkdir()
     write_config(partial, kind, config)
     for name, tensors in weights.items():
+        if isinstance(tensors, Path):
+            tensors.rename(partial / f"{name}.safetensors")
+            continue
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         save_file(tensors, partial / f"{name}.safetensors")
     torch.save(state, partial / "training.pt")

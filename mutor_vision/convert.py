@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from mutor_vision import checkpoint, foreign_checkpoint, llamagen
 from mutor_vision.config import RegisterConfig, TokenizerConfig, TokenizerTrainConfig, TrainConfig
@@ -17,6 +19,8 @@ from mutor_vision.foreign_checkpoint import ForeignCheckpoint
 from mutor_vision.keyed_random import derived_seed
 from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer, tokenizer_folder, tokenizer_identity
 from mutor_vision.transformer import Transformer
+
+_SAFETENSORS_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 
 def convert(
@@ -124,9 +128,10 @@ def _write_transformer(foreign, partial, tokenizer, heads, image_size, grid, cla
     generator = torch.Generator().manual_seed(derived_seed(0, "register row"))
     register = torch.randn(model.dim, generator=generator) * 0.02
     say(f"a register's row of {model.dim} numbers from N(0, 0.02) is added to the token embedding")
-    ours = llamagen.transformer_state_dict(foreign.tensors, register)
+    file = partial / ".model.safetensors"
+    _stream(foreign, register, shapes, file)
     config = TrainConfig(model=model, registers=RegisterConfig(), ema_decay=0.0)
-    checkpoint.save(partial, 0, "transformer", config, {"model": ours}, {"step": 0}, keep=2)
+    checkpoint.save(partial, 0, "transformer", config, {"model": file}, {"step": 0}, keep=2)
     checkpoint.write_json(partial / "token_set.json", {
         "format": 1, "tokenizer_sha256": tokenizer_identity(partial / "tokenizer") if vq else None,
         "codebook_size": model.vocab_size, "image_size": grid[0] * downsample, "grid": list(grid), "views": [],
@@ -159,15 +164,16 @@ def _read_tokenizer(foreign: ForeignCheckpoint, kind: str, image_size: int, say)
         raise MismatchError(f"{foreign.path} is a transformer, expected a VQ model")
     tensors = llamagen.taming_state_dict(foreign.tensors) if kind == "taming" else dict(foreign.tensors)
     tensors.pop(llamagen.USAGE_BUFFER, None)
+    foreign = dataclasses.replace(foreign, tensors=tensors)
     config = llamagen.tokenizer_config(tensors, image_size or 256, l2_norm=kind != "taming")
     expected = llamagen.llamagen_tokenizer_state_dict(_meta_state(lambda: VQTokenizer(config)))
     expected.pop(llamagen.USAGE_BUFFER)
-    _check(dataclasses.replace(foreign, tensors=tensors), expected)
+    _check(foreign, expected)
     count = sum(tensor.numel() for tensor in tensors.values())
     say(f"{'taming VQGAN, plain codes' if kind == 'taming' else 'LlamaGen VQ model, unit codes'}: "
         f"{config.downsample} pixels a code, {config.codebook_size} codes of {config.code_dim}, channels "
         f"{', '.join(map(str, config.channels))}; {count:,} parameters")  # fmt: skip
-    return config, llamagen.tokenizer_state_dict(tensors)
+    return config, llamagen.tokenizer_state_dict({name: _load(foreign, name) for name in tensors})
 
 
 def _setting(foreign: ForeignCheckpoint, name: str) -> int:
@@ -182,7 +188,7 @@ def _meta_state(build: Callable[[], torch.nn.Module]) -> dict[str, Tensor]:
 
 
 def _check(foreign: ForeignCheckpoint, expected: dict[str, Tensor]) -> None:
-    """Names, shapes and types as expected, every number finite; the error names the first tensor that is not."""
+    """Names, shapes and types as expected; the error names the first tensor that is not."""
     tensors, path = foreign.tensors, foreign.path
     for problem, names in (("lacks", expected.keys() - tensors.keys()), ("also has", tensors.keys() - expected.keys())):
         if names:
@@ -192,10 +198,32 @@ def _check(foreign: ForeignCheckpoint, expected: dict[str, Tensor]) -> None:
         if tensor.shape != expected[name].shape:
             raise MismatchError(f"{path}: '{name}' has shape {tuple(tensor.shape)}, expected "
                                 f"{tuple(expected[name].shape)} from the other tensors")  # fmt: skip
-        if not tensor.is_floating_point():
+        if tensor.dtype not in _SAFETENSORS_TYPES:
             raise MismatchError(f"{path}: '{name}' is {tensor.dtype}, expected floating point")
-        if not torch.isfinite(tensor).all():
-            raise IntegrityError(f"{path}: '{name}' holds numbers that are not finite; use an earlier checkpoint")
+
+
+def _load(foreign: ForeignCheckpoint, name: str) -> Tensor:
+    tensor = foreign.load(name)
+    if not torch.isfinite(tensor).all():
+        raise IntegrityError(f"{foreign.path}: '{name}' holds numbers that are not finite; use an earlier checkpoint")
+    return tensor
+
+
+def _stream(foreign: ForeignCheckpoint, register: Tensor, shapes: dict[str, Tensor], file: Path) -> None:
+    """A checked transformer -> a safetensors file, one tensor in memory at a time. shapes: of our state dict."""
+    header, end = {}, 0
+    for name, tensor in foreign.tensors.items():
+        ((ours, _),) = llamagen.transformer_state_dict({name: torch.empty(0, 1)}, torch.empty(1)).items()
+        begin, end = end, end + shapes[ours].numel() * tensor.element_size()
+        header[ours] = {"dtype": _SAFETENSORS_TYPES[tensor.dtype], "shape": list(shapes[ours].shape),
+                        "data_offsets": [begin, end]}  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in tqdm(foreign.tensors, unit=" tensors", desc="convert", dynamic_ncols=True):
+            (tensor,) = llamagen.transformer_state_dict({name: _load(foreign, name)}, register).values()
+            out.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
 
 def _finish_run(run: Path, kind: str, config, source: Path) -> None:

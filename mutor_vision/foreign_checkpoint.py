@@ -1,6 +1,9 @@
 """Weights from a stranger's file. A .pt file is a pickle, that is a program: it is opened with torch's weights_only
 loader and one more permitted class, argparse.Namespace, which LlamaGen's training scripts store. There is no second
-way in, whatever the environment says; what the loader refuses stays closed."""
+way in, whatever the environment says; what the loader refuses stays closed.
+
+Opening a file reads names and shapes only. The numbers are read one tensor at a time, so that neither a large model
+nor the optimizer's state beside it has to fit into memory."""
 
 import argparse
 import re
@@ -13,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
 
@@ -23,12 +27,26 @@ _POSITIONS = {"freqs_cis", "causal_mask"}  # tables that follow from the sizes; 
 
 @dataclass(frozen=True)
 class ForeignCheckpoint:
-    """Dense float tensors in memory, and what is known about the file they came from."""
+    """The plain tensors of a file, and what is known about it."""
 
     path: Path
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor]  # names, shapes and types; the numbers come from `load`
     layout: str  # where in the file they were, for a person
     arguments: dict[str, Any]  # the training script's settings, {} when the file has none
+
+    def load(self, name: str) -> Tensor:
+        """The tensor with its numbers. Raises IntegrityError when they are not in the file."""
+        tensor = self.tensors[name]
+        if not isinstance(tensor, FakeTensor):
+            return tensor
+        storage = tensor.untyped_storage()
+        data = bytearray(storage.nbytes())
+        with open(self.path, "rb") as file:
+            file.seek(storage._checkpoint_offset)
+            if file.readinto(data) != len(data):
+                raise IntegrityError(f"{self.path} ends before the numbers of '{name}'; download it again")
+        flat = torch.frombuffer(data, dtype=tensor.dtype) if data else torch.empty(0, dtype=tensor.dtype)
+        return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def read(path: str | Path, weights: str = "") -> ForeignCheckpoint:
@@ -49,7 +67,6 @@ def read(path: str | Path, weights: str = "") -> ForeignCheckpoint:
     tensors, layout = _choose(path, content, weights)
     arguments = content.get("args")
     arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
-    del content  # the optimizer's state, as large as two models
     tensors, prefix = _without_wrappers(tensors)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in _POSITIONS}
     for name, tensor in tensors.items():
@@ -67,7 +84,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_pickle(path: Path) -> dict[str, Any]:
     _check_zip(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # Fake tensors have shapes and the place of their numbers in the file (torch's notes on serialization).
+        with FakeTensorMode(), torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:  # a crafted file can make the loader raise anything
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
@@ -146,7 +164,8 @@ def _without_wrappers(tensors: dict[str, Any]) -> tuple[dict[str, Any], str]:
 def _check_tensor(path: Path, name: Any, tensor: Any) -> None:
     if not isinstance(name, str) or not isinstance(tensor, Tensor):
         raise MismatchError(f"{path}: '{name}' is a {type(tensor).__name__}, expected a tensor")
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested or tensor.device.type != "cpu":
+    plain = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_nested or tensor.is_meta)
+    if not plain or (isinstance(tensor, FakeTensor) and not hasattr(tensor.untyped_storage(), "_checkpoint_offset")):
         raise MismatchError(f"{path}: '{name}' is sparse, quantised or without data, expected a plain tensor")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise IntegrityError(f"{path}: '{name}' claims {tensor.numel():,} numbers, more than are stored; it is refused")

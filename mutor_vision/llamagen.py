@@ -90,10 +90,11 @@ def transformer_config(theirs: dict[str, Tensor], grid: tuple[int, int], heads: 
 
 
 def transformer_state_dict(theirs: dict[str, Tensor], register: Tensor) -> dict[str, Tensor]:
-    """LlamaGen's state dict -> ours, whose token embedding has one more row, register (C,). Shares the others."""
+    """LlamaGen's state dict, or a part of it, -> ours, whose token embedding has one more row, register (C,). Shares
+    the other tensors."""
     ours = {_rename(name, _TRANSFORMER_NAMES): value for name, value in theirs.items()}
-    table = ours["token_embedding.weight"]
-    ours["token_embedding.weight"] = torch.cat([table, register.to(table)[None]])
+    if (table := ours.get("token_embedding.weight")) is not None:
+        ours["token_embedding.weight"] = torch.cat([table, register.to(table)[None]])
     return ours
 
 
