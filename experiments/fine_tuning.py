@@ -1,0 +1,232 @@
+"""Does fine-tuning with registers help where images are few? Pretrain a small next-token model on 20 classes of Tiny
+ImageNet, then fine-tune it on 10 others with 20 images a class: next-token or MuToR-2D, everything or LoRA.
+
+    python experiments/fine_tuning.py --zips DIR --work /tmp/fine-tuning     # run again to continue where it stopped
+    python experiments/fine_tuning.py --table                                # results -> docs/fine-tuning.md
+
+DIR holds tiny-imagenet-a.zip and tiny-imagenet-b.zip (train/<class>/*.JPEG, val/<class>/*.JPEG). Images are cut to 32
+pixels, 8x8 tokens. Settings were fixed before the first result; nothing was chosen by the held-out images.
+"""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mutor_vision import checkpoint
+from mutor_vision.cli import Parser, run_command
+from mutor_vision.config import TrainConfig
+from mutor_vision.presets import TRANSFORMERS
+from mutor_vision.token_set import TokenSet, save_array, shard_names, write_manifest
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).with_suffix(".json")
+PAGE = ROOT / "docs" / "fine-tuning.md"
+SEEDS = (0, 1, 2)  # each with 20 images a class of its own, disjoint
+PER_CLASS = 20
+SAMPLES = 500  # images behind a Fréchet distance
+OBJECTIVES = {"next-token": "digits-next-token", "MuToR-2D": "digits-mutor-2d-20"}  # 20 registers over 64 slots
+METHODS = {"full": dict(lr=5e-4), "LoRA": dict(lr=2e-3, lora_rank=8, lora_alpha=16.0)}
+FINE_TUNING = dict(steps=150, batch_size=20, warmup_steps=10, ema_decay=0.0, val_every=50, val_images=500,
+                   log_every=50, save_every=0)  # fmt: skip
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--zips", type=Path, help="folder with tiny-imagenet-a.zip and -b.zip")
+    parser.add_argument("--work", type=Path, help="folder for images, codes and runs")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further stage after this long")
+    parser.add_argument("--table", action="store_true", help="only write the table into docs/fine-tuning.md")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        begun = time.monotonic()
+        for done, stage in stages(arguments.zips, arguments.work):
+            if time.monotonic() - begun > arguments.seconds:
+                return print("stopped for now; run again to continue", flush=True)
+            if not done():
+                stage()
+    write_table(json.loads(RESULTS.read_text()))
+
+
+def stages(zips: Path, work: Path):
+    """(is it done?, do it) in order."""
+    images, codes = work / "images", work / "codes"
+    yield lambda: (images / "done").exists(), lambda: unzip(zips, images)
+    vq = ["tokenizers/train_vq.py", "--preset", "digits", "--data", images / "pretrain/train", "--val-data",
+          images / "pretrain/val", "--out", work / "vq", "--steps", "1200", "--set", "model.codebook_size=512",
+          "--set", "min_crop_scale=0.8", "--set", "save_every=200", "--set", "val_every=600", "--set",
+          "sample_every=0", "--set", "workers=0"]  # fmt: skip
+    yield lambda: (work / "vq/checkpoints/step-0001200").exists(), lambda: run(vq)
+    for name, folder in (("pretrain", "pretrain/train"), ("pretrain-val", "pretrain/val"), ("pool", "target/pool"),
+                         ("val", "target/val")):  # fmt: skip
+        encode = ["tokenizers/encode.py", "--tokenizer", work / "vq", "--data", images / folder, "--out", codes / name]
+        yield (
+            lambda name=name: (codes / name / "manifest.json").exists(),
+            lambda encode=encode: run([*encode, "--batch-size", "100", "--workers", "0"]),
+        )
+    for seed in SEEDS:
+        out = codes / f"few-{seed}"
+        yield (
+            lambda out=out: (out / "manifest.json").exists(),
+            lambda seed=seed, out=out: few(codes / "pool", seed, out),
+        )
+    features = ["eval/train_features.py", "--data", images / "target/reference", "--val-data", images / "target/val",
+                "--image-size", "32", "--epochs", "8", "--workers", "0", "--out", work / "features"]  # fmt: skip
+    yield lambda: (work / "features/config.json").exists(), lambda: run(features)
+    reference = ["eval/reference.py", "--data", images / "target/reference", "--image-size", "32", "--features",
+                 work / "features", "--keep-images", "0", "--out", work / "reference.npz"]  # fmt: skip
+    yield lambda: (work / "reference.npz").exists(), lambda: run(reference)
+    base = ["train/imagenet.py", "--preset", "digits-next-token", "--codes", codes / "pretrain", "--val-codes",
+            codes / "pretrain-val", "--out", work / "base", "--steps", "500", "--set", "val_every=250", "--set",
+            "val_images=500", "--set", "save_every=50"]  # fmt: skip
+    yield lambda: (work / "base/checkpoints/step-0000500").exists(), lambda: run(base)
+    for seed in SEEDS:
+        for objective, preset in OBJECTIVES.items():
+            for method, settings in METHODS.items():
+                key = f"{objective}, {method}, seed {seed}"
+                config = dataclasses.replace(
+                    TRANSFORMERS[preset], **FINE_TUNING, **settings, seed=seed, init=str(work / "base"),
+                    codes=str(codes / f"few-{seed}"), val_codes=str(codes / "val"),
+                )  # fmt: skip
+                yield (
+                    lambda key=key: key in results(),
+                    lambda key=key, config=config: fine_tune(key, config, work),
+                )
+    yield lambda: "reconstructions" in results(), lambda: floor(work)
+
+
+def run(command: list) -> None:
+    subprocess.run([sys.executable, *map(str, command)], check=True, cwd=ROOT)
+
+
+def unzip(zips: Path, images: Path) -> None:
+    """20 classes of the first file to pretrain; 10 of the second, the target: 60 images a class for the few, the other
+    440 as reference of the Fréchet distance, and 50 held out for the loss."""
+    for letter, part, count in (("a", "pretrain", 20), ("b", "target", 10)):
+        with zipfile.ZipFile(zips / f"tiny-imagenet-{letter}.zip") as archive:
+            paths = [re.match(r"(train|val)/(n\d+)/([\w.]+)$", name) for name in sorted(archive.namelist())]
+            paths = [match for match in paths if match]
+            classes = sorted({match[2] for match in paths})[:count]
+            taken = dict.fromkeys(classes, 0)  # training images so far
+            for match in paths:
+                split, name, file = match.groups()
+                if name not in classes:
+                    continue
+                if split == "train":
+                    taken[name] += 1
+                    if part == "target":
+                        split = "pool" if taken[name] <= len(SEEDS) * PER_CLASS else "reference"
+                path = images / part / split / name / file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(archive.read(match[0]))
+    (images / "done").touch()
+
+
+def few(pool: Path, seed: int, out: Path) -> None:
+    """The token set of seed's 20 images a class."""
+    tokens = TokenSet.open(pool)
+    labels = tokens.labels.numpy()
+    chosen = np.concatenate([
+        np.flatnonzero(labels == label)[seed * PER_CLASS : (seed + 1) * PER_CLASS]
+        for label in range(len(tokens.class_names))
+    ])  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "tokenizer").exists():
+        checkpoint.export(tokens.tokenizer_path, out / "tokenizer")
+    codes_name, labels_name = shard_names(0)
+    save_array(out / codes_name, tokens.codes().numpy()[chosen].astype(np.uint16))
+    save_array(out / labels_name, labels[chosen])
+    plan = {name: value for name, value in tokens.manifest.items() if name not in ("shards", "images_per_class")}
+    write_manifest(out, {**plan, "num_images": len(chosen)}, [len(chosen)])
+
+
+def fine_tune(key: str, config: TrainConfig, work: Path) -> None:
+    """One run, its held-out loss along the way, and the Fréchet distance of its samples."""
+    from mutor_vision.generate import SampleSettings
+    from mutor_vision.run_log import read_log
+    from mutor_vision.runtime import start
+    from mutor_vision.sample import label_plan, load, sample_in_order
+    from mutor_vision.train_loop import train
+
+    out = work / "runs" / re.sub(r"[ ,]+", "-", key)
+    begun = time.monotonic()
+    train(config, out)
+    seconds = time.monotonic() - begun
+    runtime = start("float32", "cpu")
+    adapter = {"adapter": out} if config.lora_rank else {}
+    loaded = load(work / "base" if adapter else out, runtime, **adapter)
+    labels = label_plan(SAMPLES, 10, "balanced", 0)
+    stream = sample_in_order(loaded, labels, SampleSettings(cfg_scale=2.0), 0, 125)
+    weights = out / "checkpoints" / f"step-{config.steps:07d}" / "model.safetensors"
+    keep(key, {
+        "held_out": {line["step"]: line["val_next_token"] for line in read_log(out) if "val_next_token" in line},
+        "train": [line["next_token"] for line in read_log(out) if "next_token" in line][-1],
+        "fd": distance(work, stream), "megabytes": round(weights.stat().st_size / 1e6, 2), "seconds": round(seconds),
+    })  # fmt: skip
+
+
+def floor(work: Path) -> None:
+    """The distance of real held-out images that went through the tokenizer: what no model here can beat by much."""
+    from mutor_vision.images import to_uint8
+    from mutor_vision.tokenizer.model import load_tokenizer
+
+    tokens, tokenizer = TokenSet.open(work / "codes/val"), load_tokenizer(work / "vq")
+    codes = tokens.codes()[:SAMPLES, 0].long().unflatten(1, tokens.grid)
+    keep("reconstructions", {"fd": distance(work, (to_uint8(tokenizer.decode(part)) for part in codes.split(125)))})
+
+
+def distance(work: Path, batches) -> float:
+    from mutor_vision.metrics import in_training
+    from mutor_vision.metrics.features import load_extractor
+    from mutor_vision.runtime import start
+
+    runtime, extractor = start("float32", "cpu"), load_extractor(str(work / "features"))
+    reference = in_training.load_reference(work / "reference.npz", extractor, runtime)
+    return in_training.distance(extractor, reference, batches, runtime)["fd"]
+
+
+def results() -> dict:
+    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+
+
+def keep(key: str, values: dict) -> None:
+    checkpoint.write_json(RESULTS, {**results(), key: values})
+    print(key, values, flush=True)
+
+
+def write_table(found: dict) -> None:
+    """Mean and standard deviation over seeds, between the markers of docs/fine-tuning.md."""
+    lines = ["| fine-tuned | objective | held-out loss, step 50 | 100 | 150 | lowest | training loss | FD | kept |",
+             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for method in METHODS:
+        for objective in OBJECTIVES:
+            rows = [found[f"{objective}, {method}, seed {seed}"] for seed in SEEDS
+                    if f"{objective}, {method}, seed {seed}" in found]  # fmt: skip
+            if rows:
+                losses = [[row["held_out"][step] for row in rows] for step in rows[0]["held_out"]]
+                columns = [*losses, [min(row["held_out"].values()) for row in rows], [row["train"] for row in rows]]
+                cells = [_spread(column, 3) for column in columns] + [_spread([row["fd"] for row in rows], 2)]
+                lines.append(f"| {method} | {objective} | {' | '.join(cells)} | {rows[0]['megabytes']} MB |")
+    text = "\n".join(lines)
+    if "reconstructions" in found:
+        text += f"\n\nFD of {SAMPLES} real held-out images after the tokenizer: {found['reconstructions']['fd']:.2f}."
+    begin, end = "<!-- table: python experiments/fine_tuning.py --table -->", "<!-- end of table -->"
+    page = PAGE.read_text()
+    PAGE.write_text(page[: page.index(begin) + len(begin)] + f"\n{text}\n" + page[page.index(end) :])
+
+
+def _spread(values: list[float], digits: int) -> str:
+    deviation = np.std(values, ddof=1) if len(values) > 1 else float("nan")
+    return f"{np.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    run_command(main)
