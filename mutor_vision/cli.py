@@ -47,6 +47,7 @@ def _main() -> None:
     info_parser.add_argument("path")
     convert_parser = commands.add_parser("convert", help="LlamaGen's checkpoints and codes in, our checkpoints out")
     merge_parser = commands.add_parser("merge", help="a base and its LoRA adapter -> a plain run")
+    plot_parser = commands.add_parser("plot", help="curves of one or more training runs as a picture")
     if sys.argv[1:2] == ["sample"]:
         from mutor_vision import sample
 
@@ -57,6 +58,11 @@ def _main() -> None:
 
         convert.add_arguments(convert_parser)
         convert.main(parser.parse_args())
+    elif sys.argv[1:2] == ["plot"]:
+        from mutor_vision import plots
+
+        plots.add_arguments(plot_parser)
+        plots.main(parser.parse_args())
     elif sys.argv[1:2] == ["merge"]:
         from mutor_vision import lora
 

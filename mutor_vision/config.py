@@ -191,6 +191,11 @@ class TrainConfig:
     sample_every: int = 5000  # steps between sample grids, 0 = never
     sample_classes: int = 8  # classes in a sample grid, spread over all
     sample_cfg_scale: float = 2.0  # guidance of sample grids
+    eval_every: int = 0  # steps between Frechet distances of samples, 0 = never
+    eval_reference: str = ""  # statistics to measure them from, made by eval/reference.py, or ADM's
+    eval_features: str = "inception"  # as --features of eval/fid.py
+    eval_weights: str = ""  # as --weights of eval/fid.py, '' = the extractor's own
+    eval_images: int = 5000  # samples, the same seeds and labels every time
     save_every: int = 5000  # steps, 0 = only at the end
     keep: int = 2  # checkpoints kept, at least 2
 

@@ -157,25 +157,32 @@ def default_batch_size(runtime: Runtime) -> int:
     return 128 if runtime.device.type == "cuda" else 16
 
 
-def save_training_grid(transformer: Transformer, run: Path, step: int, config: TrainConfig, runtime: Runtime) -> None:
-    """samples/step-<step>.png of a run in training: classes spread over all, the same seeds every time."""
-    training = transformer.training
-    loaded = LoadedModel(
+def training_model(transformer: Transformer, run: Path, config: TrainConfig, runtime: Runtime) -> LoadedModel:
+    """A model in training, put into evaluation mode, that samples like a finished run."""
+    return LoadedModel(
         transformer=transformer.eval(),
         tokenizer=load_tokenizer(run / "tokenizer", runtime.device),
         config=config,
         class_names=checkpoint.read_json(run / "token_set.json")["class_names"],
-        runtime=dataclasses.replace(runtime, rank=0, world_size=1),
+        runtime=runtime,
         identity={},
     )
+
+
+def settings_in_training(config: TrainConfig) -> SampleSettings:
+    return SampleSettings(cfg_scale=config.sample_cfg_scale if config.label_dropout else 1.0)
+
+
+def save_training_grid(transformer: Transformer, run: Path, step: int, config: TrainConfig, runtime: Runtime) -> None:
+    """samples/step-<step>.png of a run in training: classes spread over all, the same seeds every time. Call on one
+    rank."""
+    loaded = training_model(transformer, run, config, dataclasses.replace(runtime, rank=0, world_size=1))
     columns = 8
     classes = _spread_classes(config.model.num_classes, config.sample_classes)
     labels = torch.tensor(classes).repeat_interleave(columns)
-    guided = config.sample_cfg_scale if config.label_dropout else 1.0
-    batches = list(sample_in_order(loaded, labels, SampleSettings(cfg_scale=guided), 0, default_batch_size(runtime)))
+    batches = list(sample_in_order(loaded, labels, settings_in_training(config), 0, default_batch_size(runtime)))
     names = [loaded.class_names[c] for c in classes]
     images.save_png(images.grid(torch.cat(batches), columns, names), run / "samples" / f"step-{step:07d}.png")
-    transformer.train(training)
 
 
 def parse_classes(text: str, class_names: list[str]) -> list[int]:

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -31,7 +32,8 @@ from mutor_vision.transformer import Transformer, num_parameters
 
 # What may change when a run is continued: how long it lasts and what it reports. The rest would be another experiment.
 RESUMABLE = {"steps", "log_every", "val_every", "val_images", "sample_every", "sample_classes", "sample_cfg_scale",
-             "save_every", "keep", "micro_batch", "codes", "val_codes", "init"}  # fmt: skip
+             "save_every", "keep", "micro_batch", "codes", "val_codes", "init", "eval_every", "eval_reference",
+             "eval_features", "eval_weights", "eval_images"}  # fmt: skip
 
 
 def train(config: TrainConfig, out: Path) -> None:
@@ -47,6 +49,7 @@ def train(config: TrainConfig, out: Path) -> None:
     val_images = (np.arange(val_set.num_images) if config.val_codes else held_out)[: config.val_images]
     check(config, token_set, val_set, len(train_images), runtime)
     order = SampleOrder(train_images, config.seed)
+    measure = distance_measure(config, runtime) if config.eval_every else None
 
     # --- model, optimizer, EMA --------------------------------------------------------------------------------------
     torch.manual_seed(derived_seed(config.seed, "initialisation"))
@@ -153,6 +156,13 @@ def train(config: TrainConfig, out: Path) -> None:
                 from mutor_vision.sample import save_training_grid  # imports the tokenizer's libraries
 
                 save_training_grid(ema.module if ema else model, out, step, config, runtime)
+                model.train()
+        if measure and _due(step, config.eval_every, config.steps):
+            scores = measure(ema.module if ema else model, out)
+            model.train()
+            log.write(step, **scores)
+            if runtime.is_main:
+                bar.write(f"step {step}: Frechet distance {scores['fd']:.4f} of {scores['fd_images']} samples")
         if _due(step, config.save_every, config.steps) or step == config.steps:
             if runtime.is_main:
                 weights = {"model": kept(model)} | ({"ema": kept(ema.module)} if ema else {})
@@ -162,6 +172,26 @@ def train(config: TrainConfig, out: Path) -> None:
     bar.close()
     log.status("done", step)
     log.close()
+
+
+def distance_measure(config: TrainConfig, runtime: Runtime) -> Callable[[Transformer, Path], dict[str, float]]:
+    """Collective (model, run) -> {'fd', 'fd_images'} of samples with fixed seeds and labels, guided like the sample
+    grids. Everything that can be wrong with the reference or the extractor is raised here, before training."""
+    from mutor_vision.metrics import features, in_training  # imports the metrics' libraries
+    from mutor_vision.sample import default_batch_size, label_plan, sample_stream, settings_in_training, training_model
+
+    if not config.eval_reference:
+        raise UserError("eval_every needs eval_reference, a file of statistics made by eval/reference.py")
+    extractor = features.load_extractor(config.eval_features, config.eval_weights or None).to(runtime.device)
+    reference = in_training.load_reference(config.eval_reference, extractor, runtime)
+    labels = label_plan(config.eval_images, config.model.num_classes)
+
+    def measure(transformer: Transformer, run: Path) -> dict[str, float]:
+        loaded = training_model(transformer, run, config, runtime)
+        stream = sample_stream(loaded, labels, settings_in_training(config), 0, default_batch_size(runtime))
+        return in_training.distance(extractor, reference, (images for _, images in stream), runtime)
+
+    return measure
 
 
 @torch.no_grad()

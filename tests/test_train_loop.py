@@ -229,3 +229,47 @@ def test_training_writes_sample_grids(tmp_path, train_config):
     train(dataclasses.replace(train_config, steps=2, sample_every=2, sample_classes=3), tmp_path / "run")
     grid = Image.open(tmp_path / "run" / "samples" / "step-0000002.png")
     assert grid.height == 3 * (128 + 4) + 4 and grid.width > 8 * 132
+
+
+def test_the_distance_in_training_is_that_of_the_finished_run(tmp_path, train_config, trained_run):
+    """The metric changes nothing in the training, and its value is eval's on the same samples."""
+    from mutor_vision.metrics import features, frechet, moments
+    from mutor_vision.runtime import start
+    from mutor_vision.sample import label_plan, load, sample_images, settings_in_training
+
+    extractor = features.load_extractor("timm:test_resnet.r160_in1k@32", "random")
+    statistics = tmp_path / "reference.npz"
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randint(256, (40, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    width = extractor.layers["pool"]
+    total = moments.Moments(width)
+    total.update(extractor(real)["pool"])
+    total = total.total()
+    np.savez(statistics, mu=total.mu.numpy(), sigma=total.sigma.numpy())
+
+    config = dataclasses.replace(train_config, eval_every=5, eval_reference=str(statistics), eval_images=24,
+                                 eval_features="timm:test_resnet.r160_in1k@32", eval_weights="random")  # fmt: skip
+    train(config, tmp_path / "run")
+    assert_same_state(tmp_path / "run", trained_run)
+    curve = [line for line in read_log(tmp_path / "run") if "fd" in line]
+    assert [line["step"] for line in curve] == [5, 10] and curve[-1]["fd_images"] == 24
+
+    loaded = load(trained_run, start())
+    images = sample_images(loaded, label_plan(24, 5), np.arange(24), settings_in_training(config), 0)
+    ours = moments.Moments(width)
+    ours.update(extractor(images)["pool"])
+    assert curve[-1]["fd"] == pytest.approx(frechet.distance(ours.total(), frechet.root(total)), rel=1e-6)
+
+
+def test_a_distance_without_a_reference_is_refused(tmp_path, train_config):
+    with pytest.raises(UserError, match="eval_every needs eval_reference"):
+        train(dataclasses.replace(train_config, eval_every=5), tmp_path / "run")
+
+
+def test_curves_are_plotted(tmp_path, trained_run):
+    from PIL import Image
+
+    from mutor_vision.plots import plot_runs
+
+    plot_runs({"a run": trained_run}, tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").width > 1000

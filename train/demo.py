@@ -117,40 +117,20 @@ def write_digits(folder: Path) -> None:
         image.resize((32, 32), Image.Resampling.BICUBIC).convert("RGB").save(path)
 
 
-def plot_losses(out: Path, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    from mutor_vision.run_log import read_log
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, color in zip(OBJECTIVES, ("#0072B2", "#D55E00"), strict=True):  # distinct for the colour-blind
-        log = read_log(out / name)
-        for key, style, what in (("next_token", ":", "training"), ("val_next_token", "-", "held out")):
-            points = [(line["step"], line[key]) for line in log if key in line]
-            axes.plot(*zip(*points, strict=True), style, color=color, label=f"{name}, {what}")
-    axes.set(xlabel="optimizer step", ylabel="next-token cross-entropy (nats per token)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def write_report(out: Path, stages: list[tuple[str, float]], total: float, num_samples: int) -> Path:
     """report.html and the pictures beside it."""
     import torch
 
     from mutor_vision.image_folder import ImageFolder
     from mutor_vision.images import grid, read_image, save_png, to_tensor
+    from mutor_vision.plots import PANELS, plot_runs
 
     folder = ImageFolder.open(out / "images" / "train")
     labelled = list(zip(folder.paths, folder.labels, strict=True))
     rows = [[folder.root / path for path, label in labelled if label == digit][:8] for digit in range(10)]
     inputs = torch.stack([to_tensor(read_image(path)) for row in rows for path in row])
     save_png(grid(inputs, 8, folder.class_names, min_cell=64), out / "inputs.png")
-    plot_losses(out, out / "losses.png")
+    plot_runs({name: out / name for name in OBJECTIVES}, out / "losses.png", PANELS[:1])
     reconstruction = json.loads((out / "reconstructions" / "metrics.json").read_text())
     features = json.loads((out / "features" / "config.json").read_text())
 
