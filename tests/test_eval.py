@@ -133,7 +133,7 @@ def test_jpeg_copies_shift_the_distance(sets, tmp_path, extractor):
     png = evaluate(open_set(sets / "samples"), reference, extractor, ALONE, options)
     jpeg = evaluate(open_set(folder, allow_lossy=True), reference, extractor, ALONE, options)
     assert abs(jpeg["metrics"]["fd"]["value"] / png["metrics"]["fd"]["value"] - 1) > 1e-4
-    assert "lossy-sample set" in jpeg["marks"] and jpeg["protocol"]["samples"]["files"] == "lossy"
+    assert "lossy-samples" in jpeg["marks"] and jpeg["protocol"]["samples"]["files"] == "lossy"
 
 
 # ---- what stands in the result
@@ -288,8 +288,10 @@ def test_a_reference_goes_on_after_a_kill(sets, tmp_path, extractor, monkeypatch
 
 
 def test_trained_features_know_their_accuracy(sets, tmp_path, run_eval):
-    code, printed = run_eval("train_features", "--data", sets / "reference", "--val-data", sets / "samples", "--out",
-                             tmp_path / "features", "--image-size", 16, "--epochs", 20, "--batch-size", 16, "--workers", 0)  # fmt: skip
+    code, printed = run_eval(
+        "train_features", "--data", sets / "reference", "--val-data", sets / "samples", "--out", tmp_path / "features",
+        "--image-size", 16, "--epochs", 20, "--batch-size", 16, "--workers", 0,
+    )  # fmt: skip
     assert code == 0 and "chance 33.3%" in printed, printed
     config = json.loads((tmp_path / "features" / "config.json").read_text())
     assert config["held_out_accuracy"] > 0.9 and config["class_names"] == list(CLASSES)

@@ -303,7 +303,7 @@ SAMPLES = {
     "F29 mixed sizes": (mixed_sizes, [], 4, "(index 10) is 24x24"),
     "F31 cropped and recorded": (folder_of(24), ["--image-size", "8"], 0, "FD-timm"),
     "F32 JPEG": (folder_of(24, suffix=".jpg"), [], 4, "--allow-lossy"),
-    "F32 JPEG, allowed": (folder_of(24, suffix=".jpg"), ["--allow-lossy"], 0, "is of JPEG or WEBP files"),
+    "F32 JPEG, allowed": (folder_of(24, suffix=".jpg"), ["--allow-lossy"], 0, "are JPEG or WEBP files"),
     "F32 JPEG called PNG": (lambda path: [file.rename(file.with_suffix(".png")) for file in
                                           write_folder(path, pictures(9, 1), ".jpg").iterdir()], [], 4, "are JPEG"),
     "F33 palette": (palette, [], 4, "palette of 256 colours"),

@@ -110,8 +110,7 @@ def evaluate(samples: ImageSet, reference: ImageSet, extractor: nn.Module, runti
     warnings = guards.extractor_weights(extractor)
     if reference.images is not None:
         guards.image_sizes(samples.images, reference.images.height, reference.images.width, "the reference")
-        warnings += guards.lossy(reference.images, "reference")
-    warnings += guards.lossy(samples.images, "sample set")
+    warnings += guards.lossy(samples.images, reference.images)
 
     # ---- the reference
     roots, n_reference, by_image = {}, None, None
@@ -256,7 +255,7 @@ def _distance(
 
 def _protocol(samples, reference, extractor, n, n_reference, warnings, options) -> dict:
     marks = {warning.mark for warning in warnings}
-    breaking = {"unknown-weights", "random-weights", "lossy-sample set", "lossy-reference"}
+    breaking = {"unknown-weights", "random-weights", "lossy-samples", "lossy-reference"}
     is_adm = extractor.identity["name"] == "inception" and not marks & breaking and options.splits == 10
     return {
         "protocol": "adm" if is_adm and options.k == 3 else "custom",

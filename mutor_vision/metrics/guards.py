@@ -52,10 +52,15 @@ def extractor_weights(extractor) -> list[Warning]:
     return []
 
 
-def lossy(source, what: str) -> list[Warning]:
-    if getattr(source, "lossy", False):
-        return [Warning(f"lossy-{what}", f"the {what} is of JPEG or WEBP files, whose loss shifts every metric")]
-    return []
+def lossy(samples, reference) -> list[Warning]:
+    found = []
+    if getattr(samples, "lossy", False):
+        text = "the samples are JPEG or WEBP files, whose loss shifts every metric"
+        found.append(Warning("lossy-samples", text))
+    if getattr(reference, "lossy", False):
+        text = "the reference is of JPEG or WEBP files: right if they are the data set's originals, wrong if copies"
+        found.append(Warning("lossy-reference", text))
+    return found
 
 
 def pixels(extracted: Extracted) -> list[Warning]:
