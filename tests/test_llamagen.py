@@ -318,7 +318,7 @@ BAD_FILES = {
     "text model": (lambda w, c: w | {"cls_embedding.cap_proj.fc1.weight": torch.ones(2)}, MismatchError, "text-cond"),
     "whole numbers": (lambda w, c: w | {"norm.weight": torch.ones(64).long()}, MismatchError, "int64"),
     "stride 0": (lambda w, c: w | {"x": torch.ones(1).expand(10**10)}, IntegrityError, "claims 10,000,000,000"),
-    "sparse": (lambda w, c: w | {"x": torch.eye(3).to_sparse_csr()}, MismatchError, "sparse"),
+    "sparse": (lambda w, c: w | {"x": torch.eye(3).to_sparse_csr()}, IntegrityError, "is refused"),
     "no weights": (lambda w, c: {"epoch": 3}, MismatchError, "holds no weights: its entries are epoch"),
     "a list": (lambda w, c: [1, 2], MismatchError, "holds a list"),
     "not a tensor": (lambda w, c: {"model": w | {"a": 3}}, MismatchError, "'a' is a int"),
