@@ -101,8 +101,8 @@ def test_two_processes_train_to_the_loss_curve_of_one(tmp_path, root, train_conf
         "sample_every", "warmup_steps")}  # fmt: skip
     settings = [f"{name}={value}" for name, value in values.items()]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, "train/imagenet.py",
-               "--preset", preset, "--codes", config.codes, "--out", str(tmp_path / "two"), "--steps", "10"]  # fmt: skip
+    command = [*launch, "train/imagenet.py", "--preset", preset, "--codes", config.codes]
+    command += ["--out", str(tmp_path / "two"), "--steps", "10"]
     command += [part for setting in settings for part in ("--set", setting)]
     result = subprocess.run(
         command, cwd=root, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
