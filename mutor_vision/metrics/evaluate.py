@@ -13,6 +13,7 @@ from mutor_vision.checkpoint import read_json, sha256
 from mutor_vision.errors import IntegrityError, UserError
 from mutor_vision.metrics import frechet, guards, per_class, scores
 from mutor_vision.metrics.extract import extract
+from mutor_vision.metrics.features import exact_float32
 from mutor_vision.metrics.moments import Moments, Statistics, read_protocol, read_statistics
 from mutor_vision.metrics.npz import Npz, is_statistics
 from mutor_vision.metrics.sources import FolderImages, NpzImages, check_count, read_labels
@@ -176,7 +177,8 @@ def evaluate(samples: ImageSet, reference: ImageSet, extractor: nn.Module, runti
             warnings.append(guards.Warning("small-is-splits", text))
     if "pr" in metrics:
         pool, reference_pool = ours.rows["pool"], by_image.rows["pool"]
-        values = scores.precision_recall(pool, reference_pool, runtime, options.k)
+        with exact_float32():
+            values = scores.precision_recall(pool, reference_pool, runtime, options.k)
         for key, value in zip(("precision", "recall"), values, strict=True):
             results[key] = {"name": f"{key.capitalize()}{at}", "value": value}
             results[key]["protocol"] = {"k": options.k, "n_reference": reference.images.count, "distances": "float32"}

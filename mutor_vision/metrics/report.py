@@ -18,7 +18,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; } th, td { text-align: left; padding: .2rem .9rem .2rem 0; }
 th { border-bottom: 1px solid #999; } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-.warnings { background: #fff4d6; padding: .6rem 1rem .6rem 2rem; border-left: 4px solid #d9a400; } .note { color: #666; }
+.warnings { background: #fff4d6; padding: .6rem 2rem; border-left: 4px solid #d9a400; } .note { color: #666; }
 .class { margin: 1.4rem 0; } .class img { display: block; margin: .25rem 0; max-width: 100%; }
 .scroll { max-height: 30rem; overflow-y: auto; }
 """
