@@ -98,7 +98,7 @@ def test_two_processes_train_to_the_loss_curve_of_one(tmp_path, root, train_conf
     values |= {"registers.count": 16} if registers.count else {}
     values |= {name: getattr(config, name) for name in (
         "val_fraction", "val_images", "batch_size", "lr", "ema_decay", "log_every", "val_every", "save_every",
-        "sample_every", "warmup_steps")}  # fmt: skip
+        "sample_every", "warmup_steps", "schedule")}  # fmt: skip
     settings = [f"{name}={value}" for name, value in values.items()]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launch, "train/imagenet.py", "--preset", preset, "--codes", config.codes]
