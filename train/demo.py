@@ -71,8 +71,8 @@ def main() -> None:
     for name in OBJECTIVES:
         stage(
             f"Samples, {name}",
-            [*python, "-m", "mutor_vision", "sample", out / name, "--classes", "0,1,2,3,4,5,6,7,8,9", "--per-class", "8",
-             "--cfg-scale", GUIDANCE, "--seed", "0", "--out", out / f"samples-{name}.png"],
+            [*python, "-m", "mutor_vision", "sample", out / name, "--classes", "0,1,2,3,4,5,6,7,8,9",
+             "--per-class", "8", "--cfg-scale", GUIDANCE, "--seed", "0", "--out", out / f"samples-{name}.png"],
         )  # fmt: skip
     stage(
         "Feature network",
@@ -83,7 +83,8 @@ def main() -> None:
         stage(
             f"Metrics, {name}",
             [*python, "eval/fid.py", "--run", out / name, "--num", str(arguments.samples), "--cfg-scale", GUIDANCE,
-             "--reference", images / "held-out", "--features", out / "features", "--json", out / f"metrics-{name}.json"],
+             "--reference", images / "held-out", "--features", out / "features",
+             "--json", out / f"metrics-{name}.json"],
         )  # fmt: skip
     total = time.perf_counter() - started
     page = write_report(out, stages, total, arguments.samples)
