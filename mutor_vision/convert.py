@@ -44,10 +44,7 @@ def convert(
     _check_new(target)
     foreign = foreign_checkpoint.read(source, weights)
     say(f"{foreign.path}: {foreign.layout}, {len(foreign.tensors)} tensors")
-    try:
-        kind = llamagen.kind_of(set(foreign.tensors))
-    except MismatchError as error:
-        raise MismatchError(f"{foreign.path} is {error}") from None
+    kind = _kind_of(foreign)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -146,7 +143,7 @@ def write_tokenizer_copy(source: str | Path, folder: Path, say) -> TokenizerConf
     """Our tokenizer or a VQ file -> an exported tokenizer in `folder`."""
     if Path(source).is_file() and Path(source).name != "model.safetensors":
         foreign = foreign_checkpoint.read(source)
-        config, ours = _read_tokenizer(foreign, llamagen.kind_of(set(foreign.tensors)), 0, say)
+        config, ours = _read_tokenizer(foreign, _kind_of(foreign), 0, say)
         stem = folder.with_name(f".{folder.name}.run")
         shutil.rmtree(stem, ignore_errors=True)
         train_config = TokenizerTrainConfig(model=config, ema_decay=0.0)
@@ -174,6 +171,13 @@ def _read_tokenizer(foreign: ForeignCheckpoint, kind: str, image_size: int, say)
         f"{config.downsample} pixels a code, {config.codebook_size} codes of {config.code_dim}, channels "
         f"{', '.join(map(str, config.channels))}; {count:,} parameters")  # fmt: skip
     return config, llamagen.tokenizer_state_dict({name: _load(foreign, name) for name in tensors})
+
+
+def _kind_of(foreign: ForeignCheckpoint) -> str:
+    try:
+        return llamagen.kind_of(set(foreign.tensors))
+    except MismatchError as error:
+        raise MismatchError(f"{foreign.path} is {error}") from None
 
 
 def _setting(foreign: ForeignCheckpoint, name: str) -> int:
