@@ -96,9 +96,10 @@ def main() -> None:
         return point["value"]
 
     if scales:
-        best = sweep.grid(value, scales)
+        for scale in scales:
+            value(scale)
     else:
-        best = sweep.golden_section(value, arguments.low, arguments.high, arguments.tolerance)
+        sweep.golden_section(value, arguments.low, arguments.high, arguments.tolerance)
     if runtime.is_main:
         name = done["points"][0]["name"]
         print(sweep.table(done["points"], name))
@@ -106,7 +107,8 @@ def main() -> None:
             print(f"warning: {text}")
         sweep.plot(done["points"], name, arguments.out / "sweep.png")
         shutil.rmtree(work, ignore_errors=True)
-        print(f"best cfg scale {best:g}; written: {record} and {arguments.out / 'sweep.png'}")
+        best = sweep.best_of(done["points"])
+        print(f"best cfg scale {best['cfg_scale']:g}; written: {record} and {arguments.out / 'sweep.png'}")
     finish()
 
 

@@ -38,11 +38,16 @@ def table(result: dict) -> str:
                 f"{number(low_high[0])} to {number(low_high[1])}" if low_high else "",
             )
         )
-    columns = [column for column in range(5) if any(row[column] for row in rows[1:])]
+    return "\n".join([markdown(rows), "", *notes(result)])
+
+
+def markdown(rows: list[tuple[str, ...]]) -> str:
+    """An aligned table, the first row its head, without the columns that have no entry."""
+    columns = [column for column in range(len(rows[0])) if any(row[column] for row in rows[1:])]
     widths = {column: max(len(row[column]) for row in rows) for column in columns}
     lines = ["| " + " | ".join(row[column].ljust(widths[column]) for column in columns) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (widths[column] + 2) for column in columns) + "|")
-    return "\n".join(lines + [""] + notes(result))
+    return "\n".join(lines)
 
 
 def notes(result: dict) -> list[str]:

@@ -1,17 +1,19 @@
-"""The best guidance scale by search: a grid, or golden section for one minimum in few evaluations. Every point uses
+"""The best guidance scale by search: golden section, for one minimum in few evaluations. Every point uses
 the same seeds and labels, so that neighbouring points differ by their guidance and hardly by chance."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 from mutor_vision.errors import UserError
+from mutor_vision.metrics.report import markdown, number
 
 GOLDEN = (5**0.5 - 1) / 2
 
 
-def golden_section(value: Callable[[float], float], low: float, high: float, tolerance: float) -> float:
-    """Where value is least in [low, high], to within `tolerance`, if it falls and then rises; one new evaluation for
-    every shrinking of the interval by 0.618 (Kiefer 1953). Scales are rounded to 3 decimals, as they are reported."""
+def golden_section(value: Callable[[float], float], low: float, high: float, tolerance: float) -> None:
+    """Evaluate ever nearer to where value is least in [low, high], to within `tolerance`, if it falls and then rises;
+    one evaluation for every shrinking of the interval by 0.618 (Kiefer 1953). Scales are rounded to 3 decimals, as
+    they are reported."""
     if not 0 <= low < high or tolerance < 0.001:
         raise UserError(f"search from {low} to {high} with tolerance {tolerance}; give 0 <= low < high, 0.001 or more")
     left, right = round(high - GOLDEN * (high - low), 3), round(low + GOLDEN * (high - low), 3)
@@ -25,25 +27,21 @@ def golden_section(value: Callable[[float], float], low: float, high: float, tol
             low, left, at_left = left, right, at_right
             right = round(low + GOLDEN * (high - low), 3)
             at_right = value(right)
-    return left if at_left <= at_right else right
 
 
-def grid(value: Callable[[float], float], scales: list[float]) -> float:
-    """Where value is least among the scales."""
-    return min(scales, key=lambda scale: (value(scale), scale))
+def best_of(points: list[dict]) -> dict:
+    """The point with the least value; of equal ones, that with the least guidance."""
+    return min(points, key=lambda point: (point["value"], point["cfg_scale"]))
 
 
 def table(points: list[dict], name: str) -> str:
     """Markdown: scale, distance, its standard error and Inception Score where there are any; the best is marked."""
-    from mutor_vision.metrics.report import number
-
-    best = min(points, key=lambda point: point["value"])
-    lines = [f"| cfg scale | {name} | ± s.e. | IS |", "|-----------|------|--------|----|"]
+    best = best_of(points)
+    rows = [("cfg scale", name, "± s.e.", "IS", "")]
     for point in sorted(points, key=lambda point: point["cfg_scale"]):
-        star = " (best)" if point is best else ""
-        cells = [number(point["value"]) + star, number(point.get("standard_error")), number(point.get("is"))]
-        lines.append(f"| {point['cfg_scale']:g} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        numbers = (number(point["value"]), number(point.get("standard_error")), number(point.get("is")))
+        rows.append((f"{point['cfg_scale']:g}", *numbers, "best" if point is best else ""))
+    return markdown(rows)
 
 
 def plot(points: list[dict], name: str, path: Path) -> None:
@@ -54,7 +52,7 @@ def plot(points: list[dict], name: str, path: Path) -> None:
     points = sorted(points, key=lambda point: point["cfg_scale"])
     scales, values = [point["cfg_scale"] for point in points], [point["value"] for point in points]
     errors = [point.get("standard_error") or 0.0 for point in points]
-    best = min(points, key=lambda point: point["value"])
+    best = best_of(points)
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     axes.errorbar(scales, values, yerr=errors if any(errors) else None, marker="o", capsize=3, color="#1f4e79")
