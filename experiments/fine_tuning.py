@@ -61,8 +61,8 @@ def stages(zips: Path, work: Path):
     yield lambda: (images / "done").exists(), lambda: unzip(zips, images)
     vq = ["tokenizers/train_vq.py", "--preset", "digits", "--data", images / "pretrain/train", "--val-data",
           images / "pretrain/val", "--out", work / "vq", "--steps", "1200", "--set", "model.codebook_size=512",
-          "--set", "min_crop_scale=0.8", "--set", "save_every=200", "--set", "val_every=600", "--set",
-          "sample_every=0", "--set", "workers=0"]  # fmt: skip
+          "--set", "dead_code_steps=20", "--set", "min_crop_scale=0.8", "--set", "save_every=200", "--set",
+          "val_every=600", "--set", "sample_every=0", "--set", "workers=0"]  # fmt: skip
     yield lambda: (work / "vq/checkpoints/step-0001200").exists(), lambda: run(vq)
     for name, folder in (("pretrain", "pretrain/train"), ("pretrain-val", "pretrain/val"), ("pool", "target/pool"),
                          ("val", "target/val")):  # fmt: skip

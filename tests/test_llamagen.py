@@ -277,6 +277,21 @@ def test_a_converted_run_with_a_tokenizer_samples_at_384_and_resizes(
     assert checkpoint.read_json(tmp_path / "set.npz.json")["resize"] == 16
 
 
+def test_one_command_makes_a_run_that_samples(shared, tmp_path):
+    from mutor_vision.images import to_uint8
+    from mutor_vision.runtime import start
+    from mutor_vision.sample import load, sample_images
+
+    convert_gpt(shared / "golden" / f"{GPT}.pt", tmp_path / "run", tokenizer=shared / "golden" / f"{VQ}.pt")
+    assert sorted(os.listdir(tmp_path / "run")) == [
+        "checkpoints", "config.json", "status.json", "token_set.json", "tokenizer"]  # fmt: skip
+    loaded = load(tmp_path / "run", start("float32", "cpu"))
+    assert loaded.class_names == ["0", "1", "2", "3", "4"]
+    made = sample_images(loaded, torch.tensor([0, 2]), np.arange(2), SampleSettings(cfg_scale=2.0, temperature=0), 0)
+    codes = np.load(shared / "golden" / f"{GPT}_io.npz")["greedy_cfg2"].reshape(2, 4, 4)
+    assert torch.equal(made, to_uint8(loaded.tokenizer.decode(torch.from_numpy(codes).long())))
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +340,7 @@ BAD_FILES = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*[Ss]parse")
 @pytest.mark.parametrize("build, kind, message", BAD_FILES.values(), ids=BAD_FILES.keys())
 def test_bad_contents_are_refused_and_nothing_is_run_or_written(shared, tmp_path, monkeypatch, build, kind, message):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # asks every torch.load to run what it reads
