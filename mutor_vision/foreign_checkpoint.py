@@ -126,6 +126,9 @@ def _check_zip(path: Path) -> None:
                 raise IntegrityError(f"{path} has compressed entries, which torch.save does not write; it is refused")
             if sum(entry.file_size for entry in entries) > path.stat().st_size:
                 raise IntegrityError(f"{path} claims more bytes than it has; it is refused")
+            for entry in entries:
+                if entry.filename.endswith("/byteorder") and archive.read(entry).strip() != b"little":
+                    raise IntegrityError(f"{path} was written by a big-endian machine; save it again on another")
             damaged = archive.testzip()
     except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, ValueError) as error:
         raise IntegrityError(
