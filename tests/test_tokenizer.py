@@ -155,6 +155,15 @@ def test_the_gradient_goes_straight_through_and_each_loss_moves_its_side():
     assert latents.grad.abs().sum() > 0 and quantizer.codebook.grad is None
 
 
+def test_unquantized_images_pass_as_they_are_and_still_train_the_codes():
+    torch.manual_seed(0)
+    quantizer, latents = VectorQuantizer(16, 4), torch.randn(3, 4, 2, 2)
+    mixed, all_of_them = quantizer(latents, unquantized=torch.tensor([False, True, False])), quantizer(latents)
+    assert torch.equal(mixed.latents[1], mixed.encoded[1]) and not torch.equal(mixed.latents[1], all_of_them.latents[1])
+    assert torch.equal(mixed.latents[::2], all_of_them.latents[::2])
+    assert torch.equal(mixed.codes, all_of_them.codes) and mixed.codebook_loss == all_of_them.codebook_loss
+
+
 def test_distances_are_float32_under_autocast():
     torch.manual_seed(0)
     quantizer = VectorQuantizer(4096, 8)

@@ -34,11 +34,15 @@ class VectorQuantizer(nn.Module):
         codebook = torch.empty(codebook_size, code_dim).uniform_(-1 / codebook_size, 1 / codebook_size)
         self.codebook = nn.Parameter(self._normalise(codebook))
 
-    def forward(self, latents: Tensor, entropy_temperature: float = 0.0) -> Quantized:
+    def forward(
+        self, latents: Tensor, entropy_temperature: float = 0.0, unquantized: Tensor | None = None
+    ) -> Quantized:
         """(B, C, h, w) -> Quantized, all in float32 even under autocast.
 
         entropy_temperature: temperature of the softmax over distances in the entropy loss (LlamaGen: 0.01), which
-        holds (n, V) numbers for the backward pass; 0 = no entropy loss.
+        holds (n, V) numbers for the backward pass; 0 = no entropy loss. unquantized: (B,) bool, images whose latents
+        come back as they are; what codes do not resolve yet would otherwise be invisible to the decoder, and never
+        be learned.
         """
         with torch.autocast(latents.device.type, enabled=False):
             flat = self._normalise(latents.float().permute(0, 2, 3, 1).flatten(0, 2))  # (n, C)
@@ -51,6 +55,9 @@ class VectorQuantizer(nn.Module):
                 entropy_loss = flat.new_zeros(())
             straight_through = flat + (chosen - flat).detach()
             batch, _, height, width = latents.shape
+            if unquantized is not None:
+                skip = unquantized.repeat_interleave(height * width)[:, None]
+                straight_through = torch.where(skip, flat, straight_through)
 
             def to_grid(vectors: Tensor) -> Tensor:
                 return vectors.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
