@@ -146,7 +146,7 @@ def evaluate(samples: ImageSet, reference: ImageSet, extractor: nn.Module, runti
         n = samples.images.count
         keep = tuple(layer for layer in ("pool", "logits") if layer in extractor.layers)
         ours = extract(
-            samples.images, extractor, runtime, batch=options.batch, groups=max(options.groups, 1), keep=keep,
+            samples.images, extractor, runtime, batch=options.batch, groups=_groups(n, extractor, options), keep=keep,
             work=options.work, title="samples",
         )  # fmt: skip
         samples.record["images_sha256"] = ours.images_sha256
@@ -165,7 +165,7 @@ def evaluate(samples: ImageSet, reference: ImageSet, extractor: nn.Module, runti
         if metric in metrics:
             key = metric if metric == "sfid" or short == "FID" else "fd"
             results[key] = {"name": f"{name}{at}"} | _distance(
-                ours_statistics[layer], ours.moments[layer] if ours else None, roots[layer], runtime, options
+                ours_statistics[layer], ours.moments[layer] if ours else None, roots[layer], runtime
             )
             results[key]["protocol"] = {"layer": layer, "features": extractor.layers[layer], "n_reference": n_reference}
     if "is" in metrics:
@@ -239,20 +239,23 @@ def _choose_metrics(samples: ImageSet, reference: ImageSet, extractor, options: 
     return chosen
 
 
-def _distance(
-    statistics: Statistics, moments: Moments | None, root: frechet.Root, runtime: Runtime, options: Options
-) -> dict:
-    """Value, and error bars where they mean something: while the covariance is singular, the bias does not fall as
-    1/n and the jackknife would correct it by a wrong amount."""
-    groups = len(moments.n) if moments is not None and options.groups else 0
-    if groups and int(moments.n.sum()) * (groups - 1) / groups > len(statistics.mu):
-        estimate = frechet.jackknife(moments, root, runtime)
-        return {
-            "value": estimate.value, "bias_corrected": estimate.bias_corrected,
-            "standard_error": estimate.standard_error, "interval_95": list(estimate.interval_95),
-            "jackknife_groups": groups,
-        }  # fmt: skip
-    return {"value": frechet.distance(statistics, root)}
+def _groups(n: int, extractor: nn.Module, options: Options) -> int:
+    """Jackknife groups, or 1 for no error bars: while a covariance is singular, the bias does not fall as 1/n and the
+    jackknife would correct it by a wrong amount."""
+    if not options.groups or n * (options.groups - 1) / options.groups <= extractor.layers["pool"]:
+        return 1
+    return options.groups
+
+
+def _distance(statistics: Statistics, moments: Moments | None, root: frechet.Root, runtime: Runtime) -> dict:
+    if moments is None or len(moments.n) == 1:
+        return {"value": frechet.distance(statistics, root)}
+    estimate = frechet.jackknife(moments, root, runtime)
+    return {
+        "value": estimate.value, "bias_corrected": estimate.bias_corrected,
+        "standard_error": estimate.standard_error, "interval_95": list(estimate.interval_95),
+        "jackknife_groups": estimate.groups,
+    }  # fmt: skip
 
 
 def _protocol(samples, reference, extractor, n, n_reference, warnings, options) -> dict:
