@@ -34,8 +34,8 @@ PER_CLASS = 20
 SAMPLES = 500  # images behind a Fréchet distance
 OBJECTIVES = {"next-token": "digits-next-token", "MuToR-2D": "digits-mutor-2d-20"}  # 20 registers over 64 slots
 METHODS = {"full": dict(lr=5e-4), "LoRA": dict(lr=2e-3, lora_rank=8, lora_alpha=16.0)}
-FINE_TUNING = dict(steps=150, batch_size=20, warmup_steps=10, ema_decay=0.0, val_every=50, val_images=500,
-                   log_every=50, save_every=0)  # fmt: skip
+FINE_TUNING = dict(steps=100, batch_size=20, warmup_steps=10, ema_decay=0.0, val_every=25, val_images=500,
+                   log_every=25, save_every=0)  # fmt: skip
 
 
 def main() -> None:
@@ -60,13 +60,15 @@ def stages(zips: Path, work: Path):
     images, codes = work / "images", work / "codes"
     yield lambda: (images / "done").exists(), lambda: unzip(zips, images)
     vq = ["tokenizers/train_vq.py", "--preset", "digits", "--data", images / "pretrain/train", "--val-data",
-          images / "pretrain/val", "--out", work / "vq", "--steps", "1200", "--set", "model.codebook_size=512",
+          images / "pretrain/val", "--out", work / "vq", "--steps", "800", "--set", "model.codebook_size=512",
           "--set", "dead_code_steps=20", "--set", "min_crop_scale=0.8", "--set", "save_every=200", "--set",
-          "val_every=600", "--set", "sample_every=0", "--set", "workers=0"]  # fmt: skip
-    yield lambda: (work / "vq/checkpoints/step-0001200").exists(), lambda: run(vq)
+          "val_every=400", "--set", "sample_every=0", "--set", "workers=0"]  # fmt: skip
+    yield lambda: (work / "vq/checkpoints/step-0000800").exists(), lambda: run(vq)
     for name, folder in (("pretrain", "pretrain/train"), ("pretrain-val", "pretrain/val"), ("pool", "target/pool"),
                          ("val", "target/val")):  # fmt: skip
-        encode = ["tokenizers/encode.py", "--tokenizer", work / "vq", "--data", images / folder, "--out", codes / name]
+        views = "center-flip" if name == "pool" else "center"
+        encode = ["tokenizers/encode.py", "--tokenizer", work / "vq", "--data", images / folder, "--out", codes / name,
+                  "--views", views]  # fmt: skip
         yield (
             lambda name=name: (codes / name / "manifest.json").exists(),
             lambda encode=encode: run([*encode, "--batch-size", "100", "--workers", "0"]),
@@ -78,15 +80,15 @@ def stages(zips: Path, work: Path):
             lambda seed=seed, out=out: few(codes / "pool", seed, out),
         )
     features = ["eval/train_features.py", "--data", images / "target/reference", "--val-data", images / "target/val",
-                "--image-size", "32", "--epochs", "8", "--workers", "0", "--out", work / "features"]  # fmt: skip
+                "--image-size", "32", "--epochs", "4", "--workers", "0", "--out", work / "features"]  # fmt: skip
     yield lambda: (work / "features/config.json").exists(), lambda: run(features)
     reference = ["eval/reference.py", "--data", images / "target/reference", "--image-size", "32", "--features",
                  work / "features", "--keep-images", "0", "--out", work / "reference.npz"]  # fmt: skip
     yield lambda: (work / "reference.npz").exists(), lambda: run(reference)
     base = ["train/imagenet.py", "--preset", "digits-next-token", "--codes", codes / "pretrain", "--val-codes",
-            codes / "pretrain-val", "--out", work / "base", "--steps", "500", "--set", "val_every=250", "--set",
+            codes / "pretrain-val", "--out", work / "base", "--steps", "300", "--set", "val_every=150", "--set",
             "val_images=500", "--set", "save_every=50"]  # fmt: skip
-    yield lambda: (work / "base/checkpoints/step-0000500").exists(), lambda: run(base)
+    yield lambda: (work / "base/checkpoints/step-0000300").exists(), lambda: run(base)
     for seed in SEEDS:
         for objective, preset in OBJECTIVES.items():
             for method, settings in METHODS.items():
@@ -203,8 +205,8 @@ def keep(key: str, values: dict) -> None:
 
 def write_table(found: dict) -> None:
     """Mean and standard deviation over seeds, between the markers of docs/fine-tuning.md."""
-    lines = ["| fine-tuned | objective | held-out loss, step 50 | 100 | 150 | lowest | training loss | FD | kept |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| fine-tuned | objective | held-out loss, step 25 | 50 | 75 | 100 | lowest | training loss | FD | kept |",
+             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for method in METHODS:
         for objective in OBJECTIVES:
             rows = [found[f"{objective}, {method}, seed {seed}"] for seed in SEEDS
