@@ -64,8 +64,7 @@ class TokenizerTrainConfig:
     entropy_weight: float = 0.0  # 0 = off
     adversarial_weight: float = 0.0  # 0 = no discriminator, LlamaGen: 0.5
     adversarial_start: int = 20_000  # optimizer step at which the discriminator begins
-    unquantized_share: float = 0.0  # images whose latents reach the decoder unrounded (arXiv 2410.00037), 0 = off
-    unquantized_steps: int = 0  # optimizer step at which that ends
+    quantize_after: int = 0  # optimizer step at which codes replace latents in the decoder, 0 = from the start
     dead_code_steps: int = 0  # re-seed a code unused for this many steps, 0 = off
     ema_decay: float = 0.999  # 0 = no EMA
     seed: int = 0

@@ -14,24 +14,24 @@ TOKENIZERS: dict[str, TokenizerTrainConfig] = {
     "vq-8": TokenizerTrainConfig(
         model=TokenizerConfig(channels=(128, 256, 256, 512)), steps=400_000, **_LLAMAGEN_LOSSES
     ),
-    # 64 px, 16x16 codes of 2048.
+    # 64 px, 16x16 codes of 4096.
     "tiny-imagenet": TokenizerTrainConfig(
         model=TokenizerConfig(
-            image_size=64, channels=(16, 32, 64), layers_per_block=1, latent_channels=64, codebook_size=2048,
+            image_size=64, channels=(16, 32, 64), layers_per_block=1, latent_channels=64, codebook_size=4096,
             norm_groups=8, attention=False,
         ),
-        steps=2500, batch_size=16, lr=2e-3, schedule="cosine", warmup_steps=100, min_crop_scale=0.95,
-        unquantized_share=0.5, unquantized_steps=1500, dead_code_steps=20,
+        steps=2000, batch_size=16, lr=2e-3, schedule="cosine", warmup_steps=100, min_crop_scale=0.95,
+        quantize_after=400, dead_code_steps=20,
         val_every=500, sample_every=500, save_every=500,
     ),
-    # 64 px, 8x8 codes of 2048.
+    # 64 px, 8x8 codes of 4096.
     "tiny-imagenet-8x8": TokenizerTrainConfig(
         model=TokenizerConfig(
-            image_size=64, channels=(16, 32, 64, 64), layers_per_block=1, latent_channels=64, codebook_size=2048,
+            image_size=64, channels=(16, 32, 64, 64), layers_per_block=1, latent_channels=64, codebook_size=4096,
             norm_groups=8, attention=False,
         ),
-        steps=2500, batch_size=16, lr=2e-3, schedule="cosine", warmup_steps=100, min_crop_scale=0.95,
-        unquantized_share=0.5, unquantized_steps=1500, dead_code_steps=20,
+        steps=2000, batch_size=16, lr=2e-3, schedule="cosine", warmup_steps=100, min_crop_scale=0.95,
+        quantize_after=400, dead_code_steps=20,
         val_every=500, sample_every=500, save_every=500,
     ),
     # 24 px, 6x6 codes of 64: scikit-learn's handwritten digits, for the demo.

@@ -155,13 +155,13 @@ def test_the_gradient_goes_straight_through_and_each_loss_moves_its_side():
     assert latents.grad.abs().sum() > 0 and quantizer.codebook.grad is None
 
 
-def test_unquantized_images_pass_as_they_are_and_still_train_the_codes():
+def test_without_rounding_latents_pass_as_they_are_and_codes_still_follow():
     torch.manual_seed(0)
-    quantizer, latents = VectorQuantizer(16, 4), torch.randn(3, 4, 2, 2)
-    mixed, all_of_them = quantizer(latents, unquantized=torch.tensor([False, True, False])), quantizer(latents)
-    assert torch.equal(mixed.latents[1], mixed.encoded[1]) and not torch.equal(mixed.latents[1], all_of_them.latents[1])
-    assert torch.equal(mixed.latents[::2], all_of_them.latents[::2])
-    assert torch.equal(mixed.codes, all_of_them.codes) and mixed.codebook_loss == all_of_them.codebook_loss
+    quantizer, latents = VectorQuantizer(16, 4), torch.randn(3, 4, 2, 2, requires_grad=True)
+    plain, rounded = quantizer(latents, rounding=False), quantizer(latents)
+    assert torch.equal(plain.latents, plain.encoded) and not torch.equal(plain.latents, rounded.latents)
+    assert torch.equal(plain.codes, rounded.codes) and plain.codebook_loss == rounded.codebook_loss
+    assert plain.commitment_loss == 0
 
 
 def test_distances_are_float32_under_autocast():

@@ -21,7 +21,7 @@ SMALL = {
     "model.image_size": 16, "model.channels": "8,8,8", "model.latent_channels": 8, "model.code_dim": 4,
     "model.codebook_size": 32, "model.norm_groups": 4, "model.attention": "false", "batch_size": 4, "workers": 0,
     "min_crop_scale": 0.8, "dead_code_steps": 2, "save_every": 3, "log_every": 1, "val_every": 3, "sample_every": 3,
-    "warmup_steps": 2, "unquantized_share": 0.5, "unquantized_steps": 4,
+    "warmup_steps": 2, "quantize_after": 2,
 }  # fmt: skip
 
 
@@ -179,7 +179,8 @@ def test_two_processes_train_as_one(root, pictures, trained, tmp_path):
     assert len(pairs) >= 3
     for one, other in pairs:
         for key in one.keys() - {"images_per_s"}:
-            assert one[key] == pytest.approx(other[key], rel=1e-4), key
+            rel = 1e-2 if key.startswith("val/") else 1e-4  # scores step by whole grey levels and codes
+            assert one[key] == pytest.approx(other[key], rel=rel), key
 
 
 @pytest.mark.parametrize("arguments, code, message", [

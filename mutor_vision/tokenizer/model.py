@@ -55,11 +55,9 @@ class VQTokenizer(nn.Module):
             in_channels=config.latent_channels, out_channels=3, up_block_types=tuple(up), norm_type="group", **layers
         )
 
-    def forward(
-        self, images: Tensor, entropy_temperature: float = 0.0, unquantized: Tensor | None = None
-    ) -> Reconstruction:
+    def forward(self, images: Tensor, entropy_temperature: float = 0.0, rounding: bool = True) -> Reconstruction:
         """(B, 3, H, W) float in [-1, 1] -> Reconstruction, with gradients. For the rest see VectorQuantizer."""
-        quantized = self.quantizer(self._latents(images), entropy_temperature, unquantized)
+        quantized = self.quantizer(self._latents(images), entropy_temperature, rounding)
         return Reconstruction(self._images(quantized.latents), quantized)
 
     @torch.no_grad()

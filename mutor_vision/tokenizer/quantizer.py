@@ -34,15 +34,14 @@ class VectorQuantizer(nn.Module):
         codebook = torch.empty(codebook_size, code_dim).uniform_(-1 / codebook_size, 1 / codebook_size)
         self.codebook = nn.Parameter(self._normalise(codebook))
 
-    def forward(
-        self, latents: Tensor, entropy_temperature: float = 0.0, unquantized: Tensor | None = None
-    ) -> Quantized:
+    def forward(self, latents: Tensor, entropy_temperature: float = 0.0, rounding: bool = True) -> Quantized:
         """(B, C, h, w) -> Quantized, all in float32 even under autocast.
 
         entropy_temperature: temperature of the softmax over distances in the entropy loss (LlamaGen: 0.01), which
-        holds (n, V) numbers for the backward pass; 0 = no entropy loss. unquantized: (B,) bool, images whose latents
-        come back as they are; what codes do not resolve yet would otherwise be invisible to the decoder, and never
-        be learned.
+        holds (n, V) numbers for the backward pass; 0 = no entropy loss. rounding False: the latents come back as they
+        are and are not committed, while the codes follow them. A new encoder first learns the colour of a patch; what
+        is finer than the codes is then invisible to the decoder and committed away, and is never learned. Some steps
+        as a plain autoencoder let the latents spread over all of code_dim.
         """
         with torch.autocast(latents.device.type, enabled=False):
             flat = self._normalise(latents.float().permute(0, 2, 3, 1).flatten(0, 2))  # (n, C)
@@ -55,19 +54,16 @@ class VectorQuantizer(nn.Module):
                 entropy_loss = flat.new_zeros(())
             straight_through = flat + (chosen - flat).detach()
             batch, _, height, width = latents.shape
-            if unquantized is not None:
-                skip = unquantized.repeat_interleave(height * width)[:, None]
-                straight_through = torch.where(skip, flat, straight_through)
 
             def to_grid(vectors: Tensor) -> Tensor:
                 return vectors.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
 
             return Quantized(
-                latents=to_grid(straight_through),
+                latents=to_grid(straight_through if rounding else flat),
                 encoded=to_grid(flat),
                 codes=codes.view(batch, height, width),
                 codebook_loss=F.mse_loss(chosen, flat.detach()),
-                commitment_loss=F.mse_loss(flat, chosen.detach()),
+                commitment_loss=F.mse_loss(flat, chosen.detach()) if rounding else flat.new_zeros(()),
                 entropy_loss=entropy_loss,
             )
 

@@ -96,22 +96,19 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
     bar = tqdm(total=config.steps, initial=first_step, unit="step", disable=not runtime.is_main, dynamic_ncols=True)
     step = first_step
     try:
-        for ks, batch in zip(positions, read_batches(crops, positions, config.workers), strict=True):
+        for batch in read_batches(crops, positions, config.workers):
             images = to_float(batch.to(device, non_blocking=True))
             rate = learning_rate(
                 step, schedule=config.schedule, lr=config.lr, steps=config.steps, warmup_steps=config.warmup_steps
             )
             adversarial = discriminator is not None and step >= config.adversarial_start
-            unquantized = None
-            if step < config.unquantized_steps:
-                draws = uniforms(config.seed, "unquantized", np.array(ks), 1)[:, 0]
-                unquantized = torch.from_numpy(draws < config.unquantized_share).to(device)
+            rounding = step >= config.quantize_after
             step += 1  # from here on: how many steps are done at the end of this round
 
             # The autoencoder.
             with runtime.autocast():
                 temperature = losses.ENTROPY_TEMPERATURE if config.entropy_weight > 0 else 0.0
-                reconstruction = trained(images, temperature, unquantized)
+                reconstruction = trained(images, temperature, rounding)
                 if adversarial:
                     discriminator.requires_grad_(False)  # it only judges here
                 fake_scores = discriminator(reconstruction.images) if adversarial else None
@@ -228,7 +225,6 @@ def check_settings(config: TokenizerTrainConfig, runtime: Runtime) -> None:
         raise UserError(f"batch_size {config.batch_size} is no multiple of the {runtime.world_size} processes")
     for name, value, low, high in (
         ("val_fraction", config.val_fraction, 0, 0.99),
-        ("unquantized_share", config.unquantized_share, 0, 1),
         ("min_crop_scale", config.min_crop_scale, 0.05, 1),
         ("ema_decay", config.ema_decay, 0, 0.999999),
         ("keep", config.keep, 2, math.inf),
@@ -236,7 +232,7 @@ def check_settings(config: TokenizerTrainConfig, runtime: Runtime) -> None:
         if not low <= value <= high:
             raise UserError(f"{name} is {value}, expected {low} to {high}")
     for name in ("l1_weight", "l2_weight", "lpips_weight", "codebook_weight", "commitment_weight", "entropy_weight",
-                 "adversarial_weight", "clip", "workers", "dead_code_steps", "unquantized_steps",
+                 "adversarial_weight", "clip", "workers", "dead_code_steps", "quantize_after",
                  "adversarial_start", "val_images",
                  "log_every", "val_every", "sample_every", "save_every"):  # fmt: skip
         if getattr(config, name) < 0:
