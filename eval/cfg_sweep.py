@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--features", default="inception", help="inception, timm:NAME[@SIZE], or a trained folder")
     parser.add_argument("--weights", help="file of the extractor's weights, or 'random' (tests the plumbing only)")
     parser.add_argument("--allow-lossy", action="store_true", help="accept a reference of JPEG files; recorded")
-    parser.add_argument("--image-size", type=int, default=0, help="centre-crop the reference's images to this")
+    parser.add_argument("--image-size", type=int, default=0, help="crop and resize images of both sides to this")
     parser.add_argument("--batch-size", type=int, default=50, help="images at once per process (default 50)")
     parser.add_argument("--groups", type=int, default=20, help="jackknife groups, 0 = no error bars (default 20)")
     parser.add_argument("--labels", default="balanced", help=", ".join(sample.LABEL_PLANS))
@@ -64,7 +64,7 @@ def main() -> None:
     record, work = arguments.out / "sweep.json", arguments.out / "work"
     binding = {
         "model": loaded.identity, "extractor": extractor.identity["state_sha256"], "reference": reference.name,
-        "num": arguments.num, "seed": arguments.seed, "labels": arguments.labels,
+        "num": arguments.num, "image_size": arguments.image_size, "seed": arguments.seed, "labels": arguments.labels,
         "settings": dataclasses.asdict(base) | {"cfg_scale": None, "cfg_interval": list(base.cfg_interval)},
     }  # fmt: skip
     done = checkpoint.read_json(record) if record.is_file() else {"binding": binding, "points": []}
@@ -78,7 +78,10 @@ def main() -> None:
             if point["cfg_scale"] == scale:
                 return point["value"]
         settings = dataclasses.replace(base, cfg_scale=scale)
-        source = RunImages(loaded, arguments.num, settings, plan=arguments.labels, seed=arguments.seed)
+        source = RunImages(
+            loaded, arguments.num, settings, plan=arguments.labels, seed=arguments.seed,
+            image_size=arguments.image_size,
+        )  # fmt: skip
         samples = ImageSet(source, None, {"path": loaded.identity["run"]} | source.describe())
         result = evaluate(samples, reference, extractor, runtime, options)
         measured = result["metrics"].get("fid") or result["metrics"]["fd"]

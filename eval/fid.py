@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for features of finished images, so that a killed run goes "
                         "on; default: beside --json")  # fmt: skip
     parser.add_argument("--keep-features", action="store_true", help="leave them there for a later run")
-    parser.add_argument("--image-size", type=int, default=0, help="centre-crop and resize images of files to this")
+    parser.add_argument("--image-size", type=int, default=0, help="crop and resize images of both sides to this")
     parser.add_argument("--sample-labels", help=".npy of class ids, one for each sample")
     parser.add_argument("--allow-lossy", action="store_true", help="accept JPEG, WEBP and palette files; recorded")
     parser.add_argument("--allow-unknown-weights", action="store_true", help="accept another Inception; marked")
@@ -79,7 +79,10 @@ def main() -> None:
         settings = sample.settings_from(arguments)
         if settings.cfg_scale != 1 and not loaded.config.label_dropout:
             raise UserError("the model was trained with label_dropout 0 and has no null class; use --cfg-scale 1")
-        source = RunImages(loaded, arguments.num, settings, plan=arguments.labels, seed=arguments.seed)
+        source = RunImages(
+            loaded, arguments.num, settings, plan=arguments.labels, seed=arguments.seed,
+            image_size=arguments.image_size,
+        )  # fmt: skip
         samples = ImageSet(source, None, {"path": loaded.identity["run"]} | source.describe())
     else:
         samples = open_set(

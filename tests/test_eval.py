@@ -170,6 +170,9 @@ def test_sampling_on_the_fly_measures_the_images_that_the_sampler_writes(trained
     assert torch.equal(written.images.labels, source.labels), "labels come from the record beside the set"
     ours, theirs = (extract(images, extractor, ALONE, batch=5) for images in (source, written.images))
     assert ours.images_sha256 == theirs.images_sha256
+    smaller = RunImages(source.loaded, 12, SampleSettings(cfg_scale=1.5), image_size=8)
+    assert (smaller.height, smaller.width) == smaller.read(0, 2).shape[-2:] == (8, 8)
+    assert smaller.describe()["resized_to"] == 8 and smaller.key() != source.key()
     assert written.record["settings"]["cfg_scale"] == 1.5 and written.record["labels"] == "balanced"
 
 

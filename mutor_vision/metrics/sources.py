@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mutor_vision import images
 from mutor_vision.errors import DataError, IntegrityError, MismatchError, UserError
+from mutor_vision.metrics.features import resize
 from mutor_vision.metrics.moments import read_protocol
 from mutor_vision.metrics.npz import Npz, check_image_array
 
@@ -166,16 +167,18 @@ class NpzImages:
 
 class RunImages:
     """Images sampled from a trained model as they are needed; nothing on disk. Image i has label `labels[i]` of a
-    seeded plan ('balanced' or 'random') and is the same however many processes sample."""
+    seeded plan ('balanced' or 'random') and is the same however many processes sample. image_size > 0 resizes them
+    (bicubic, antialias), as when a 384-pixel model is compared at 256."""
 
     prefetch = False  # the sampler has the device to itself
 
-    def __init__(self, loaded, count: int, settings, *, plan: str = "balanced", seed: int = 0):
+    def __init__(self, loaded, count: int, settings, *, plan: str = "balanced", seed: int = 0, image_size: int = 0):
         from mutor_vision.sample import label_plan
 
         if count < 2:
             raise UserError(f"--num is {count}, expected 2 or more images")
         self.loaded, self.count, self.settings, self.plan, self.seed = loaded, count, settings, plan, seed
+        self.image_size = image_size
         self.class_names = tuple(loaded.class_names)
         self.labels = label_plan(count, loaded.config.model.num_classes, plan, seed)
         self.height, self.width = self.read(0, 1).shape[-2:]  # also fails early
@@ -184,13 +187,14 @@ class RunImages:
         from mutor_vision.sample import sample_images
 
         indices = np.arange(start, stop)
-        return sample_images(self.loaded, self.labels[start:stop], indices, self.settings, self.seed)
+        found = sample_images(self.loaded, self.labels[start:stop], indices, self.settings, self.seed)
+        return resize(found, self.image_size) if self.image_size else found
 
     def describe(self) -> dict:
         return {
             "source": "sampler", "model": self.loaded.identity, "settings": dataclasses.asdict(self.settings),
             "labels": self.plan, "seed": self.seed, "classes": len(self.class_names) or None,
-            "uint8": "clamp(127.5 x + 128), truncated",
+            "uint8": "clamp(127.5 x + 128), truncated", "resized_to": self.image_size or None,
         }  # fmt: skip
 
     def key(self) -> str:
