@@ -22,8 +22,7 @@ import torch
 
 from mutor_vision import checkpoint
 from mutor_vision.cli import Parser, run_command
-from mutor_vision.config import TrainConfig
-from mutor_vision.presets import TRANSFORMERS
+from mutor_vision.config import RegisterConfig, TokenizerConfig, TokenizerTrainConfig, TrainConfig, TransformerConfig
 from mutor_vision.token_set import TokenSet, save_array, shard_names, write_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,10 +31,22 @@ PAGE = ROOT / "docs" / "fine-tuning.md"
 SEEDS = (0, 1, 2)  # each with 20 images a class of its own, disjoint
 PER_CLASS = 20
 SAMPLES = 500  # images behind a Fréchet distance
-OBJECTIVES = {"next-token": "digits-next-token", "MuToR-2D": "digits-mutor-2d-20"}  # 20 registers over 64 slots
+TOKENIZER = TokenizerTrainConfig(
+    model=TokenizerConfig(image_size=32, channels=(16, 32, 32), layers_per_block=1, latent_channels=32, code_dim=8,
+                          codebook_size=512, norm_groups=8, attention=False),
+    steps=800, batch_size=32, lr=2e-3, schedule="cosine", warmup_steps=50, min_crop_scale=0.8, dead_code_steps=20,
+    val_every=400, sample_every=0, save_every=200, workers=0,
+)  # fmt: skip
+PRETRAINING = TrainConfig(
+    model=TransformerConfig(4, 4, 128), steps=300, batch_size=64, lr=1e-3, warmup_steps=20, ema_decay=0.98,
+    log_every=50, val_every=150, val_images=500, sample_every=0, save_every=50,
+)  # fmt: skip
+FINE_TUNING = TrainConfig(
+    model=PRETRAINING.model, steps=100, batch_size=20, warmup_steps=10, ema_decay=0.0, log_every=25, val_every=25,
+    val_images=500, sample_every=0, save_every=0,
+)  # fmt: skip
+OBJECTIVES = {"next-token": RegisterConfig(), "MuToR-2D": RegisterConfig("2d", 20)}  # 20 registers over 64 slots
 METHODS = {"full": dict(lr=5e-4), "LoRA": dict(lr=2e-3, lora_rank=8, lora_alpha=16.0)}
-FINE_TUNING = dict(steps=100, batch_size=20, warmup_steps=10, ema_decay=0.0, val_every=25, val_images=500,
-                   log_every=25, save_every=0)  # fmt: skip
 
 
 def main() -> None:
@@ -59,11 +70,7 @@ def stages(zips: Path, work: Path):
     """(is it done?, do it) in order."""
     images, codes = work / "images", work / "codes"
     yield lambda: (images / "done").exists(), lambda: unzip(zips, images)
-    vq = ["tokenizers/train_vq.py", "--preset", "digits", "--data", images / "pretrain/train", "--val-data",
-          images / "pretrain/val", "--out", work / "vq", "--steps", "800", "--set", "model.codebook_size=512",
-          "--set", "dead_code_steps=20", "--set", "min_crop_scale=0.8", "--set", "save_every=200", "--set",
-          "val_every=400", "--set", "sample_every=0", "--set", "workers=0"]  # fmt: skip
-    yield lambda: (work / "vq/checkpoints/step-0000800").exists(), lambda: run(vq)
+    yield lambda: (work / "vq/checkpoints/step-0000800").exists(), lambda: train_vq(images, work / "vq")
     for name, folder in (("pretrain", "pretrain/train"), ("pretrain-val", "pretrain/val"), ("pool", "target/pool"),
                          ("val", "target/val")):  # fmt: skip
         views = "center-flip" if name == "pool" else "center"
@@ -85,16 +92,14 @@ def stages(zips: Path, work: Path):
     reference = ["eval/reference.py", "--data", images / "target/reference", "--image-size", "32", "--features",
                  work / "features", "--keep-images", "0", "--out", work / "reference.npz"]  # fmt: skip
     yield lambda: (work / "reference.npz").exists(), lambda: run(reference)
-    base = ["train/imagenet.py", "--preset", "digits-next-token", "--codes", codes / "pretrain", "--val-codes",
-            codes / "pretrain-val", "--out", work / "base", "--steps", "300", "--set", "val_every=150", "--set",
-            "val_images=500", "--set", "save_every=50"]  # fmt: skip
-    yield lambda: (work / "base/checkpoints/step-0000300").exists(), lambda: run(base)
+    base = dataclasses.replace(PRETRAINING, codes=str(codes / "pretrain"), val_codes=str(codes / "pretrain-val"))
+    yield lambda: (work / "base/checkpoints/step-0000300").exists(), lambda: pretrain(base, work / "base")
     for seed in SEEDS:
-        for objective, preset in OBJECTIVES.items():
+        for objective, registers in OBJECTIVES.items():
             for method, settings in METHODS.items():
                 key = f"{objective}, {method}, seed {seed}"
                 config = dataclasses.replace(
-                    TRANSFORMERS[preset], **FINE_TUNING, **settings, seed=seed, init=str(work / "base"),
+                    FINE_TUNING, registers=registers, **settings, seed=seed, init=str(work / "base"),
                     codes=str(codes / f"few-{seed}"), val_codes=str(codes / "val"),
                 )  # fmt: skip
                 yield (
@@ -102,6 +107,19 @@ def stages(zips: Path, work: Path):
                     lambda key=key, config=config: fine_tune(key, config, work),
                 )
     yield lambda: "reconstructions" in results(), lambda: floor(work)
+
+
+def train_vq(images: Path, out: Path) -> None:
+    from mutor_vision.tokenizer.train_loop import train_tokenizer
+
+    data = {"data": str(images / "pretrain/train"), "val_data": str(images / "pretrain/val")}
+    train_tokenizer(dataclasses.replace(TOKENIZER, **data), out)
+
+
+def pretrain(config: TrainConfig, out: Path) -> None:
+    from mutor_vision.train_loop import train
+
+    train(config, out)
 
 
 def run(command: list) -> None:
@@ -214,11 +232,12 @@ def write_table(found: dict) -> None:
             if rows:
                 losses = [[row["held_out"][step] for row in rows] for step in rows[0]["held_out"]]
                 columns = [*losses, [min(row["held_out"].values()) for row in rows], [row["train"] for row in rows]]
-                cells = [_spread(column, 3) for column in columns] + [_spread([row["fd"] for row in rows], 2)]
+                cells = [_spread(column, 3) for column in columns] + [_spread([row["fd"] for row in rows], 3)]
                 lines.append(f"| {method} | {objective} | {' | '.join(cells)} | {rows[0]['megabytes']} MB |")
     text = "\n".join(lines)
     if "reconstructions" in found:
-        text += f"\n\nFD of {SAMPLES} real held-out images after the tokenizer: {found['reconstructions']['fd']:.2f}."
+        distance_of_real = found["reconstructions"]["fd"]
+        text += f"\n\nFD of {SAMPLES} real held-out images after the tokenizer: {distance_of_real:.3f}."
     begin, end = "<!-- table: python experiments/fine_tuning.py --table -->", "<!-- end of table -->"
     page = PAGE.read_text()
     PAGE.write_text(page[: page.index(begin) + len(begin)] + f"\n{text}\n" + page[page.index(end) :])
