@@ -1,5 +1,5 @@
 """Inception with one random weights file: ours against torch-fidelity's own on the same images. (The published weights
-are not at hand in tests; random ones have 1e3 times less spread in their features, so they are the harder case.)"""
+are not at hand in tests; random ones exercise the same arithmetic.)"""
 
 import hashlib
 
@@ -21,7 +21,7 @@ class TensorImages(torch.utils.data.Dataset):
 
     prefetch, labels, lossy = False, None, False
 
-    def __init__(self, seed: int, count: int = 8):
+    def __init__(self, seed: int, count: int = 6):
         # The second set is darker. With fewer images than features most eigenvalues are 0, where torch-fidelity's
         # unsymmetric eigenvalues leave about 1e-5 in all; that must be little of the distance to be compared with.
         generator = torch.Generator().manual_seed(seed)
@@ -79,7 +79,7 @@ def test_fid_is_and_kid_equal_torch_fidelitys(extracted, weights_file):
 
 def test_distance_of_few_images_is_exact(extracted):
     """With n images the trace term is the nuclear norm of an n x n product of the features themselves."""
-    centred = [(x.rows["pool"].double() - x.rows["pool"].double().mean(0)) / 7**0.5 for x in extracted]
+    centred = [(x.rows["pool"].double() - x.rows["pool"].double().mean(0)) / 5**0.5 for x in extracted]
     difference = (extracted[0].rows["pool"].double().mean(0) - extracted[1].rows["pool"].double().mean(0)).square()
     shared = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
     exact = difference.sum() + centred[0].square().sum() + centred[1].square().sum() - 2 * shared
@@ -95,7 +95,7 @@ def test_spatial_features_are_the_first_seven_channels_last(inception, extracted
     hook.remove()
     expected = [seen["output"][1, channel, row, column] for row, column, channel in ((0, 0, 0), (0, 0, 6), (16, 16, 6))]
     spatial = extracted[0].rows["spatial"]
-    assert spatial.shape == (8, 2023)
+    assert spatial.shape == (6, 2023)
     found = spatial[1][[0, 6, 2022]]
     assert torch.allclose(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
