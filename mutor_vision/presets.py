@@ -14,7 +14,8 @@ TOKENIZERS: dict[str, TokenizerTrainConfig] = {
     "vq-8": TokenizerTrainConfig(
         model=TokenizerConfig(channels=(128, 256, 256, 512)), steps=400_000, **_LLAMAGEN_LOSSES
     ),
-    # 64 px, 16x16 codes of 4096.
+    # 64 px, 16x16 codes of 4096. Ten classes of Tiny ImageNet, torchrun --nproc-per-node=2 on 2 CPU cores, 16 min:
+    # 22.2 dB on held-out images, all codes used (docs/tiny-imagenet.md).
     "tiny-imagenet": TokenizerTrainConfig(
         model=TokenizerConfig(
             image_size=64, channels=(16, 32, 64), layers_per_block=1, latent_channels=64, codebook_size=4096,
@@ -24,7 +25,7 @@ TOKENIZERS: dict[str, TokenizerTrainConfig] = {
         quantize_after=400, dead_code_steps=20,
         val_every=500, sample_every=500, save_every=500,
     ),
-    # 64 px, 8x8 codes of 4096.
+    # 64 px, 8x8 codes of 4096: a quarter of the codes, coarser. The same command and time; not measured.
     "tiny-imagenet-8x8": TokenizerTrainConfig(
         model=TokenizerConfig(
             image_size=64, channels=(16, 32, 64, 64), layers_per_block=1, latent_channels=64, codebook_size=4096,

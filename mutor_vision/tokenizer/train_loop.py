@@ -166,10 +166,11 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
                         weights[name], read_batches(val_views, mine, config.workers), runtime
                     )
                     log.line(step, {f"val/{name}/{key}": value for key, value in scores.items()})
-                    bar.write(
-                        f"step {step}: held-out images with {name} weights: {scores['psnr']:.2f} dB, "
-                        f"{scores['usage']:.0%} of codes used"
-                    )
+                    if runtime.is_main:
+                        bar.write(
+                            f"step {step}: held-out images with {name} weights: {scores['psnr']:.2f} dB, "
+                            f"{scores['usage']:.0%} of codes used"
+                        )
             if _due(config.sample_every, step, config.steps) and runtime.is_main:
                 views, indices = (val_views, val_indices) if len(val_indices) else (
                     Views(folder, size, center), train_indices)  # fmt: skip
