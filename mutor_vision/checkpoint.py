@@ -95,6 +95,8 @@ def save(
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         save_file(tensors, partial / f"{name}.safetensors")
     torch.save(state, partial / "training.pt")
+    for path in partial.iterdir():
+        shutil.copymode(partial / "config.json", path)  # safetensors writes files that only the owner may read
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(partial.iterdir())}
     write_json(partial / "MANIFEST.json", {"format": 1, "step": step, "files": files})
     for path in partial.iterdir():

@@ -15,7 +15,7 @@ class DataError(UserError):
 
 
 class IntegrityError(UserError):
-    """A file of ours that is incomplete, damaged or not what its manifest says."""
+    """A file that is incomplete, damaged, or not what it should be."""
 
     exit_code = 4
 

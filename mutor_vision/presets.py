@@ -35,10 +35,10 @@ TOKENIZERS: dict[str, TokenizerTrainConfig] = {
         quantize_after=400, dead_code_steps=20,
         val_every=500, sample_every=500, save_every=500,
     ),
-    # 24 px, 6x6 codes of 64: scikit-learn's handwritten digits, for the demo.
+    # 28 px, 7x7 codes of 64: scikit-learn's handwritten digits, for the demo.
     "digits": TokenizerTrainConfig(
         model=TokenizerConfig(
-            image_size=24, channels=(16, 32, 32), layers_per_block=1, latent_channels=32, codebook_size=64,
+            image_size=28, channels=(16, 32, 32), layers_per_block=1, latent_channels=32, codebook_size=64,
             code_dim=8, norm_groups=8, attention=False,
         ),
         steps=300, batch_size=32, lr=2e-3, schedule="cosine", warmup_steps=50, min_crop_scale=1.0, val_every=300,
@@ -112,16 +112,18 @@ _TINY = TrainConfig(
     val_images=256, ema_decay=0.99, log_every=10, val_every=100, sample_every=200, save_every=100,
 )  # fmt: skip
 
-# scikit-learn's digits at 24 pixels, 6x6 tokens: `make demo`, on 2 CPU cores. Figures in its report.
+# scikit-learn's digits at 28 pixels, 7x7 tokens: `make demo`, on 2 CPU cores. Figures in its report. No dropout: 22
+# passes over the data do not overfit, and on a CPU it costs 40 % of the speed.
 _DIGITS = TrainConfig(
-    model=TransformerConfig(4, 4, 128), batch_size=32, lr=2e-3, schedule="cosine", steps=700, warmup_steps=20,
-    val_images=400, ema_decay=0.98, log_every=10, val_every=50, sample_every=0, save_every=100,
+    model=TransformerConfig(3, 4, 128, token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0), batch_size=64, lr=1e-3,
+    steps=500, warmup_steps=20, val_images=400, ema_decay=0.98, log_every=10, val_every=50, sample_every=0,
+    save_every=100,
 )  # fmt: skip
 _DIGITS_OBJECTIVES = {
     "next-token": RegisterConfig(),
-    "mutor-1d": RegisterConfig("1d", 36),
-    "mutor-2d": RegisterConfig("2d", 36),
-    "mutor-2d-12": RegisterConfig("2d", 12),
+    "mutor-1d": RegisterConfig("1d", 49),
+    "mutor-2d": RegisterConfig("2d", 49),
+    "mutor-2d-15": RegisterConfig("2d", 15),
 }
 
 TRANSFORMERS: dict[str, TrainConfig] = (

@@ -38,7 +38,7 @@ def test_train_imagenet_refuses_in_one_line_and_writes_nothing(root, tmp_path, t
 
 
 def test_dry_run_prints_the_resolved_configuration(root, tmp_path, token_set_path):
-    result = command(root, "train/imagenet.py", "--preset", "digits-mutor-2d-12", "--codes", token_set_path,
+    result = command(root, "train/imagenet.py", "--preset", "digits-mutor-2d-15", "--codes", token_set_path,
                      "--set", "registers.count=5", "--steps", "7", "--out", tmp_path / "run", "--dry-run")  # fmt: skip
     config = json.loads(result.stdout)
     assert config["steps"] == 7 and config["registers"]["count"] == 5 and config["model"]["vocab_size"] == 32

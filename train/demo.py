@@ -1,6 +1,6 @@
 """The whole pipeline on real handwritten digits, in minutes on two CPU cores: `make demo`.
 
-scikit-learn's digits (1,797 images of 8x8, in its wheel) are enlarged to 24x24. Every stage runs a command of this
+scikit-learn's digits (1,797 images of 8x8, in its wheel) are enlarged to 28x28. Every stage runs a command of this
 project, printed before it runs, so that it can be repeated by hand: tokenizer, token sets, a next-token baseline and
 MuToR-2D at equal steps under torchrun, grids, a Frechet distance, and a page that shows it all.
 """
@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-OBJECTIVES = {"next-token": "digits-next-token", "MuToR-2D": "digits-mutor-2d-12"}
+OBJECTIVES = {"next-token": "digits-next-token", "MuToR-2D": "digits-mutor-2d-15"}
 NUM_SAMPLES = 500
-GUIDANCE = "1.5"
+GUIDANCE = "2.5"
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def main() -> None:
     stage(
         "Feature network",
         [*python, "eval/train_features.py", "--data", images / "train", "--val-data", images / "held-out",
-         "--out", out / "features", "--image-size", "24", "--no-flip"],
+         "--out", out / "features", "--image-size", "28", "--no-flip"],
     )  # fmt: skip
     for name in OBJECTIVES:
         stage(
@@ -102,7 +102,7 @@ def run(command: list[str | Path]) -> None:
 
 
 def write_digits(folder: Path) -> None:
-    """scikit-learn's digits as 24x24 PNGs in class folders; every fifth image is held out."""
+    """scikit-learn's digits as 28x28 PNGs in class folders; every fifth image is held out."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -111,8 +111,8 @@ def write_digits(folder: Path) -> None:
         split = "held-out" if index % 5 == 0 else "train"
         path = folder / split / str(label) / f"{index:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray((255 - pixels * (255 / 16)).clip(0, 255).astype("uint8"))
-        image.resize((24, 24), Image.Resampling.BICUBIC).convert("RGB").save(path)
+        image = Image.fromarray((pixels * (255 / 16)).clip(0, 255).astype("uint8"))
+        image.resize((28, 28), Image.Resampling.BICUBIC).convert("RGB").save(path)
 
 
 def write_report(out: Path, stages: list[tuple[str, float]], total: float, num_samples: int) -> Path:
@@ -190,7 +190,7 @@ td, th {{ padding: .2rem 1.2rem .2rem 0; }} td + td {{ font-variant-numeric: tab
 .note {{ color: #555; }}
 </style></head><body>
 <h1>Handwritten digits, from pixels to samples</h1>
-<p class="note">Next-token prediction against MuToR-2D (12 registers at random slots of an 6x6 grid) at equal steps,
+<p class="note">Next-token prediction against MuToR-2D (15 registers at random slots of an 7x7 grid) at equal steps,
 data order and seeds: one run each, so differences of this size say little about the method. {total / 60:.1f}
 minutes in all.</p>
 <h2>Samples</h2>
