@@ -18,7 +18,6 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from mutor_vision import checkpoint
 from mutor_vision.cli import Parser, run_command
@@ -249,5 +248,4 @@ def _spread(values: list[float], digits: int) -> str:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     run_command(main)
