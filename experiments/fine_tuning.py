@@ -22,6 +22,7 @@ import numpy as np
 from mutor_vision import checkpoint
 from mutor_vision.cli import Parser, run_command
 from mutor_vision.config import RegisterConfig, TokenizerConfig, TokenizerTrainConfig, TrainConfig, TransformerConfig
+from mutor_vision.errors import UserError
 from mutor_vision.token_set import TokenSet, save_array, shard_names, write_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +63,9 @@ def main() -> None:
                 return print("stopped for now; run again to continue", flush=True)
             if not done():
                 stage()
-    write_table(json.loads(RESULTS.read_text()))
+    if not results():
+        raise UserError(f"{RESULTS} has no results yet; run without --table first")
+    write_table(results())
 
 
 def stages(zips: Path, work: Path):
