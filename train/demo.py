@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OBJECTIVES = {"next-token": "digits-next-token", "MuToR-2D": "digits-mutor-2d-15"}
 NUM_SAMPLES = 500
-GUIDANCE = "2.5"
+GUIDANCE = "1.5"
 
 
 def main() -> None:
