@@ -190,7 +190,7 @@ td, th {{ padding: .2rem 1.2rem .2rem 0; }} td + td {{ font-variant-numeric: tab
 .note {{ color: #555; }}
 </style></head><body>
 <h1>Handwritten digits, from pixels to samples</h1>
-<p class="note">Next-token prediction against MuToR-2D (15 registers at random slots of an 7x7 grid) at equal steps,
+<p class="note">Next-token prediction against MuToR-2D (15 registers at random slots of a 7x7 grid) at equal steps,
 data order and seeds: one run each, so differences of this size say little about the method. {total / 60:.1f}
 minutes in all.</p>
 <h2>Samples</h2>
@@ -205,7 +205,6 @@ share of samples that the network takes for the class that was asked for:</p>
 {table(["class", *names], by_class)}
 <h2>Loss</h2>
 <img src="losses.png" alt="loss curves of both models" width="700">
-<p class="note">Dropout is off when held-out images are scored, which is why that curve may lie lower.</p>
 <h2>Tokenizer</h2>
 <p class="note">Real images, eight of each class, and reconstructions of held-out images
 ({reconstruction["psnr"]:.1f} dB PSNR, {reconstruction["usage"]:.0%} of the codes in use).</p>
