@@ -56,7 +56,7 @@ def test_the_demo_goes_through_every_stage(root, tmp_path):
     assert str(tmp_path / "report.html") in result.stdout
     for picture in (
         "inputs.png",
-        "reconstructions/grid.png",
+        "reconstructions.png",
         "losses.png",
         "samples-next-token.png",
         "samples-MuToR-2D.png",

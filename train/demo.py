@@ -9,6 +9,7 @@ import argparse
 import html
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OBJECTIVES = {"next-token": "digits-next-token", "MuToR-2D": "digits-mutor-2d-15"}
 NUM_SAMPLES = 500
-GUIDANCE = "1.5"
+GUIDANCE = "2.0"
 
 
 def main() -> None:
@@ -51,8 +52,6 @@ def main() -> None:
         "Tokenizer",
         [*python, "tokenizers/train_vq.py", "--preset", "digits", "--data", images / "train",
          "--val-data", images / "held-out", "--out", out / "tokenizer", *tokenizer_steps],
-        [*python, "tokenizers/reconstruct.py", "--tokenizer", out / "tokenizer", "--data", images / "held-out",
-         "--out", out / "reconstructions", "--num", "360"],
     )  # fmt: skip
     encode = [*python, "tokenizers/encode.py", "--tokenizer", out / "tokenizer", "--batch-size", "64"]
     # The mirror image of a digit is not a digit: one view.
@@ -122,6 +121,7 @@ def write_report(out: Path, stages: list[tuple[str, float]], total: float, num_s
     from mutor_vision.image_folder import ImageFolder
     from mutor_vision.images import grid, read_image, save_png, to_tensor
     from mutor_vision.plots import PANELS, plot_runs
+    from mutor_vision.run_log import read_log
 
     folder = ImageFolder.open(out / "images" / "train")
     labelled = list(zip(folder.paths, folder.labels, strict=True))
@@ -129,7 +129,8 @@ def write_report(out: Path, stages: list[tuple[str, float]], total: float, num_s
     inputs = torch.stack([to_tensor(read_image(path)) for row in rows for path in row])
     save_png(grid(inputs, 8, folder.class_names, min_cell=64), out / "inputs.png")
     plot_runs({name: out / name for name in OBJECTIVES}, out / "losses.png", PANELS[:1])
-    reconstruction = json.loads((out / "reconstructions" / "metrics.json").read_text())
+    reconstruction = [line for line in read_log(out / "tokenizer") if "val/ema/psnr" in line][-1]
+    shutil.copy(sorted((out / "tokenizer" / "samples").glob("*.png"))[-1], out / "reconstructions.png")
     features = json.loads((out / "features" / "config.json").read_text())
 
     columns = {name: measured(out, name) for name in OBJECTIVES}
@@ -207,10 +208,10 @@ share of samples that the network takes for the class that was asked for:</p>
 <img src="losses.png" alt="loss curves of both models" width="700">
 <h2>Tokenizer</h2>
 <p class="note">Real images, eight of each class, and reconstructions of held-out images
-({reconstruction["psnr"]:.1f} dB PSNR, {reconstruction["usage"]:.0%} of the codes in use).</p>
+({reconstruction["val/ema/psnr"]:.1f} dB PSNR, {reconstruction["val/ema/usage"]:.0%} of the codes in use).</p>
 <div class="pair"><figure><figcaption>Training images</figcaption><img src="inputs.png" alt="training images"></figure>
 <figure><figcaption>Held-out images above their reconstructions</figcaption>
-<img src="reconstructions/grid.png" alt="images and reconstructions"></figure></div>
+<img src="reconstructions.png" alt="images and reconstructions"></figure></div>
 <h2>Time</h2>
 {table(["stage", "time"], times)}
 </body></html>
