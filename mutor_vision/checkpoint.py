@@ -160,12 +160,18 @@ def step_of(checkpoint: Path) -> int | None:
 
 def read_weights(checkpoint: Path, name: str) -> dict[str, Tensor]:
     """A state dict of a resolved checkpoint. name 'best' is EMA where there is one, else the model."""
-    if name == "best":
-        name = "ema" if (checkpoint / "ema.safetensors").is_file() else "model"
+    name = weights_named(checkpoint, name)
     path = checkpoint / f"{name}.safetensors"
     if not path.is_file():
         raise UserError(f"{checkpoint} has no '{name}' weights; it has {', '.join(weight_names(checkpoint))}")
     return load_file(path)
+
+
+def weights_named(checkpoint: Path, name: str) -> str:
+    """'best' -> 'ema' where the checkpoint has it, else 'model'; any other name stays."""
+    if name != "best":
+        return name
+    return "ema" if (checkpoint / "ema.safetensors").is_file() else "model"
 
 
 def weight_names(checkpoint: Path) -> list[str]:
@@ -200,7 +206,7 @@ def export(source: Path, target: Path, weights: str = "best") -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     shutil.copy2(checkpoint / "config.json", partial / "config.json")
-    name = weights if weights != "best" else ("ema" if "ema" in weight_names(checkpoint) else "model")
+    name = weights_named(checkpoint, weights)
     shutil.copy2(checkpoint / f"{name}.safetensors", partial / "model.safetensors")
     partial.rename(target)
 

@@ -34,8 +34,7 @@ def open_base(path: str | Path, weights: str = "best") -> Base:
     """A run, checkpoint or exported model -> Base. weights: 'model', 'ema', or 'best' (EMA where there is one)."""
     folder = checkpoint.resolve(path)
     config = checkpoint.read_config(folder, "transformer", TrainConfig)
-    if weights == "best":
-        weights = "ema" if "ema" in checkpoint.weight_names(folder) else "model"
+    weights = checkpoint.weights_named(folder, weights)
     return Base(folder, config, weights)
 
 

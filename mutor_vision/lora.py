@@ -77,8 +77,7 @@ def load_merged(base: str | Path, adapter: str | Path, weights: str = "best") ->
     model = Transformer(config.model)
     load_base(model, opened, say=lambda line: None)
     handle = add_adapter(model, config.lora_rank, config.lora_alpha)
-    if weights == "best":
-        weights = "ema" if "ema" in checkpoint.weight_names(folder) else "model"
+    weights = checkpoint.weights_named(folder, weights)
     load_adapter(model, checkpoint.read_weights(folder, weights), folder)
     plain = handle.merge_and_unload().eval().requires_grad_(False)
     return Merged(plain, config, folder, root, weights, record)

@@ -67,8 +67,7 @@ def load(path: str | Path, runtime: Runtime, weights: str = "best", adapter: str
         folder = checkpoint.resolve(path)
         config = checkpoint.read_config(folder, "transformer", TrainConfig)
         root = folder if (folder / "tokenizer").is_dir() else folder.parent.parent
-        if weights == "best":
-            weights = "ema" if "ema" in checkpoint.weight_names(folder) else "model"
+        weights = checkpoint.weights_named(folder, weights)
         transformer, base = Transformer(config.model), {}
         checkpoint.load_strictly(transformer, checkpoint.read_weights(folder, weights), folder)
     for name in ("tokenizer", "token_set.json"):
