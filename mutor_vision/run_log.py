@@ -13,8 +13,8 @@ class RunLog:
     log.jsonl has each step once.
     """
 
-    def __init__(self, run: Path, step: int, *, active: bool):
-        self.run, self.active, self.tensorboard = run, active, None
+    def __init__(self, run: Path, step: int, steps: int, *, active: bool):
+        self.run, self.steps, self.active, self.tensorboard = run, steps, active, None
         if not active:
             return
         path = run / "log.jsonl"
@@ -38,9 +38,10 @@ class RunLog:
                 self.tensorboard.add_scalar(name, value, step)
 
     def status(self, state: str, step: int, reason: str = "") -> None:
-        """status.json: 'running', 'done' or 'failed', at which step and why."""
+        """status.json: 'running', 'done' or 'failed', at which of how many steps and why."""
         if self.active:
-            write_json(self.run / "status.json", {"state": state, "step": step, "reason": reason})
+            status = {"state": state, "step": step, "steps": self.steps, "reason": reason}
+            write_json(self.run / "status.json", status)
 
     def close(self) -> None:
         if self.active:

@@ -67,7 +67,7 @@ def train(config: TrainConfig, out: Path) -> None:
 
     # --- resume -----------------------------------------------------------------------------------------------------
     step = resume(out, config, token_set, base, model, ema, optimizer, runtime)
-    log = RunLog(out, step, active=runtime.is_main)
+    log = RunLog(out, step, config.steps, active=runtime.is_main)
     parallel = model
     if runtime.world_size > 1:
         parallel = DistributedDataParallel(model, device_ids=[runtime.device.index] if runtime.device.index is not None else None)  # noqa: E501  # fmt: skip

@@ -1,6 +1,5 @@
 """The tokenizer's training loop: one flat function, two optimizers (the second for the discriminator, if any)."""
 
-import json
 import math
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from mutor_vision.image_folder import ImageFolder, TrainingCrops, Views, batched
 from mutor_vision.images import center, save_png, to_float
 from mutor_vision.keyed_random import permutation, uniforms
 from mutor_vision.optim import check_schedule, learning_rate
+from mutor_vision.run_log import RunLog
 from mutor_vision.runtime import Runtime, start
 from mutor_vision.tokenizer import losses
 from mutor_vision.tokenizer.model import VQTokenizer
@@ -85,7 +85,12 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
         if runtime.is_main:
             print(f"{out} has {first_step} of {config.steps} steps already; a larger --steps goes on", flush=True)
         return newest
-    log = _Log(out, config, first_step, runtime)
+    runtime.barrier()  # every rank has looked at the folder before rank 0 writes to it
+    if runtime.is_main:
+        checkpoint.write_config(out, "tokenizer", config)
+    log = RunLog(out, first_step, config.steps, active=runtime.is_main)
+    log.status("running", first_step)
+    runtime.barrier()
     trained, trained_d = _distributed(model, runtime), discriminator and _distributed(discriminator, runtime)
 
     positions = [
@@ -150,7 +155,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
                 means["psnr"] = 10 * math.log10(4 / max(means["l2"], 1e-9))  # of pixels in [0, 1]: a quarter of l2
                 share, perplexity = usage(runtime.all_reduce(counts))
                 speed = rounds * config.batch_size / (time.monotonic() - clock)
-                log.line(step, {**means, "lr": rate, "usage": share, "perplexity": perplexity, "images_per_s": speed})
+                log.write(step, **means, lr=rate, usage=share, perplexity=perplexity, images_per_s=speed)
                 bar.set_postfix_str(
                     f"loss {means['loss']:.4f}, {means['psnr']:.2f} dB, codes {share:.0%}, {speed:.0f} images/s"
                 )
@@ -165,7 +170,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
                     scores = score_reconstructions(
                         weights[name], read_batches(val_views, mine, config.workers), runtime
                     )
-                    log.line(step, {f"val/{name}/{key}": value for key, value in scores.items()})
+                    log.write(step, **{f"val/{name}/{key}": value for key, value in scores.items()})
                     if runtime.is_main:
                         bar.write(
                             f"step {step}: held-out images with {name} weights: {scores['psnr']:.2f} dB, "
@@ -194,6 +199,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
         raise
     finally:
         bar.close()
+        log.close()
     log.status("done", step)
     if runtime.is_main:
         print(f"{out}: {step} steps in {time.monotonic() - begun:.0f} s; look at {out / 'samples'}", flush=True)
@@ -242,43 +248,6 @@ def check_settings(config: TokenizerTrainConfig, runtime: Runtime) -> None:
         raise UserError(f"adversarial_weight needs 24 pixels or more, image_size is {config.model.image_size}")
     if config.lpips_weight > 0 and not config.lpips_weights:
         raise UserError("lpips_weight is above 0 and needs the file lpips_weights; give it, or set lpips_weight=0")
-
-
-class _Log:
-    """log.jsonl and status.json, and TensorBoard where it is installed; written by rank 0."""
-
-    def __init__(self, out: Path, config: TokenizerTrainConfig, first_step: int, runtime: Runtime):
-        self.out, self.steps, self.is_main, self.board = out, config.steps, runtime.is_main, None
-        runtime.barrier()  # every rank has looked at the folder before rank 0 writes to it
-        if self.is_main:
-            checkpoint.write_config(out, "tokenizer", config)
-            path = out / "log.jsonl"
-            lines = path.read_text().splitlines() if path.is_file() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step]
-            path.write_text("".join(f"{line}\n" for line in kept))  # what the checkpoint does not know is trained again
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
-            except ImportError:
-                pass
-            self.status("running", first_step)
-        runtime.barrier()
-
-    def line(self, step: int, values: dict[str, float]) -> None:
-        if self.is_main:
-            with open(self.out / "log.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-            for name, value in values.items() if self.board else ():
-                self.board.add_scalar(name, value, step)
-
-    def status(self, state: str, step: int, reason: str = "") -> None:
-        if self.is_main:
-            checkpoint.write_json(
-                self.out / "status.json", {"state": state, "step": step, "steps": self.steps, "reason": reason}
-            )
-            if self.board:
-                self.board.flush()
 
 
 def _open_run(config: TokenizerTrainConfig, out: Path) -> Path | None:
