@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mutor_vision.keyed_random import permutation, uniforms
+from mutor_vision.runtime import to_device
 from mutor_vision.token_set import TokenSet
 
 
@@ -64,4 +65,4 @@ def read_batch(
     views = torch.from_numpy((uniforms(order.seed, "view", k, 1)[:, 0] * token_set.num_views).astype(np.int64))
     dropped = torch.from_numpy(uniforms(order.seed, "class dropout", k, 1)[:, 0] < label_dropout)
     labels = token_set.labels[images].masked_fill(dropped, len(token_set.class_names))
-    return Batch(token_set.take(images, views).to(device), labels.to(device), k)
+    return Batch(to_device(token_set.take(images, views), device), to_device(labels, device), k)

@@ -1,30 +1,46 @@
-"""Logits and targets -> loss (arXiv 2505.10518, equation 4): L = (1 - a) L_next + a L_reg, each a mean of
-cross-entropies over its own valid targets, pooled over the batch."""
+"""The objective (arXiv 2505.10518, equation 4): L = (1 - a) L_next + a L_reg, each a mean of cross-entropies over its
+own valid targets, pooled over the batch.
 
-from dataclasses import dataclass
+Legend: B batch, N slots, R registers, M rows, C width, V codebook size.
+"""
 
+from typing import NamedTuple
+
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from mutor_vision.registers import NO_TARGET, TrainingSequence
+from mutor_vision.registers import TrainingSequence
+from mutor_vision.transformer import Transformer
+
+CHUNK = 2**24  # logits at a time: 64 MB in float32
 
 
-@dataclass(frozen=True)
-class LossSums:
-    """Summed cross-entropies in nats, float32 scalars. Sums, so that means can be pooled over micro-batches and
-    processes, whose numbers of register targets differ."""
+class LossSums(NamedTuple):
+    """Summed cross-entropies in nats, scalars. Sums, so that means can be pooled over micro-batches and processes,
+    whose numbers of register targets differ."""
 
     next_token: Tensor
     register: Tensor
 
 
-def loss_sums(logits: Tensor, sequence: TrainingSequence) -> LossSums:
-    """logits (B, N + R, V) float32 -> the two sums."""
-    n = sequence.num_regular
-    return LossSums(
-        next_token=_cross_entropy(logits[:, :n], sequence.targets[:, :n]),
-        register=_cross_entropy(logits[:, n:], sequence.targets[:, n:]),
-    )
+class Objective(nn.Module):
+    """Transformer and cross-entropies as one module, so that data parallelism has one forward to wrap."""
+
+    def __init__(self, transformer: Transformer):
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, labels: Tensor, sequence: TrainingSequence) -> LossSums:
+        """labels (B,) int64 in [0, num_classes] -> the two sums. The head sees only inputs that have a target."""
+        hidden = self.transformer.hidden(sequence.tokens, labels, sequence.positions, sequence.pattern)
+        n, head = sequence.num_regular, self.transformer.head.weight
+        next_token = linear_cross_entropy(hidden[:, :n].flatten(0, 1), head, sequence.targets[:, :n].flatten())
+        if sequence.pattern is None:
+            return LossSums(next_token, next_token.new_zeros(()))
+        rows = sequence.with_target
+        registers, targets = hidden[:, n:].flatten(0, 1)[rows], sequence.targets[:, n:].flatten()[rows]
+        return LossSums(next_token, linear_cross_entropy(registers, head, targets))
 
 
 def total_loss(sums: LossSums, num_next_token: Tensor, num_register: Tensor | None, weight: float) -> Tensor:
@@ -34,5 +50,40 @@ def total_loss(sums: LossSums, num_next_token: Tensor, num_register: Tensor | No
     return (1 - weight) * sums.next_token / num_next_token + weight * sums.register / num_register.clamp(min=1)
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET, reduction="sum")
+def linear_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """hidden (M, C), head (V, C), targets (M,) int64 in [0, V) -> sum of the cross-entropies of hidden @ head.T, in
+    float32 (float64 for float64).
+
+    All M x V logits never exist: a batch of 1024 with 80 registers and V = 16384 would need 22 GB for them. What is
+    kept for the backward pass is the gradient of the sum, of the size of the arguments.
+    """
+    return _LinearCrossEntropy.apply(hidden, head, targets, torch.is_grad_enabled())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    # torch's F.linear_cross_entropy (2.13) chunks in the same way, but its sum of bfloat16 inputs is bfloat16, of
+    # three digits, and under autocast it multiplies in float32.
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets, needs_gradient):
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=dtype, device=hidden.device)
+        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=dtype)
+        for start in range(0, len(hidden), max(1, CHUNK // len(head))):
+            part = slice(start, start + max(1, CHUNK // len(head)))
+            log_p = F.linear(hidden[part], head).to(dtype).log_softmax(-1)  # the product is autocast's
+            target = targets[part, None]
+            total -= log_p.gather(1, target).sum()
+            if needs_gradient:
+                p = log_p.exp_()
+                p.scatter_add_(1, target, p.new_full((), -1.0).expand(target.shape))
+                grad_hidden[part] = torch.mm(p, head)
+                grad_head += torch.mm(p.t(), hidden[part])
+        if needs_gradient:
+            ctx.save_for_backward(grad_hidden, grad_head)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        grad_hidden, grad_head = ctx.saved_tensors
+        return grad_hidden * upstream, grad_head * upstream, None, None

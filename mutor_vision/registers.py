@@ -24,6 +24,7 @@ from mutor_vision.attention import AttentionPattern
 from mutor_vision.config import RegisterConfig
 from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import uniforms
+from mutor_vision.runtime import to_device
 
 NO_TARGET = -100  # cross_entropy's ignore_index
 
@@ -37,14 +38,15 @@ class TrainingSequence:
     pattern: AttentionPattern | None  # None = plain causal
     targets: Tensor  # (B, N + R) int64: token to predict, NO_TARGET where there is none
     num_regular: int  # N; the inputs after it are registers
+    with_target: Tensor  # (K,) int64 in [0, B * R): the registers that have a target, counted over the batch
 
     @property
-    def num_next_token_targets(self) -> Tensor:
-        return (self.targets[:, : self.num_regular] != NO_TARGET).sum()
+    def num_next_token_targets(self) -> int:
+        return len(self.targets) * self.num_regular
 
     @property
-    def num_register_targets(self) -> Tensor:
-        return (self.targets[:, self.num_regular :] != NO_TARGET).sum()
+    def num_register_targets(self) -> int:
+        return len(self.with_target)
 
 
 def offset_pairs(config: RegisterConfig) -> np.ndarray:
@@ -90,7 +92,7 @@ def add_registers(
     raster = codes.flatten(1)
     slots = torch.arange(n, device=codes.device)[None]
     if config.kind == "none":
-        return TrainingSequence(raster[:, :-1], slots, None, raster, n)
+        return TrainingSequence(raster[:, :-1], slots, None, raster, n, slots.new_empty(0))
 
     placed, pairs = place_registers(config, (height, width), seed=seed, sample_index=sample_index, step=step)
     target_index = placed + raster_offset(pairs, width) - 1  # 0-based; also the slot of the position
@@ -103,6 +105,7 @@ def add_registers(
         pattern=AttentionPattern(n, _to(placed, codes.device), config.self_attention),
         targets=torch.cat([raster, register_targets], dim=1),
         num_regular=n,
+        with_target=_to(np.flatnonzero(valid), codes.device),  # found here, where no device has to be waited for
     )
 
 
@@ -150,4 +153,4 @@ def place_registers(
 
 
 def _to(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+    return to_device(torch.from_numpy(np.ascontiguousarray(array)), device)

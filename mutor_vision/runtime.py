@@ -60,6 +60,11 @@ class Runtime:
             raise UserError(f"rank {self.rank} stops because {failed} other rank(s) failed; see their message")
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on `device`, without waiting for what the device is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def start(precision: str = "auto", device: str = "auto") -> Runtime:
     """Join the process group that torchrun describes in the environment, or run alone.
 

@@ -22,11 +22,11 @@ from mutor_vision.data import SampleOrder, read_batch, split
 from mutor_vision.errors import MismatchError, UserError
 from mutor_vision.fine_tuning import RECORD, check_tokenizer, load_base, open_base, with_sizes_of_base
 from mutor_vision.keyed_random import derived_seed
-from mutor_vision.loss import loss_sums, total_loss
+from mutor_vision.loss import Objective, total_loss
 from mutor_vision.optim import build_optimizer, check_schedule, learning_rate
 from mutor_vision.registers import add_registers, place_registers
 from mutor_vision.run_log import RunLog
-from mutor_vision.runtime import Runtime, start
+from mutor_vision.runtime import Runtime, start, to_device
 from mutor_vision.token_set import TokenSet
 from mutor_vision.transformer import Transformer, num_parameters
 
@@ -68,9 +68,9 @@ def train(config: TrainConfig, out: Path) -> None:
     # --- resume -----------------------------------------------------------------------------------------------------
     step = resume(out, config, token_set, base, model, ema, optimizer, runtime)
     log = RunLog(out, step, config.steps, active=runtime.is_main)
-    parallel = model
+    objective = parallel = Objective(model)
     if runtime.world_size > 1:
-        parallel = DistributedDataParallel(model, device_ids=[runtime.device.index] if runtime.device.index is not None else None)  # noqa: E501  # fmt: skip
+        parallel = DistributedDataParallel(objective, device_ids=[runtime.device.index] if runtime.device.index is not None else None)  # noqa: E501  # fmt: skip
     if runtime.is_main:
         trained = f" ({lora.describe_trainable(model)})" if config.lora_rank else ""
         print(f"{num_parameters(model):,} parameters{trained}, {len(train_images):,} training and "
@@ -100,17 +100,13 @@ def train(config: TrainConfig, out: Path) -> None:
             for part in parts
         ]  # fmt: skip
         # The means are over the targets of the whole batch, of which each process has its own number.
-        counts = torch.stack([
-            torch.stack([s.num_next_token_targets for s in sequences]).sum(),
-            torch.stack([s.num_register_targets for s in sequences]).sum(),
-        ])  # fmt: skip
-        num_next_token, num_register = runtime.all_reduce(counts)
+        counts = [sum(s.num_next_token_targets for s in sequences), sum(s.num_register_targets for s in sequences)]
+        num_next_token, num_register = runtime.all_reduce(to_device(torch.tensor(counts), runtime.device))
         for part, sequence in zip(parts, sequences, strict=True):
             last_part = part is parts[-1]
-            with nullcontext() if last_part or parallel is model else parallel.no_sync():
+            with nullcontext() if last_part or parallel is objective else parallel.no_sync():
                 with runtime.autocast():
-                    logits = parallel(sequence.tokens, batch.labels[part], sequence.positions, sequence.pattern)
-                terms = loss_sums(logits, sequence)
+                    terms = parallel(batch.labels[part], sequence)
                 loss = total_loss(terms, num_next_token, num_register if registers.count else None, registers.weight)
                 (loss * runtime.world_size).backward()  # data parallelism averages over processes
             sums[0] += terms.next_token.detach()
@@ -200,7 +196,7 @@ def validate(
 ) -> dict[str, float]:
     """Mean cross-entropies in nats per token on the first view of `images`, with the same registers every time."""
     training = model.training
-    model.eval()
+    objective = Objective(model.eval())
     sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)
     mine = images[runtime.rank :: runtime.world_size]
     for i in range(0, len(mine), batch):
@@ -211,10 +207,9 @@ def validate(
         sequence = add_registers(codes, config.registers, register_token=model.register_token,
                                  seed=derived_seed(0, "validation"), sample_index=ids)  # fmt: skip
         with runtime.autocast():
-            logits = model(sequence.tokens, labels, sequence.positions, sequence.pattern)
-        terms = loss_sums(logits, sequence)
-        sums += torch.stack([terms.next_token, sequence.num_next_token_targets,
-                             terms.register, sequence.num_register_targets])  # fmt: skip
+            terms = objective(labels, sequence)
+        sums += torch.stack([terms.next_token, terms.next_token.new_tensor(sequence.num_next_token_targets),
+                             terms.register, terms.register.new_tensor(sequence.num_register_targets)])  # fmt: skip
     model.train(training)
     return _means(runtime.all_reduce(sums), config.registers)
 

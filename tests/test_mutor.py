@@ -3,11 +3,12 @@
 import dataclasses
 
 import numpy as np
+import pytest
 import torch
 
 from mutor_vision.config import RegisterConfig
-from mutor_vision.loss import loss_sums, total_loss
-from mutor_vision.registers import NO_TARGET, TrainingSequence, add_registers
+from mutor_vision.loss import Objective, linear_cross_entropy, total_loss
+from mutor_vision.registers import NO_TARGET, add_registers
 
 GENERATOR = torch.Generator().manual_seed(0)
 CODES = torch.randint(32, (4, 4, 4), generator=GENERATOR)
@@ -23,8 +24,9 @@ def forward(model, sequence):
 
 
 def objective(model, sequence, weight):
-    sums = loss_sums(forward(model, sequence), sequence)
-    return total_loss(sums, sequence.num_next_token_targets, sequence.num_register_targets, weight)
+    sums = Objective(model)(LABELS, sequence)
+    num_register = torch.tensor(sequence.num_register_targets)
+    return total_loss(sums, torch.tensor(sequence.num_next_token_targets), num_register, weight)
 
 
 def test_registers_leave_regular_logits_bit_equal(random_model, registers):
@@ -70,8 +72,7 @@ def test_a_perturbed_token_changes_only_outputs_that_may_see_it(random_model, re
 def test_weight_zero_gives_the_next_token_gradients(random_model, registers):
     model = random_model.double()
     plain = sequence_of(RegisterConfig())
-    sums = loss_sums(forward(model, plain), plain)
-    total_loss(sums, plain.num_next_token_targets, None, 0.5).backward()
+    total_loss(Objective(model)(LABELS, plain), torch.tensor(plain.num_next_token_targets), None, 0.5).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     objective(model, sequence_of(registers), 0.0).backward()
@@ -93,7 +94,48 @@ def test_the_loss_equals_a_walk_over_every_input(random_model, registers):
 
 def test_a_batch_without_any_register_target_has_a_finite_loss(random_model):
     sequence = sequence_of(RegisterConfig("2d", 4))
-    targets = sequence.targets.clone()
-    targets[:, 16:] = NO_TARGET
-    empty = TrainingSequence(sequence.tokens, sequence.positions, sequence.pattern, targets, 16)
+    empty = dataclasses.replace(sequence, with_target=sequence.with_target[:0])
     assert torch.isfinite(objective(random_model, empty, 0.5))
+
+
+def test_registers_with_a_target_are_those_whose_target_is_given(registers):
+    sequence = sequence_of(registers)
+    given = (sequence.targets[:, 16:] != NO_TARGET).flatten().nonzero()[:, 0]
+    assert torch.equal(sequence.with_target, given)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("chunk", [1, 7 * 11, 10**9], ids=["row by row", "7 rows", "at once"])
+def test_the_chunked_cross_entropy_equals_torchs_in_value_and_gradients(monkeypatch, chunk, dtype, tolerance):
+    monkeypatch.setattr("mutor_vision.loss.CHUNK", chunk)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(20, 6, dtype=dtype, generator=generator, requires_grad=True)
+    head = torch.randn(11, 6, dtype=dtype, generator=generator, requires_grad=True)
+    targets = torch.randint(11, (20,), generator=generator)
+    expected = torch.nn.functional.cross_entropy(hidden @ head.T, targets, reduction="sum")
+    got = linear_cross_entropy(hidden, head, targets)
+    assert torch.allclose(got, expected, rtol=tolerance)
+    for ours, theirs in zip(
+        torch.autograd.grad(3 * got, (hidden, head)), torch.autograd.grad(3 * expected, (hidden, head)), strict=True
+    ):
+        assert torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_the_cross_entropy_is_float32_under_bfloat16_autocast():
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(300, 16, generator=generator).bfloat16().requires_grad_()
+    head = torch.randn(40, 16, generator=generator).requires_grad_()
+    targets = torch.randint(40, (300,), generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = linear_cross_entropy(hidden, head, targets)
+    exact = torch.nn.functional.cross_entropy(hidden.float() @ head.T, targets, reduction="sum")
+    assert total.dtype == torch.float32 and torch.allclose(total, exact, rtol=2e-3)
+    for ours, theirs in zip(
+        torch.autograd.grad(total, (hidden, head)), torch.autograd.grad(exact, (hidden, head)), strict=True
+    ):
+        assert ours.dtype == theirs.dtype and torch.allclose(ours.float(), theirs.float(), rtol=0.05, atol=0.1)
+
+
+def test_a_loss_that_is_only_looked_at_makes_no_gradient(random_model):
+    with torch.no_grad():
+        assert not objective(random_model, sequence_of(RegisterConfig("2d", 4)), 0.5).requires_grad
