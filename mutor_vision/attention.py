@@ -19,13 +19,16 @@ class AttentionPattern:
     last_visible: Tensor  # (B, R) int64 in [0, num_causal)
     sees_itself: bool = True
 
+    def prefix_mask(self) -> Tensor:
+        """(B, 1, R, N) bool, True = may look: private inputs at causal ones."""
+        slots = torch.arange(self.num_causal, device=self.last_visible.device)
+        return (slots <= self.last_visible[:, :, None])[:, None]
+
     def private_mask(self) -> Tensor:
         """(B, 1, R, T) bool, True = may look: the rows of the private inputs."""
-        num_private = self.last_visible.shape[1]
-        slots = torch.arange(self.num_causal, device=self.last_visible.device)
-        prefix = slots <= self.last_visible[:, :, None]  # (B, R, N)
-        itself = torch.eye(num_private, dtype=torch.bool, device=slots.device) & self.sees_itself
-        return torch.cat([prefix, itself.expand(prefix.shape[0], -1, -1)], dim=2)[:, None]
+        prefix = self.prefix_mask()
+        itself = torch.eye(prefix.shape[2], dtype=torch.bool, device=prefix.device) & self.sees_itself
+        return torch.cat([prefix, itself.expand(prefix.shape[0], 1, -1, -1)], dim=3)
 
     def dense_mask(self) -> Tensor:
         """(B, 1, T, T) bool, True = may look: the whole pattern."""
@@ -51,10 +54,73 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def split_attention(q: Tensor, k: Tensor, v: Tensor, num_causal: int, private_mask: Tensor) -> Tensor:
-    """The same in two calls: causal inputs exactly as if no private input existed (to the last bit, and without paying
-    for a mask), then the private ones under AttentionPattern.private_mask()."""
-    n = num_causal
-    regular = causal_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n])
-    private = F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=private_mask)
-    return torch.cat([regular, private], dim=2)
+class SplitAttention:
+    """The same in two parts: causal inputs exactly as if no private input existed (to the last bit, and without paying
+    for a mask), then the private ones. Made once for all layers, which share its masks."""
+
+    def __init__(self, pattern: AttentionPattern):
+        self.num_causal = pattern.num_causal
+        # What is fastest where it could be measured. On CUDA the masked call is correct, and not yet compared.
+        self.merged = pattern.sees_itself and pattern.last_visible.device.type == "cpu"
+        if not self.merged:
+            self.mask = pattern.private_mask()
+        elif _is_one_per_slot(pattern):
+            self.mask = None
+        else:
+            seen = pattern.prefix_mask()
+            self.mask = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v (B, H, T, D) -> (B, H, T, D)."""
+        n = self.num_causal
+        regular = causal_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n])
+        if self.merged:
+            private = _PrefixAndItself.apply(q[:, :, n:], k, v, self.mask)
+        else:
+            private = F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=self.mask)
+        return torch.cat([regular, private], dim=2)
+
+
+class _PrefixAndItself(torch.autograd.Function):
+    """Attention of private inputs, q (B, H, R, D), to the causal keys that `mask` (B, 1, R, N) allows (None: R = N and
+    input r sees 0..r), by torch's kernel, and to their own keys, the last R of k (B, H, N + R, D).
+
+    The kernel gives the prefix's output o_p and its log-sum-exp; the private logit s = q.k_self / sqrt(D) is merged as
+    lse = logaddexp(lse_p, s), o = exp(lse_p - lse) o_p + exp(s - lse) v_self. The kernel's backward pass recomputes
+    exp(logit - lse) and needs sum(grad . o), so given the merged o and lse it is exact for the prefix.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask):
+        n = k.shape[2] - q.shape[2]
+        prefix, own_k, own_v = (k[:, :, :n], v[:, :, :n]), k[:, :, n:], v[:, :, n:]
+        if mask is not None:
+            mask = mask.to(torch.promote_types(q.dtype, mask.dtype))  # float64 with a float32 mask comes out wrong
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, *prefix, 0.0, mask is None, attn_mask=mask
+        )
+        s = (q * own_k).sum(-1, dtype=lse.dtype) * q.shape[-1] ** -0.5
+        merged = torch.logaddexp(lse, s, out=torch.empty_like(lse))  # in the kernel's own layout
+        own_share = (s - merged).exp_()
+        out = torch.lerp(out, own_v, own_share[..., None].to(out.dtype))
+        ctx.save_for_backward(q, k, v, mask, out, merged, own_share)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, mask, out, merged, own_share = ctx.saved_tensors
+        n = k.shape[2] - q.shape[2]
+        own_k, own_v = k[:, :, n:], v[:, :, n:]
+        grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k[:, :, :n], v[:, :, :n], out, merged, 0.0, mask is None, attn_mask=mask
+        )
+        share = own_share[..., None].to(grad.dtype)
+        grad_s = share * (grad * (own_v - out)).sum(-1, keepdim=True) * q.shape[-1] ** -0.5
+        grad_k = torch.cat([grad_k, grad_s * q], dim=2)
+        grad_v = torch.cat([grad_v, share * grad], dim=2)
+        return grad_q + grad_s * own_k, grad_k, grad_v, None
+
+
+def _is_one_per_slot(pattern: AttentionPattern) -> bool:
+    slots = torch.arange(pattern.num_causal, device=pattern.last_visible.device)
+    return pattern.last_visible.shape[1] == len(slots) and bool((pattern.last_visible == slots).all())

@@ -9,7 +9,7 @@ import torch
 from timm.layers import DropPath, SwiGLU
 from torch import Tensor, nn
 
-from mutor_vision.attention import AttentionPattern, causal_attention, split_attention
+from mutor_vision.attention import AttentionPattern, SplitAttention, causal_attention
 from mutor_vision.config import TransformerConfig
 from mutor_vision.rope import apply_rope, rope_table
 
@@ -110,15 +110,12 @@ class Transformer(nn.Module):
             x = torch.cat([self.class_embedding(labels)[:, None], x], dim=1)  # (B, T, C)
         x = self.token_dropout(x)
         sin, cos = self.rope[:, positions][:, :, None]  # each (B or 1, 1, T, D)
-        private_mask = None if pattern is None else pattern.private_mask()
+        attend = causal_attention if pattern is None else SplitAttention(pattern)
         for layer, block in enumerate(self.blocks):
+            if cache is not None:
 
-            def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
-                if cache is not None:
+                def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
                     return causal_attention(q, *cache.append(layer, k, v))
-                if pattern is not None:
-                    return split_attention(q, k, v, pattern.num_causal, private_mask)
-                return causal_attention(q, k, v)
 
             x = block(x, sin, cos, attend)
         if cache is not None:

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from mutor_vision.attention import AttentionPattern, causal_attention, dense_attention, split_attention
+from mutor_vision.attention import AttentionPattern, SplitAttention, causal_attention, dense_attention
 from mutor_vision.config import TransformerConfig
 from mutor_vision.errors import UserError
 from mutor_vision.rope import rope_table
@@ -105,19 +105,35 @@ def test_the_query_and_key_of_the_class_token_are_zero_vectors(random_model):
     assert (seen["k"][:, :, 1] != 0).any()
 
 
-@pytest.mark.parametrize("registers_count", [1, 3, 16])
-def test_split_attention_equals_the_dense_reference_in_values_and_gradients(registers_count):
+@pytest.mark.parametrize("sees_itself", [True, False])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("num_private", [1, 80, 256])
+def test_split_attention_equals_the_dense_reference_in_values_and_gradients(num_private, dtype, tolerance, sees_itself):
     torch.manual_seed(0)
-    n, r = 16, registers_count
-    pattern = AttentionPattern(n, torch.stack([torch.randperm(n)[:r].sort().values for _ in range(2)]))
-    tensors = [torch.randn(2, 4, n + r, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    upstream = torch.randn(2, 4, n + r, 8, dtype=torch.float64)
+    n, r = 256, num_private
+    slots = torch.stack([torch.randperm(n)[:r].sort().values for _ in range(2)])
+    pattern = AttentionPattern(n, slots, sees_itself)
+    tensors = [torch.randn(2, 3, n + r, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
+    upstream = torch.randn(2, 3, n + r, 8, dtype=dtype)
     reference = dense_attention(*tensors, pattern.dense_mask())
     expected = torch.autograd.grad(reference, tensors, upstream)
-    output = split_attention(*tensors, n, pattern.private_mask())
-    assert torch.allclose(output, reference, atol=1e-12)
+    output = SplitAttention(pattern)(*tensors)
+    assert torch.allclose(output, reference, atol=tolerance)
     for got, want in zip(torch.autograd.grad(output, tensors, upstream), expected, strict=True):
-        assert torch.allclose(got, want, atol=1e-10)
+        assert torch.allclose(got, want, atol=tolerance, rtol=tolerance)
+
+
+def test_split_attention_in_bfloat16_is_as_near_as_the_reference_in_bfloat16():
+    torch.manual_seed(0)
+    pattern = AttentionPattern(16, torch.stack([torch.randperm(16)[:5].sort().values for _ in range(2)]))
+    exact = [torch.randn(2, 3, 21, 8).bfloat16().float().requires_grad_() for _ in range(3)]
+    rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+    output = SplitAttention(pattern)(*rounded)
+    reference = dense_attention(*exact, pattern.dense_mask())
+    assert output.dtype == torch.bfloat16 and torch.allclose(output.float(), reference, atol=0.03)
+    gradients = torch.autograd.grad(output.float().square().sum(), rounded)
+    for got, want in zip(gradients, torch.autograd.grad(reference.square().sum(), exact), strict=True):
+        assert got.dtype == torch.bfloat16 and torch.allclose(got.float(), want, atol=0.2)
 
 
 def test_the_dense_mask_by_hand():
