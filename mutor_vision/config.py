@@ -187,6 +187,7 @@ class TrainConfig:
     ema_decay: float = 0.9999  # 0 = no EMA
     seed: int = 0
     precision: str = "auto"  # auto | float32 | bfloat16
+    compile: str = "auto"  # torch.compile the blocks: auto (on CUDA; measured not to pay on a CPU) | on | off
     log_every: int = 100  # steps, 0 = never
     val_every: int = 5000  # steps, 0 = never
     sample_every: int = 5000  # steps between sample grids, 0 = never

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mutor_vision.checkpoint import read_json, sha256, write_json
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
+from mutor_vision.runtime import to_device
 
 FORMAT = 1
 PLAN = "plan.json"  # the settings of an encoding that has begun; they must be the same when it continues
@@ -41,6 +42,7 @@ class TokenSet:
         self.tokenizer_identity: str = manifest["tokenizer_sha256"]
         self.identity = sha256(path / "manifest.json")  # of this very set: the manifest holds the hash of every shard
         self._shards = shards
+        self._resident: Tensor | None = None
         self._starts = np.cumsum([0] + [len(shard) for shard in shards])
 
     @classmethod
@@ -63,7 +65,11 @@ class TokenSet:
         return cls(path, manifest, shards, torch.cat(labels))
 
     def take(self, indices: Tensor, views: Tensor) -> Tensor:
-        """(B,) int64 image numbers and (B,) int64 view numbers, on the CPU -> (B, h, w) int64 codes."""
+        """(B,) int64 image numbers and (B,) int64 view numbers, on the CPU -> (B, h, w) int64 codes, on the CPU or
+        where `keep_on` put them."""
+        if self._resident is not None:
+            indices, views = (to_device(numbers, self._resident.device) for numbers in (indices, views))
+            return self._resident[indices, views].long().unflatten(1, self.grid)
         indices, views = indices.numpy(), views.numpy()
         codes = np.empty((len(indices), self.grid[0] * self.grid[1]), dtype=np.int64)
         shard_of = np.searchsorted(self._starts, indices, side="right") - 1
@@ -72,15 +78,29 @@ class TokenSet:
             codes[rows] = self._shards[number][indices[rows] - self._starts[number], views[rows]]
         return torch.from_numpy(codes).unflatten(1, self.grid)
 
+    def keep_on(self, device: torch.device) -> None:
+        """Move all codes to `device`, so that a batch is gathered there and no step waits for the host."""
+        self._resident = self.codes().to(device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all codes in memory."""
+        return self.num_images * self.num_views * self.grid[0] * self.grid[1] * _signed(self.codebook_size).itemsize
+
     def codes(self) -> Tensor:
         """All codes in memory, (n, views, N): int16 where V allows (1.3 GB for ImageNet's two views), else int32."""
-        dtype = np.int16 if self.codebook_size <= 2**15 else np.int32
+        dtype = _signed(self.codebook_size)
         return torch.from_numpy(np.concatenate([shard.astype(dtype) for shard in self._shards]))
 
 
 def code_dtype(codebook_size: int) -> type:
     """The smallest of uint16 and uint32 that holds every code."""
     return np.uint16 if codebook_size <= 2**16 else np.uint32
+
+
+def _signed(codebook_size: int) -> np.dtype:
+    # torch indexes and converts signed integers on every device; uint16 not.
+    return np.dtype(np.int16 if codebook_size <= 2**15 else np.int32)
 
 
 def shard_names(number: int) -> tuple[str, str]:

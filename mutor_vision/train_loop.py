@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from mutor_vision.transformer import Transformer, num_parameters
 # What may change when a run is continued: how long it lasts and what it reports. The rest would be another experiment.
 RESUMABLE = {"steps", "log_every", "val_every", "val_images", "sample_every", "sample_classes", "sample_cfg_scale",
              "save_every", "keep", "micro_batch", "codes", "val_codes", "init", "eval_every", "eval_reference",
-             "eval_features", "eval_weights", "eval_images"}  # fmt: skip
+             "eval_features", "eval_weights", "eval_images", "compile"}  # fmt: skip
 
 
 def train(config: TrainConfig, out: Path) -> None:
@@ -64,6 +65,12 @@ def train(config: TrainConfig, out: Path) -> None:
     model = model.to(runtime.device)
     ema = ModelEmaV3(model, config.ema_decay, use_warmup=True, warmup_gamma=10, warmup_power=1) if config.ema_decay else None  # noqa: E501  # fmt: skip
     optimizer = build_optimizer(model, config)
+    compiled = config.compile == "on" or (config.compile == "auto" and runtime.device.type == "cuda")
+    if compiled:
+        for block in model.blocks:  # after the copy for EMA, which only samples and validates
+            block.compile(dynamic=False)
+    # The cache of sampling grows, and each length would be compiled anew.
+    uncompiled = partial(torch.compiler.set_stance, "force_eager") if compiled else nullcontext
 
     # --- resume -----------------------------------------------------------------------------------------------------
     step = resume(out, config, token_set, base, model, ema, optimizer, runtime)
@@ -71,11 +78,14 @@ def train(config: TrainConfig, out: Path) -> None:
     objective = parallel = Objective(model)
     if runtime.world_size > 1:
         parallel = DistributedDataParallel(objective, device_ids=[runtime.device.index] if runtime.device.index is not None else None)  # noqa: E501  # fmt: skip
+    free = torch.cuda.mem_get_info(runtime.device)[0] if runtime.device.type == "cuda" else 0
+    if token_set.nbytes < free / 4:
+        token_set.keep_on(runtime.device)
     if runtime.is_main:
         trained = f" ({lora.describe_trainable(model)})" if config.lora_rank else ""
         print(f"{num_parameters(model):,} parameters{trained}, {len(train_images):,} training and "
               f"{len(val_images):,} held-out images, {runtime.world_size} process(es) on {runtime.device.type}, "
-              f"{'bfloat16 autocast' if runtime.autocast_dtype else 'float32'}"
+              f"{'bfloat16 autocast' if runtime.autocast_dtype else 'float32'}{', compiled' if compiled else ''}"
               + (f", continuing after step {step}" if step else ""), flush=True)  # fmt: skip
     log.status("running", step)
 
@@ -151,10 +161,12 @@ def train(config: TrainConfig, out: Path) -> None:
             if runtime.is_main:
                 from mutor_vision.sample import save_training_grid  # imports the tokenizer's libraries
 
-                save_training_grid(ema.module if ema else model, out, step, config, runtime)
+                with uncompiled():
+                    save_training_grid(ema.module if ema else model, out, step, config, runtime)
                 model.train()
         if measure and _due(step, config.eval_every, config.steps):
-            scores = measure(ema.module if ema else model, out)
+            with uncompiled():
+                scores = measure(ema.module if ema else model, out)
             model.train()
             log.write(step, **scores)
             if runtime.is_main:
@@ -246,6 +258,8 @@ def check(config: TrainConfig, token_set: TokenSet, val_set: TokenSet, num_image
         raise UserError(f"batch_size is {config.batch_size}, but there are {num_images} training images; lower it")
     if not 0 <= config.micro_batch <= config.batch_size // world:
         raise UserError(f"micro_batch is {config.micro_batch}, expected 0 to batch_size / processes")
+    if config.compile not in ("auto", "on", "off"):
+        raise UserError(f"compile is '{config.compile}', expected auto, on or off")
     if not 0 <= config.label_dropout < 1 or not 0 <= config.val_fraction < 1 or not 0 <= config.ema_decay < 1:
         raise UserError("label_dropout, val_fraction and ema_decay must be at least 0 and below 1")
     if config.keep < 2:

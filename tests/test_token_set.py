@@ -113,3 +113,12 @@ def test_an_array_appears_only_when_it_is_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         save_array(tmp_path / "b.npy", np.arange(3))
     assert not (tmp_path / "b.npy").exists()
+
+
+def test_codes_kept_on_a_device_are_the_codes_of_the_files(token_set_path):
+    token_set = TokenSet.open(token_set_path)
+    images, views = torch.tensor([59, 0, 31, 30, 0]), torch.tensor([1, 0, 0, 1, 1])
+    from_files = token_set.take(images, views)
+    token_set.keep_on(torch.device("cpu"))
+    assert torch.equal(token_set.take(images, views), from_files) and from_files.dtype == torch.int64
+    assert token_set.nbytes == token_set.codes().nbytes

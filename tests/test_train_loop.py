@@ -273,3 +273,11 @@ def test_curves_are_plotted(tmp_path, trained_run):
 
     plot_runs({"a run": trained_run}, tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").width > 1000
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_to_the_same_curve(tmp_path, train_config):
+    config = dataclasses.replace(train_config, model=NO_DROPOUT, steps=4, val_every=0, save_every=0)
+    train(config, tmp_path / "eager")
+    train(dataclasses.replace(config, compile="on"), tmp_path / "compiled")
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-5)
