@@ -236,7 +236,15 @@ def write_table(found: dict) -> None:
                 columns = [*losses, [min(row["held_out"].values()) for row in rows], [row["train"] for row in rows]]
                 cells = [_spread(column, 3) for column in columns] + [_spread([row["fd"] for row in rows], 3)]
                 lines.append(f"| {method} | {objective} | {' | '.join(cells)} | {rows[0]['megabytes']} MB |")
-    text = "\n".join(lines)
+    text = "\n".join(lines) + "\n\nMuToR-2D minus next-token, seed by seed, with the 95 % t-interval:\n"
+    for method in METHODS:
+        pairs = [[found.get(f"{objective}, {method}, seed {seed}") for objective in OBJECTIVES] for seed in SEEDS]
+        pairs = [pair for pair in pairs if None not in pair]
+        if len(pairs) > 1:
+            lowest = [min(b["held_out"].values()) - min(a["held_out"].values()) for a, b in pairs]
+            distance = [b["fd"] - a["fd"] for a, b in pairs]
+            text += f"{method}: lowest held-out loss {_interval(lowest)}, FD {_interval(distance)}.\n"
+    text = text.rstrip()
     if "reconstructions" in found:
         distance_of_real = found["reconstructions"]["fd"]
         text += f"\n\nFD of {SAMPLES} real held-out images after the tokenizer: {distance_of_real:.3f}."
@@ -248,6 +256,13 @@ def write_table(found: dict) -> None:
 def _spread(values: list[float], digits: int) -> str:
     deviation = np.std(values, ddof=1) if len(values) > 1 else float("nan")
     return f"{np.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+
+def _interval(values: list[float]) -> str:
+    from scipy.stats import t
+
+    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{np.mean(values):+.3f} ± {half:.3f}"
 
 
 if __name__ == "__main__":
