@@ -2,6 +2,7 @@
 
     RUN/config.json                     kind, version and the whole resolved configuration
     RUN/checkpoints/step-0000420/       config.json, model.safetensors, ema.safetensors, training.pt, MANIFEST.json
+                                        and, of a sharded training, optimizer/ with the shards of its moments
     RUN/tokenizer/                      a copy of the tokenizer, so that a run samples by itself
 
 A checkpoint is written under another name, hashed into its MANIFEST.json, flushed to the disk and then renamed, so
@@ -72,12 +73,13 @@ def read_config(folder: Path, kind: str, config_type: type) -> Any:
 
 
 def save(
-    run: Path, step: int, kind: str, config: Any, weights: dict[str, dict[str, Tensor] | Path], state: dict, keep: int
-) -> Path:
+    run: Path, step: int, kind: str, config: Any, weights: dict[str, dict[str, Tensor] | Path], state: dict, keep: int,
+    shards: Path | None = None,
+) -> Path:  # fmt: skip
     """Commit RUN/checkpoints/step-<step> and remove all but the newest `keep`. Call on one rank.
 
     weights: file stem ('model', 'ema', ...) -> state dict, or a finished safetensors file, which is moved; state:
-    tensors, numbers, strings, lists and dicts.
+    tensors, numbers, strings, lists and dicts; shards: finished folder of optimizer shards, which is moved.
     Returns the checkpoint's path.
     """
     folder = run / "checkpoints"
@@ -95,11 +97,15 @@ def save(
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         save_file(tensors, partial / f"{name}.safetensors")
     torch.save(state, partial / "training.pt")
-    for path in partial.iterdir():
+    if shards:
+        shards.rename(partial / "optimizer")
+    paths = sorted(path for path in partial.rglob("*") if path.is_file())
+    for path in paths:
         shutil.copymode(partial / "config.json", path)  # safetensors writes files that only the owner may read
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(partial.iterdir())}
+    files = {path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+             for path in paths}  # fmt: skip
     write_json(partial / "MANIFEST.json", {"format": 1, "step": step, "files": files})
-    for path in partial.iterdir():
+    for path in partial.rglob("*"):
         _fsync(path)
     _fsync(partial)
     if final.exists():  # this very step again, after a resume that fell back: the new one is verified, the old was not

@@ -176,6 +176,8 @@ class TrainConfig:
     steps: int = 360_000  # optimizer steps
     batch_size: int = 1024  # images per step over all processes
     micro_batch: int = 0  # images per forward pass and process, 0 = all; less = gradient accumulation
+    activation_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more work
+    parallel: str = "ddp"  # ddp = every process holds all weights | fsdp = each holds its share of every tensor
     lr: float = 4e-4
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.05  # on matrices and embeddings, never on norms

@@ -1,5 +1,6 @@
 """Device, ranks and precision. Every call is harmless with one process and no GPU; the only other modules that touch
-torch.distributed are the training loops, which wrap their model in DistributedDataParallel."""
+torch.distributed are `sharding`, for the transformer, and the tokenizer's training loop, which wraps its model in
+DistributedDataParallel."""
 
 import os
 from contextlib import nullcontext

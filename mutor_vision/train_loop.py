@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from mutor_vision import checkpoint, lora
+from mutor_vision import checkpoint, lora, sharding
 from mutor_vision.config import TrainConfig, check_positive, differences
 from mutor_vision.data import SampleOrder, read_batch, split
 from mutor_vision.errors import MismatchError, UserError
@@ -33,8 +32,8 @@ from mutor_vision.transformer import Transformer, num_parameters
 
 # What may change when a run is continued: how long it lasts and what it reports. The rest would be another experiment.
 RESUMABLE = {"steps", "log_every", "val_every", "val_images", "sample_every", "sample_classes", "sample_cfg_scale",
-             "save_every", "keep", "micro_batch", "codes", "val_codes", "init", "eval_every", "eval_reference",
-             "eval_features", "eval_weights", "eval_images", "compile"}  # fmt: skip
+             "save_every", "keep", "micro_batch", "activation_checkpointing", "parallel", "codes", "val_codes", "init",
+             "eval_every", "eval_reference", "eval_features", "eval_weights", "eval_images", "compile"}  # fmt: skip
 
 
 def train(config: TrainConfig, out: Path) -> None:
@@ -55,6 +54,7 @@ def train(config: TrainConfig, out: Path) -> None:
     # --- model, optimizer, EMA --------------------------------------------------------------------------------------
     torch.manual_seed(derived_seed(config.seed, "initialisation"))
     model = Transformer(config.model)
+    model.recompute = config.activation_checkpointing
     base = open_base(config.init) if config.init else None
     if base:
         check_tokenizer(base, token_set)
@@ -64,7 +64,6 @@ def train(config: TrainConfig, out: Path) -> None:
     kept = lora.adapter_weights if config.lora_rank else torch.nn.Module.state_dict
     model = model.to(runtime.device)
     ema = ModelEmaV3(model, config.ema_decay, use_warmup=True, warmup_gamma=10, warmup_power=1) if config.ema_decay else None  # noqa: E501  # fmt: skip
-    optimizer = build_optimizer(model, config)
     compiled = config.compile == "on" or (config.compile == "auto" and runtime.device.type == "cuda")
     if compiled:
         for block in model.blocks:  # after the copy for EMA, which only samples and validates
@@ -73,11 +72,13 @@ def train(config: TrainConfig, out: Path) -> None:
     uncompiled = partial(torch.compiler.set_stance, "force_eager") if compiled else nullcontext
 
     # --- resume -----------------------------------------------------------------------------------------------------
-    step = resume(out, config, token_set, base, model, ema, optimizer, runtime)
+    found = resume(out, config, token_set, base, model, ema, runtime)
+    parallel = sharding.parallelize(Objective(model), ema.module if ema else None, config.parallel, runtime)
+    optimizer = build_optimizer(model, config)
+    if found:
+        sharding.load_optimizer(optimizer, model, found, runtime)
+    step = checkpoint.step_of(found) if found else 0
     log = RunLog(out, step, config.steps, active=runtime.is_main)
-    objective = parallel = Objective(model)
-    if runtime.world_size > 1:
-        parallel = DistributedDataParallel(objective, device_ids=[runtime.device.index] if runtime.device.index is not None else None)  # noqa: E501  # fmt: skip
     free = torch.cuda.mem_get_info(runtime.device)[0] if runtime.device.type == "cuda" else 0
     if token_set.nbytes < free / 4:
         token_set.keep_on(runtime.device)
@@ -113,8 +114,7 @@ def train(config: TrainConfig, out: Path) -> None:
         counts = [sum(s.num_next_token_targets for s in sequences), sum(s.num_register_targets for s in sequences)]
         num_next_token, num_register = runtime.all_reduce(to_device(torch.tensor(counts), runtime.device))
         for part, sequence in zip(parts, sequences, strict=True):
-            last_part = part is parts[-1]
-            with nullcontext() if last_part or parallel is objective else parallel.no_sync():
+            with sharding.gradients_of(parallel, last_part=part is parts[-1]):
                 with runtime.autocast():
                     terms = parallel(batch.labels[part], sequence)
                 loss = total_loss(terms, num_next_token, num_register if registers.count else None, registers.weight)
@@ -123,7 +123,7 @@ def train(config: TrainConfig, out: Path) -> None:
             sums[2] += terms.register.detach()
         sums[1] += num_next_token / runtime.world_size
         sums[3] += num_register / runtime.world_size
-        gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or float("inf"))
+        gradient_norm = sharding.clip_gradients(model, config.clip or float("inf"))
         lr = learning_rate(step, schedule=config.schedule, lr=config.lr, steps=config.steps,
                            warmup_steps=config.warmup_steps, min_lr=config.min_lr)  # fmt: skip
         for group in optimizer.param_groups:
@@ -150,7 +150,7 @@ def train(config: TrainConfig, out: Path) -> None:
             sums.zero_()
             since, last = time.perf_counter(), step
         if len(val_images) and _due(step, config.val_every, config.steps):
-            score = lambda m: validate(m, val_set, val_images, config, micro_batch, runtime)  # noqa: E731
+            score = lambda m: validate(sharding.whole(m), val_set, val_images, config, micro_batch, runtime)  # noqa: E731
             scores = {f"val_{name}": value for name, value in score(model).items()}
             if ema:
                 scores |= {f"val_{name}_ema": value for name, value in score(ema.module).items()}
@@ -158,24 +158,27 @@ def train(config: TrainConfig, out: Path) -> None:
             if runtime.is_main:
                 bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
         if config.sample_every and _due(step, config.sample_every, config.steps):
+            sampled = sharding.whole(ema.module if ema else model)
             if runtime.is_main:
                 from mutor_vision.sample import save_training_grid  # imports the tokenizer's libraries
 
                 with uncompiled():
-                    save_training_grid(ema.module if ema else model, out, step, config, runtime)
+                    save_training_grid(sampled, out, step, config, runtime)
                 model.train()
         if measure and _due(step, config.eval_every, config.steps):
             with uncompiled():
-                scores = measure(ema.module if ema else model, out)
+                scores = measure(sharding.whole(ema.module if ema else model), out)
             model.train()
             log.write(step, **scores)
             if runtime.is_main:
                 bar.write(f"step {step}: Frechet distance {scores['fd']:.4f} of {scores['fd_images']} samples")
         if _due(step, config.save_every, config.steps) or step == config.steps:
+            modules = {"model": model} | ({"ema": ema.module} if ema else {})
+            weights = {name: sharding.gather(kept(module), runtime.is_main) for name, module in modules.items()}
+            shards = sharding.save_optimizer(optimizer, model, out, runtime)
             if runtime.is_main:
-                weights = {"model": kept(model)} | ({"ema": kept(ema.module)} if ema else {})
-                state = {"step": step, "optimizer": optimizer.state_dict()}
-                checkpoint.save(out, step, _kind(config), config, weights, state, config.keep)
+                state = {"step": step} | ({} if shards else {"optimizer": optimizer.state_dict()})
+                checkpoint.save(out, step, _kind(config), config, weights, state, config.keep, shards)
             runtime.barrier()
     bar.close()
     log.status("done", step)
@@ -269,6 +272,11 @@ def check(config: TrainConfig, token_set: TokenSet, val_set: TokenSet, num_image
             f"{config.val_codes} and {config.codes} differ in tokenizer or classes; "
             "encode both with the same tokenizer and class folders"
         )
+    if config.parallel not in ("ddp", "fsdp"):
+        raise UserError(f"parallel is '{config.parallel}', expected ddp or fsdp")
+    if config.parallel == "fsdp" and config.lora_rank:
+        raise UserError("parallel is fsdp and lora_rank is set, which do not go together; an adapter has so little to "
+                        "train that ddp will do: set parallel=ddp")  # fmt: skip
     if config.lora_rank < 0 or config.lora_alpha <= 0 or (config.lora_rank and not config.init):
         raise UserError(f"lora_rank is {config.lora_rank}, lora_alpha {config.lora_alpha}, init '{config.init}'; an "
                         "adapter needs a positive rank and alpha, and --init RUN to be trained on")  # fmt: skip
@@ -276,9 +284,9 @@ def check(config: TrainConfig, token_set: TokenSet, val_set: TokenSet, num_image
         place_registers(config.registers, config.model.grid, seed=0, sample_index=np.zeros(1, dtype=np.int64))
 
 
-def resume(out: Path, config: TrainConfig, token_set: TokenSet, base, model, ema, optimizer, runtime: Runtime) -> int:
-    """Load the newest checkpoint of `out` and return its step, or start the run directory and return 0. Raises
-    MismatchError when the run was started with other settings, another token set or another base."""
+def resume(out: Path, config: TrainConfig, token_set: TokenSet, base, model, ema, runtime: Runtime) -> Path | None:
+    """Load the weights of the newest checkpoint of `out` and return it, or start the run directory and return None.
+    Raises MismatchError when the run was started with other settings, another token set or another base."""
     found = checkpoint.newest(out)
     record = base.record() if base else None
     load = lora.load_adapter if config.lora_rank else checkpoint.load_strictly
@@ -296,8 +304,6 @@ def resume(out: Path, config: TrainConfig, token_set: TokenSet, base, model, ema
         load(model, checkpoint.read_weights(found, "model"), found / "model.safetensors")
         if ema:
             load(ema.module, checkpoint.read_weights(found, "ema"), found / "ema.safetensors")
-        state = checkpoint.read_training_state(found)
-        optimizer.load_state_dict(state["optimizer"])
         runtime.barrier()
     if runtime.is_main:
         checkpoint.write_config(out, _kind(config), config)
@@ -307,7 +313,7 @@ def resume(out: Path, config: TrainConfig, token_set: TokenSet, base, model, ema
             shutil.copyfile(Path(config.codes) / "manifest.json", out / "token_set.json")
             shutil.copytree(token_set.tokenizer_path, out / "tokenizer", copy_function=_link, dirs_exist_ok=True)
     runtime.barrier()
-    return state["step"] if found is not None else 0
+    return found
 
 
 def _kind(config: TrainConfig) -> str:

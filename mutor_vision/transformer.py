@@ -8,6 +8,7 @@ Legend: B batch, N = h * w slots, T inputs, C width, H heads, D width of a head,
 import torch
 from timm.layers import DropPath, SwiGLU
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mutor_vision.attention import AttentionPattern, SplitAttention, causal_attention
 from mutor_vision.config import TransformerConfig
@@ -73,6 +74,7 @@ class Transformer(nn.Module):
         super().__init__()
         assert config.vocab_size > 0 and config.num_classes > 0 and config.num_tokens > 0, "resolve the config first"
         self.config = config
+        self.recompute = False  # keep no more than a block's input for the backward pass, which runs it again
         self.null_class = config.num_classes
         self.register_token = config.vocab_size
         self.class_embedding = nn.Embedding(config.num_classes + 1, config.dim)
@@ -117,7 +119,10 @@ class Transformer(nn.Module):
                 def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
                     return causal_attention(q, *cache.append(layer, k, v))
 
-            x = block(x, sin, cos, attend)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, sin, cos, attend, use_reentrant=False)  # with the same dropout
+            else:
+                x = block(x, sin, cos, attend)
         if cache is not None:
             cache.length += x.shape[1]
         return self.norm(x)

@@ -9,6 +9,7 @@ import torch
 from mutor_vision.config import RegisterConfig
 from mutor_vision.loss import Objective, linear_cross_entropy, total_loss
 from mutor_vision.registers import NO_TARGET, add_registers
+from mutor_vision.transformer import Transformer
 
 GENERATOR = torch.Generator().manual_seed(0)
 CODES = torch.randint(32, (4, 4, 4), generator=GENERATOR)
@@ -139,3 +140,22 @@ def test_the_cross_entropy_is_float32_under_bfloat16_autocast():
 def test_a_loss_that_is_only_looked_at_makes_no_gradient(random_model):
     with torch.no_grad():
         assert not objective(random_model, sequence_of(RegisterConfig("2d", 4)), 0.5).requires_grad
+
+
+def test_recomputing_blocks_changes_no_gradient(tiny_config, registers):
+    """With dropout, whose draws come twice. And that it recomputes: the blocks run again in the backward pass."""
+    config = dataclasses.replace(tiny_config, token_dropout=0.2, residual_dropout=0.2, ffn_dropout=0.2)
+    torch.manual_seed(0)
+    model = Transformer(config)
+    torch.nn.init.normal_(model.head.weight, std=0.2)
+    losses, gradients, runs = [], [], []
+    model.blocks[0].register_forward_pre_hook(lambda *_: runs.append(model.recompute))
+    for model.recompute in (False, True):
+        torch.manual_seed(1)
+        model.zero_grad()
+        losses.append(sum(Objective(model)(LABELS, sequence_of(registers))))
+        losses[-1].backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert torch.equal(*losses) and runs == [False, True, True]
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert plain.any() and torch.equal(plain, recomputed)

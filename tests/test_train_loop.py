@@ -185,6 +185,8 @@ def test_a_run_is_not_continued_on_another_token_set(
         (dict(micro_batch=13), "micro_batch is 13"),
         (dict(label_dropout=1.0), "label_dropout"),
         (dict(precision="float8"), "float8"),
+        (dict(parallel="zero"), "parallel is 'zero', expected ddp or fsdp"),
+        (dict(parallel="fsdp", lora_rank=4), "do not go together"),
         (dict(registers=RegisterConfig("2d", 17)), "4x4 grid has 16 slots"),
         (dict(model=TransformerConfig(2, 2, 32, vocab_size=64)), "model.vocab_size is 64, but the token set"),
         (dict(model=TransformerConfig(2, 2, 32, grid=(8, 8))), "model.grid"),

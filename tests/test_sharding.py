@@ -1,0 +1,125 @@
+"""FSDP by two processes on the CPU, against DDP and against one process."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mutor_vision import checkpoint
+from mutor_vision.config import TransformerConfig, to_dict
+from mutor_vision.run_log import read_log
+from mutor_vision.train_loop import train
+
+NO_DROPOUT = TransformerConfig(2, 2, 32, token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0)
+
+# One launch for all trainings, because starting takes longer than they do.
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from mutor_vision.config import TrainConfig, from_dict
+from mutor_vision.runtime import finish
+from mutor_vision.train_loop import train
+for config, out in json.loads(Path(sys.argv[1]).read_text()):
+    train(from_dict(TrainConfig, config), Path(out))
+finish()
+"""
+
+
+def curve(run, name="loss"):
+    return [line[name] for line in read_log(run) if name in line]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, train_config, root):
+    """Folder of runs by name."""
+    folder = tmp_path_factory.mktemp("sharding")
+    plain = dataclasses.replace(train_config, model=NO_DROPOUT)
+    train(plain, folder / "one")
+    train(dataclasses.replace(plain, steps=5), folder / "one, then two")
+    sharded = {"parallel": "fsdp"}
+    bfloat16 = {"precision": "bfloat16"}
+    trainings = [
+        (train_config, {}, "ddp"),
+        (train_config, sharded, "fsdp"),
+        (train_config, sharded | {"steps": 5}, "fsdp, cut"),
+        (train_config, sharded, "fsdp, cut"),
+        (plain, sharded | {"micro_batch": 2, "activation_checkpointing": True}, "fsdp, small parts"),
+        (plain, sharded, "one, then two"),
+        (plain, sharded | {"steps": 5}, "two, then one"),
+        (train_config, bfloat16, "ddp bfloat16"),
+        (train_config, sharded | bfloat16, "fsdp bfloat16"),
+    ]
+    listed = [
+        (to_dict(dataclasses.replace(config, **changes)), str(folder / out)) for config, changes, out in trainings
+    ]
+    (folder / "trainings.json").write_text(json.dumps(listed))
+    (folder / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    result = subprocess.run([*command, folder / "script.py", folder / "trainings.json"], cwd=root, env=environment,
+                            capture_output=True, text=True)  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    shutil.copytree(folder / "two, then one", folder / "two")
+    train(plain, folder / "two, then one")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["loss", "val_next_token", "val_next_token_ema", "val_register"])
+def test_fsdp_trains_to_the_curve_of_ddp(runs, name):
+    """With dropout, EMA, registers and clipping."""
+    assert len(curve(runs / "ddp", name)) >= 2
+    assert curve(runs / "fsdp", name) == pytest.approx(curve(runs / "ddp", name), rel=1e-5)
+    norms = [curve(runs / run, "gradient_norm") for run in ("fsdp", "ddp")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_in_bfloat16_too(runs):
+    assert curve(runs / "fsdp bfloat16") == pytest.approx(curve(runs / "ddp bfloat16"), rel=1e-2)
+    assert curve(runs / "fsdp bfloat16") != pytest.approx(curve(runs / "fsdp"), rel=1e-6)
+
+
+@pytest.mark.parametrize("run", ["fsdp, small parts", "one, then two", "two, then one"])
+def test_the_number_of_processes_and_the_parts_of_a_batch_do_not_matter(runs, run):
+    """Gradient accumulation with activation checkpointing; a checkpoint of one process continued by two that shard it,
+    and one of two continued by one."""
+    assert curve(runs / run) == pytest.approx(curve(runs / "one"), rel=1e-5)
+
+
+def test_resume_equals_uninterrupted_bit_for_bit(runs):
+    assert curve(runs / "fsdp, cut") == curve(runs / "fsdp")
+    first, second = (checkpoint.newest(runs / run) for run in ("fsdp, cut", "fsdp"))
+    files = [path.relative_to(first) for path in first.rglob("*.safetensors")]
+    assert len(files) == 4  # weights, EMA, and the moments of two processes
+    for file in files:
+        tensors, others = load_file(first / file), load_file(second / file)
+        assert tensors.keys() == others.keys() and len(tensors) > 10
+        assert all(torch.equal(tensors[name], others[name]) for name in tensors), file
+
+
+def test_a_sharded_run_is_read_like_any_other(runs):
+    from mutor_vision.runtime import start
+    from mutor_vision.sample import load
+
+    folder = checkpoint.newest(runs / "two")
+    assert checkpoint.weight_names(folder) == ["ema", "model"]
+    assert load(runs / "two", start()).transformer.config.dim == 32
+    weights = checkpoint.read_weights(folder, "model")
+    for name, expected in checkpoint.read_weights(runs / "one" / "checkpoints" / folder.name, "model").items():
+        torch.testing.assert_close(weights[name], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_damaged_shard_is_found(runs, tmp_path):
+    shutil.copytree(runs / "two", tmp_path / "run")
+    folder = checkpoint.newest(tmp_path / "run")
+    shard = sorted((folder / "optimizer").iterdir())[1]
+    damaged = bytearray(shard.read_bytes())
+    damaged[-5] ^= 1
+    shard.write_bytes(damaged)
+    with pytest.raises(checkpoint.IntegrityError, match="optimizer/shard-00002.* is damaged"):
+        checkpoint.verify(folder)
