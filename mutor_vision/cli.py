@@ -48,6 +48,7 @@ def _main() -> None:
     convert_parser = commands.add_parser("convert", help="LlamaGen's checkpoints and codes in, our checkpoints out")
     merge_parser = commands.add_parser("merge", help="a base and its LoRA adapter -> a plain run")
     plot_parser = commands.add_parser("plot", help="curves of one or more training runs as a picture")
+    plan_parser = commands.add_parser("plan", help="what a training run costs: FLOPs, memory, days")
     if sys.argv[1:2] == ["sample"]:
         from mutor_vision import sample
 
@@ -68,6 +69,11 @@ def _main() -> None:
 
         lora.add_arguments(merge_parser)
         lora.main(parser.parse_args())
+    elif sys.argv[1:2] == ["plan"]:
+        from mutor_vision import plan
+
+        plan.add_arguments(plan_parser)
+        plan.main(parser.parse_args())
     else:
         from mutor_vision.info import describe
 
