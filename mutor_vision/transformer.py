@@ -5,7 +5,11 @@ embedding, placed by its position.
 Legend: B batch, N = h * w slots, T inputs, C width, H heads, D width of a head, V codebook size.
 """
 
+import copy
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, SwiGLU
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -20,21 +24,52 @@ class KVCache:
     back forgets the inputs after it."""
 
     def __init__(self, config: TransformerConfig, batch: int, *, device: torch.device, dtype: torch.dtype):
-        shape = (config.layers, 2, batch, config.heads, config.num_tokens, config.head_dim)
-        self.memory = torch.empty(shape, device=device, dtype=dtype)
+        shape = (batch, config.heads, config.num_tokens, config.head_dim)
+        # Zeros, because a masked slot still takes part: 0 * NaN is NaN.
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
         self.length = 0
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, H, M, D) of new inputs after the first `length`; returns all (B, H, length + M, D)."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of new inputs q, k, v (B, H, M, D) to themselves and the first `length`; keeps k and v."""
         end = self.length + k.shape[2]
-        keys, values = self.memory[layer, 0, :, :, :end], self.memory[layer, 1, :, :, :end]
+        keys, values = self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
         keys[:, :, self.length :] = k
         values[:, :, self.length :] = v
-        return keys, values
+        return causal_attention(q.to(keys.dtype), keys, values)
 
-    def keep_rows(self, count: int) -> None:
-        """Forget all but the first `count` rows of the batch."""
-        self.memory = self.memory[:, :, :count]
+    def advance(self, count: int) -> None:
+        self.length += count
+
+    def rows(self, count: int) -> "KVCache":
+        """The first `count` rows of the batch, in the same memory."""
+        part = copy.copy(self)
+        part.keys = [keys[:count] for keys in self.keys]
+        part.values = [values[:count] for values in self.values]
+        return part
+
+
+class StaticStep:
+    """One input after those in a cache, in shapes that stay the same from step to step, as CUDA graphs and compiled code
+    need them: its slot is a tensor, and attention reads `reach` slots under a mask."""
+
+    def __init__(self, cache: KVCache, position: Tensor, reach: int):
+        """position (1,) int64 on the cache's device, below `reach`; the slots before it are filled."""
+        self.cache = cache
+        self.position = position
+        self.reach = reach
+        self.mask = (torch.arange(reach, device=position.device) <= position)[None, None, None]  # (1, 1, 1, reach)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As KVCache.attend, for M = 1."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys.index_copy_(2, self.position, k.to(keys.dtype))
+        values.index_copy_(2, self.position, v.to(values.dtype))
+        keys, values = keys[:, :, : self.reach], values[:, :, : self.reach]
+        return F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=self.mask)
+
+    def advance(self, count: int) -> None:
+        """The caller moves `position`."""
 
 
 class Attention(nn.Module):
@@ -94,7 +129,7 @@ class Transformer(nn.Module):
         labels: Tensor | None,
         positions: Tensor,
         pattern: AttentionPattern | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | StaticStep | None = None,
     ) -> Tensor:
         """tokens (B, M) int64 in [0, V] (V = register), labels (B,) in [0, num_classes] (num_classes = null class) or
         None, positions (B or 1, T) slots in [0, N] -> logits (B, T, V) float32.
@@ -115,16 +150,13 @@ class Transformer(nn.Module):
         attend = causal_attention if pattern is None else SplitAttention(pattern)
         for layer, block in enumerate(self.blocks):
             if cache is not None:
-
-                def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
-                    return causal_attention(q, *cache.append(layer, k, v))
-
+                attend = partial(cache.attend, layer)
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, sin, cos, attend, use_reentrant=False)  # with the same dropout
             else:
                 x = block(x, sin, cos, attend)
         if cache is not None:
-            cache.length += x.shape[1]
+            cache.advance(x.shape[1])
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from mutor_vision.attention import AttentionPattern, SplitAttention, causal_atte
 from mutor_vision.config import TransformerConfig
 from mutor_vision.errors import UserError
 from mutor_vision.rope import rope_table
-from mutor_vision.transformer import KVCache, Transformer, num_parameters
+from mutor_vision.transformer import KVCache, StaticStep, Transformer, num_parameters
 
 SLOTS = torch.arange(16)[None]
 
@@ -161,6 +161,19 @@ def test_decoding_with_a_cache_equals_the_full_forward(random_model, chunks):
         parts.append(random_model(step_tokens, step_labels, SLOTS[:, start : start + size], cache=cache))
         start += size
     assert torch.allclose(torch.cat(parts, dim=1), full, atol=1e-5)
+
+
+@pytest.mark.parametrize("reach", [4, 16])
+@torch.no_grad()
+def test_static_steps_equal_the_full_forward(random_model, reach):
+    tokens, labels = inputs()
+    full = random_model(tokens, labels, SLOTS)
+    cache = KVCache(random_model.config, 3, device=tokens.device, dtype=torch.float32)
+    random_model(tokens[:, :0], labels, SLOTS[:, :1], cache=cache)
+    for slot in range(1, 16):
+        step = StaticStep(cache, torch.tensor([slot]), (slot // reach + 1) * reach)
+        logits = random_model(tokens[:, slot - 1 : slot], None, SLOTS[:, slot : slot + 1], cache=step)
+        assert torch.allclose(logits[:, 0], full[:, slot], atol=1e-5)
 
 
 @torch.no_grad()
