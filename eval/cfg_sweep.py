@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--run-weights", default="best", help="best (EMA where there is one), ema or model")
     parser.add_argument("--precision", default="auto", help="of sampling: auto, float32 or bfloat16")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    sample.add_execution(parser)
     sample.add_settings(parser)
     arguments = parser.parse_args()
     scales = _parse_scales(arguments.scales) if arguments.scales else []
@@ -56,7 +57,9 @@ def main() -> None:
     base = sample.settings_from(arguments)
     runtime = start(arguments.precision, arguments.device)
     reference = open_set(arguments.reference, image_size=arguments.image_size, allow_lossy=arguments.allow_lossy)
-    loaded = sample.load(arguments.run, runtime, arguments.run_weights)
+    loaded = sample.load(
+        arguments.run, runtime, arguments.run_weights, quantize=arguments.quantize, compile=arguments.compile
+    )
     if not loaded.config.label_dropout:
         raise UserError("the model was trained with label_dropout 0 and has no null class, so there is no guidance")
     extractor = load_extractor(arguments.features, arguments.weights)

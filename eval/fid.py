@@ -55,6 +55,7 @@ def main() -> None:
     sampling.add_argument("--seed", type=int, default=0)
     sampling.add_argument("--run-weights", default="best", help="best (EMA where there is one), ema or model")
     sampling.add_argument("--precision", default="auto", help="of sampling: auto, float32 or bfloat16")
+    sample.add_execution(sampling)
     sample.add_settings(parser)
     arguments = parser.parse_args()
 
@@ -75,7 +76,9 @@ def main() -> None:
         arguments.reference, image_size=arguments.image_size, allow_lossy=arguments.allow_lossy
     )  # cheap checks first: nothing heavy is loaded before both sides are known to be readable
     if arguments.run:
-        loaded = sample.load(arguments.run, runtime, arguments.run_weights)
+        loaded = sample.load(
+            arguments.run, runtime, arguments.run_weights, quantize=arguments.quantize, compile=arguments.compile
+        )
         settings = sample.settings_from(arguments)
         if settings.cfg_scale != 1 and not loaded.config.label_dropout:
             raise UserError("the model was trained with label_dropout 0 and has no null class; use --cfg-scale 1")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import uniforms
+from mutor_vision.runtime import to_device
 from mutor_vision.transformer import KVCache, StaticStep, Transformer
 
 CFG_SCHEDULES = ("constant", "linear", "power-cosine")
@@ -113,7 +114,7 @@ def generate(
     if settings.top_k > config.vocab_size:
         raise UserError(f"top_k is {settings.top_k}, expected at most the codebook's {config.vocab_size}; 0 = all")
     n = config.num_tokens
-    uniform = torch.from_numpy(uniforms(seed, "sample", indices, n)).to(labels.device, non_blocking=True)
+    uniform = to_device(torch.from_numpy(uniforms(seed, "sample", indices, n)), labels.device)
     scales = guidance_scales(settings, n)
     decode = _decode if static is None else static.decode
     codes = decode(model, labels, uniform, scales, settings, num_tokens or n)

@@ -10,6 +10,7 @@ import difflib
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,17 @@ import mutor_vision
 from mutor_vision import checkpoint, images
 from mutor_vision.config import TrainConfig
 from mutor_vision.errors import UserError
-from mutor_vision.generate import CFG_SCHEDULES, SampleSettings, generate
+from mutor_vision.generate import CFG_SCHEDULES, SampleSettings, StaticSteps, generate
+from mutor_vision.inference import QUANTIZATIONS, prepare
 from mutor_vision.keyed_random import permutation, uniforms
-from mutor_vision.runtime import Runtime, finish, start
+from mutor_vision.runtime import Runtime, finish, start, to_device
 from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer
 from mutor_vision.transformer import Transformer
 
 LABEL_PLANS = ("balanced", "random")
+COMPILE = ("auto", "on", "off")
+DECODED_AT_ONCE = 16  # images; the decoder's activations are what takes memory, and more at once are not faster
+LARGEST_BATCH = {"cuda": 256, "cpu": 32}  # images; by then the matrix products are as fast as they get
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class LoadedModel:
     runtime: Runtime
     identity: dict  # where the weights come from, for the protocol of a result
     resize: int = 0  # pixels square to resize decoded images to, 0 = as decoded
+    static: StaticSteps | None = None  # steps of static shape for this transformer; None = shapes that grow
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -54,9 +60,16 @@ class LoadedModel:
         return height, width
 
 
-def load(path: str | Path, runtime: Runtime, weights: str = "best", adapter: str | Path = "") -> LoadedModel:
+def load(
+    path: str | Path, runtime: Runtime, weights: str = "best", adapter: str | Path = "", quantize: str = "none",
+    compile: str = "auto",
+) -> LoadedModel:  # fmt: skip
     """A run or one of its checkpoints -> LoadedModel. weights: 'model', 'ema', or 'best' (EMA where there is one).
-    adapter: a LoRA run trained on it, whose classes, tokenizer and `weights` then count."""
+    adapter: a LoRA run trained on it, whose classes, tokenizer and `weights` then count. quantize: 'none' or 'int8',
+    see inference.prepare. compile: 'off'; 'auto' records steps as CUDA graphs where there is CUDA; 'on' compiles them
+    by torch.compile as well, on any device."""
+    if compile not in COMPILE:
+        raise UserError(f"compile is '{compile}', expected one of {', '.join(COMPILE)}")
     if adapter:
         from mutor_vision.lora import load_merged
 
@@ -81,13 +94,18 @@ def load(path: str | Path, runtime: Runtime, weights: str = "best", adapter: str
         "weights_sha256": checkpoint.sha256(folder / f"{weights}.safetensors"),
         "tokenizer_sha256": token_set["tokenizer_sha256"],
     } | base
+    if quantize != "none":
+        identity["quantize"] = quantize
+    transformer = transformer.to(runtime.device).eval().requires_grad_(False)
+    static = compile == "on" or (compile == "auto" and runtime.device.type == "cuda")
     return LoadedModel(
-        transformer=transformer.to(runtime.device).eval().requires_grad_(False),
+        transformer=prepare(transformer, runtime.autocast_dtype, quantize),
         tokenizer=load_tokenizer(root / "tokenizer", runtime.device),
         config=config,
         class_names=token_set["class_names"],
         runtime=runtime,
         identity=identity,
+        static=StaticSteps("inductor" if compile == "on" else "") if static else None,
     )
 
 
@@ -102,21 +120,46 @@ def label_plan(num: int, num_classes: int, plan: str = "balanced", seed: int = 0
     raise UserError(f"labels is '{plan}', expected one of {', '.join(LABEL_PLANS)}")
 
 
-@torch.no_grad()
 def sample_images(
     loaded: LoadedModel, labels: Tensor, indices: np.ndarray, settings: SampleSettings, seed: int
 ) -> Tensor:
     """labels (B,) in [0, num_classes), indices (B,) -> uint8 images (B, 3, H, W) on the CPU."""
+    return _arrived(*_launch(loaded, labels, indices, settings, seed))
+
+
+@torch.no_grad()
+def _launch(loaded, labels, indices, settings, seed) -> tuple[Tensor, torch.cuda.Event | None]:
+    """As sample_images, but on CUDA the host does not wait: the images are there once the event has happened."""
+    device = loaded.runtime.device
     with loaded.runtime.autocast():
         codes = generate(
-            loaded.transformer, labels.to(loaded.runtime.device), settings, seed=seed, indices=np.asarray(indices)
-        )
-    if not loaded.resize:
-        return images.to_uint8(loaded.tokenizer.decode(codes)).cpu()
-    # LlamaGen's protocol for its 384-pixel models: bicubic without antialiasing, on pixels that are not yet clamped.
+            loaded.transformer, to_device(labels, device), settings, seed=seed, indices=np.asarray(indices),
+            static=loaded.static,
+        )  # fmt: skip
+    decoded = torch.cat([_decode(loaded, part) for part in codes.split(DECODED_AT_ONCE)])
+    if device.type != "cuda":
+        return decoded, None
+    host = torch.empty(decoded.shape, dtype=decoded.dtype, pin_memory=True)
+    host.copy_(decoded, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
+
+
+def _arrived(images: Tensor, event: torch.cuda.Event | None) -> Tensor:
+    if event is not None:
+        event.synchronize()
+    return images
+
+
+def _decode(loaded: LoadedModel, codes: Tensor) -> Tensor:
+    """codes (B, h, w) -> uint8 (B, 3, H, W) on their device."""
     tokenizer = loaded.tokenizer
+    if not loaded.resize:
+        return images.to_uint8(tokenizer.decode(codes))
+    # LlamaGen's protocol for its 384-pixel models: bicubic without antialiasing, on pixels that are not yet clamped.
     pixels = tokenizer.decoder(tokenizer.post_quant_conv(tokenizer.quantizer.lookup(codes))).float()
-    return images.to_uint8(F.interpolate(pixels, size=loaded.image_size, mode="bicubic")).cpu()
+    return images.to_uint8(F.interpolate(pixels, size=loaded.image_size, mode="bicubic"))
 
 
 def sample_stream(
@@ -125,16 +168,25 @@ def sample_stream(
     """Images 0..len(labels)-1, shared among the processes: yields this process's (indices (b,), uint8 (b, 3, H, W)).
 
     Round r covers the indices from r * batch_size * world_size; every process has the same number of rounds, the last
-    of which may be empty for some.
+    of which may be empty for some. On CUDA a round is yielded when the next one has been launched, so that the device
+    goes on while its images are fetched and written.
     """
     runtime = loaded.runtime
+    ahead = 1 if runtime.device.type == "cuda" else 0
+    waiting = deque()
     for start_index in range(0, len(labels), batch_size * runtime.world_size):
         first = start_index + runtime.rank * batch_size
         indices = np.arange(first, max(first, min(first + batch_size, len(labels))))
         if len(indices):
-            yield indices, sample_images(loaded, labels[torch.from_numpy(indices)], indices, settings, seed)
+            launched = _launch(loaded, labels[torch.from_numpy(indices)], indices, settings, seed)
         else:
-            yield indices, torch.empty(0, 3, *loaded.image_size, dtype=torch.uint8)
+            launched = torch.empty(0, 3, *loaded.image_size, dtype=torch.uint8), None
+        waiting.append((indices, launched))
+        if len(waiting) > ahead:
+            indices, launched = waiting.popleft()
+            yield indices, _arrived(*launched)
+    for indices, launched in waiting:
+        yield indices, _arrived(*launched)
 
 
 def sample_in_order(
@@ -152,8 +204,41 @@ def sample_in_order(
         yield gathered[:count]
 
 
-def default_batch_size(runtime: Runtime) -> int:
-    return 128 if runtime.device.type == "cuda" else 16
+def default_batch_size(loaded: LoadedModel) -> int:
+    """Collective: images at once and process, the same on all: what half of the free memory holds, a power of two."""
+    runtime = loaded.runtime
+    memory = free_bytes(runtime.device) / 2 - DECODED_AT_ONCE * decoder_bytes(loaded)
+    fitting = max(1, int(memory / bytes_per_image(loaded)))
+    fitting = runtime.gather(torch.tensor([fitting], device=runtime.device)).min().item()
+    return min(LARGEST_BATCH[runtime.device.type], 2 ** (fitting.bit_length() - 1))
+
+
+def bytes_per_image(loaded: LoadedModel) -> int:
+    """Memory of one image while its codes are drawn: cache and logits of two streams."""
+    config, dtype = loaded.config.model, loaded.runtime.autocast_dtype or torch.float32
+    cache = 2 * config.layers * 2 * config.num_tokens * config.dim * dtype.itemsize
+    # Logits of both streams, guided, filtered, as probabilities (float32), and summed up (float64) with a copy.
+    return cache + config.vocab_size * (5 * 4 + 2 * 8)
+
+
+def decoder_bytes(loaded: LoadedModel) -> int:
+    """Memory of one image in the tokenizer's decoder: six of the widest float32 activation at full size, of which a
+    residual block holds five (its input, normalised, convolved, normalised, convolved) and a convolution the rest."""
+    height, width = (side * loaded.tokenizer.config.downsample for side in loaded.config.model.grid)
+    return 6 * max(loaded.tokenizer.config.channels[:2]) * height * width * 4
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process may take: the GPU's, or its share of what the machine has left."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: less exact, as it leaves out what the system would give back
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def training_model(transformer: Transformer, run: Path, config: TrainConfig, runtime: Runtime) -> LoadedModel:
@@ -179,7 +264,7 @@ def save_training_grid(transformer: Transformer, run: Path, step: int, config: T
     columns = 8
     classes = _spread_classes(config.model.num_classes, config.sample_classes)
     labels = torch.tensor(classes).repeat_interleave(columns)
-    batches = list(sample_in_order(loaded, labels, settings_in_training(config), 0, default_batch_size(runtime)))
+    batches = list(sample_in_order(loaded, labels, settings_in_training(config), 0, default_batch_size(loaded)))
     names = [loaded.class_names[c] for c in classes]
     images.save_png(images.grid(torch.cat(batches), columns, names), run / "samples" / f"step-{step:07d}.png")
 
@@ -215,6 +300,14 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-p", type=float, default=defaults.top_p, help="1 = all")
 
 
+def add_execution(parser) -> None:
+    """The flags of `load` that say how to compute. parser: an argparse parser, or a group of one."""
+    parser.add_argument(
+        "--compile", default="auto", help="auto (CUDA graphs on CUDA), on (torch.compile too: for long runs) or off"
+    )
+    parser.add_argument("--quantize", default="none", help=f"{' or '.join(QUANTIZATIONS)} (weights; recorded)")
+
+
 def settings_from(arguments: argparse.Namespace) -> SampleSettings:
     """SampleSettings from parsed flags; raises UserError for values out of range."""
     try:
@@ -237,9 +330,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resize", type=int, default=0, help="pixels (LlamaGen: 256 for 384 models), 0 = as decoded")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", default="best", help="best (default: EMA where there is one), ema or model")
-    parser.add_argument("--batch-size", type=int, default=0, help="images at once per process, 0 = by device")
+    parser.add_argument("--batch-size", type=int, default=0, help="images at once per process, 0 = by free memory")
     parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add_execution(parser)
     add_settings(parser)
 
 
@@ -249,7 +343,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.per_class < 1:
         raise UserError(f"--per-class is {arguments.per_class}, expected 1 or more")
     if arguments.batch_size < 0:
-        raise UserError(f"--batch-size is {arguments.batch_size}, expected 1 or more, or 0 to choose by device")
+        raise UserError(f"--batch-size is {arguments.batch_size}, expected 1 or more, or 0 to choose by free memory")
     if arguments.resize < 0:
         raise UserError(f"--resize is {arguments.resize}, expected pixels, or 0 for images as decoded")
     if not 0 <= arguments.seed < 2**63:
@@ -266,14 +360,14 @@ def main(arguments: argparse.Namespace) -> None:
     elif out.suffix != ".png":
         raise UserError(f"--out is {out}, expected FILE.png for a grid; use --num for a set of images")
     runtime = start(arguments.precision, arguments.device)
-    loaded = load(arguments.model, runtime, arguments.weights, arguments.adapter)
+    loaded = load(arguments.model, runtime, arguments.weights, arguments.adapter, arguments.quantize, arguments.compile)
     loaded = dataclasses.replace(loaded, resize=arguments.resize)
     if settings.cfg_scale != 1 and not loaded.config.label_dropout:
         raise UserError("the model was trained with label_dropout 0 and has no null class; use --cfg-scale 1")
     vocab_size = loaded.config.model.vocab_size
     if settings.top_k > vocab_size:
         raise UserError(f"--top-k is {settings.top_k}, expected at most the codebook's {vocab_size}")
-    batch_size = arguments.batch_size or default_batch_size(runtime)
+    batch_size = arguments.batch_size or default_batch_size(loaded)
     if arguments.num is None:
         _write_grid(loaded, settings, arguments, out, batch_size)
     else:

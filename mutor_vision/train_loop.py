@@ -199,7 +199,7 @@ def distance_measure(config: TrainConfig, runtime: Runtime) -> Callable[[Transfo
 
     def measure(transformer: Transformer, run: Path) -> dict[str, float]:
         loaded = training_model(transformer, run, config, runtime)
-        stream = sample_stream(loaded, labels, settings_in_training(config), 0, default_batch_size(runtime))
+        stream = sample_stream(loaded, labels, settings_in_training(config), 0, default_batch_size(loaded))
         return in_training.distance(extractor, reference, (images for _, images in stream), runtime)
 
     return measure

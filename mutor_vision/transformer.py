@@ -50,8 +50,8 @@ class KVCache:
 
 
 class StaticStep:
-    """One input after those in a cache, in shapes that stay the same from step to step, as CUDA graphs and compiled code
-    need them: its slot is a tensor, and attention reads `reach` slots under a mask."""
+    """One input after those in a cache, in shapes that stay the same from step to step, as CUDA graphs need them: its
+    slot is a tensor, and attention reads `reach` slots under a mask."""
 
     def __init__(self, cache: KVCache, position: Tensor, reach: int):
         """position (1,) int64 on the cache's device, below `reach`; the slots before it are filled."""

@@ -160,7 +160,10 @@ def wide_model():
     torch.manual_seed(0)
     config = TransformerConfig(2, 4, 256, 128, 5, (4, 4), 0.0, 0.0, 0.0)
     model = Transformer(config).eval().requires_grad_(False)
-    return model.apply(lambda module: isinstance(module, torch.nn.Linear) and torch.nn.init.normal_(module.weight, 0, 0.06))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=0.06)
+    return model
 
 
 def logits_of(model, rows=slice(None)):
@@ -189,7 +192,7 @@ def test_a_packed_matrix_gives_a_row_the_same_bits_in_any_batch(dtype):
 def test_matrices_in_bfloat16_equal_autocast(wide_model):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = logits_of(wide_model)
-        assert torch.allclose(logits_of(prepare(wide_model, torch.bfloat16)), expected, atol=0.02)
+        assert torch.allclose(logits_of(prepare(wide_model, torch.bfloat16)), expected, atol=2e-3)
 
 
 def test_int8_logits_are_near(wide_model):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -9,10 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from mutor_vision import checkpoint
+from mutor_vision import checkpoint, sample
 from mutor_vision.cli import main
 from mutor_vision.config import TrainConfig
+from mutor_vision.generate import SampleSettings, StaticSteps
+from mutor_vision.metrics.sources import RunImages
+from mutor_vision.runtime import Runtime
 from mutor_vision.sample import label_plan, parse_classes
+
+ALONE = Runtime(0, 1, torch.device("cpu"), None)
 
 
 @pytest.fixture
@@ -74,6 +80,48 @@ def test_raw_and_ema_weights_differ(mutor, trained_run, tmp_path):
     assert (tmp_path / "model.npz").read_bytes() != (tmp_path / "ema.npz").read_bytes()
 
 
+def test_quantized_weights_are_recorded(mutor, trained_run, tmp_path):
+    pytest.importorskip("torchao")
+    code, _, err = mutor("sample", trained_run, "--quantize", "int8", "--num", 4, "--out", tmp_path / "int8.npz")
+    assert code == 0, err
+    assert json.loads((tmp_path / "int8.npz.json").read_text())["model"]["quantize"] == "int8"
+    loaded = sample.load(trained_run, ALONE, quantize="int8")
+    assert RunImages(loaded, 2, SampleSettings()).describe()["model"]["quantize"] == "int8"
+    assert "quantize" not in sample.load(trained_run, ALONE).identity
+
+
+def test_static_steps_draw_the_same_images(trained_run):
+    loaded, labels = sample.load(trained_run, ALONE), label_plan(5, 5)
+    static = dataclasses.replace(loaded, static=StaticSteps())
+    images = [torch.cat([part for _, part in sample.sample_stream(each, labels, SampleSettings(), 0, 2)])
+              for each in (loaded, static)]  # fmt: skip
+    assert torch.equal(*images)
+
+
+def test_on_a_gpu_the_next_batch_is_launched_before_the_last_is_fetched(trained_run, monkeypatch):
+    """The order of calls; the images themselves stay on the CPU."""
+    calls = []
+    monkeypatch.setattr(sample, "_launch", lambda loaded, labels, indices, *_: calls.append(indices[0]) or (indices, 0))
+    monkeypatch.setattr(sample, "_arrived", lambda images, event: calls.append(f"fetched {images[0]}") or images)
+    loaded = sample.load(trained_run, ALONE)
+    loaded = dataclasses.replace(loaded, runtime=dataclasses.replace(ALONE, device=torch.device("cuda")))
+    yielded = [indices.tolist() for indices, _ in sample.sample_stream(loaded, label_plan(5, 5), None, 0, 2)]
+    assert yielded == [[0, 1], [2, 3], [4]]
+    assert calls == [0, 2, "fetched 0", 4, "fetched 2", "fetched 4"]
+
+
+def test_the_batch_follows_from_free_memory(trained_run, monkeypatch):
+    loaded = sample.load(trained_run, ALONE)
+    decoder, image = sample.DECODED_AT_ONCE * sample.decoder_bytes(loaded), sample.bytes_per_image(loaded)
+    # 2 layers of 32, 16 tokens, keys and values of two streams; 36 bytes for each of 32 codes. Six activations.
+    assert image == 2 * 2 * 2 * 16 * 32 * 4 + 32 * 36 and decoder == 16 * 6 * 8 * 16 * 16 * 4
+    for free, expected in ((0, 1), (2 * (decoder + 9 * image), 8), (2**60, 32)):
+        monkeypatch.setattr(sample, "free_bytes", lambda device, free=free: free)
+        assert sample.default_batch_size(loaded) == expected
+    monkeypatch.undo()
+    assert sample.free_bytes(torch.device("cpu")) > 2**20
+
+
 def test_a_checkpoint_may_be_given_instead_of_its_run(mutor, trained_run, tmp_path):
     code, out, _ = mutor("sample", trained_run / "checkpoints" / "step-0000005", "--out", tmp_path / "grid.png")
     assert code == 0 and "step-0000005" in out
@@ -112,6 +160,8 @@ def test_class_names_and_ids():
         (["--batch-size", "-4"], "--batch-size is -4"),
         (["--device", "cuda:9"], "expected auto, cpu or cuda"),
         (["--cfg", "2"], "unrecognized arguments: --cfg"),
+        (["--quantize", "int3"], "quantize is 'int3', expected one of none, int8"),
+        (["--compile", "maybe"], "compile is 'maybe', expected one of auto, on, off"),
     ],
 )
 def test_bad_arguments_are_one_line_and_leave_nothing(mutor, trained_run, tmp_path, arguments, message):
