@@ -1,6 +1,8 @@
 """Images -> token set. Shard s belongs to rank s % world_size and batches start at shard boundaries, so the bytes do
 not depend on the number of processes or on interruptions: what is done stays, what is missing is made."""
 
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -34,6 +36,7 @@ VIEW_NAMES = {
     "center-flip": ["center", "center-flip"],
     "ten-crop": _CORNERS + [f"{name}-flip" for name in _CORNERS],
 }
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class EncodeSettings:
     views: str = "center-flip"  # a plan of images.VIEWS
     image_size: int = 0  # pixels, square; 0 = the size that the tokenizer was trained on
     batch_size: int = 32  # crops per forward pass; rounding may depend on it
+    precision: str = "float32"  # of the encoder: float32 | bfloat16, which is faster and changes some per cent of codes
     shard_size: int = 10_000  # images per file
     weights: str = "best"  # of the tokenizer: best | ema | model
 
@@ -59,6 +63,8 @@ def encode_folder(
     for name in ("batch_size", "shard_size"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name} is {getattr(settings, name)}, expected 1 or more")
+    if settings.precision not in PRECISIONS:
+        raise UserError(f"precision is '{settings.precision}', expected one of {', '.join(PRECISIONS)}")
     check_apart(data, out)
     crops = views_named(settings.views)
     folder = ImageFolder.open(data)
@@ -67,10 +73,13 @@ def encode_folder(
     _begin(out, plan, tokenizer_path, settings.weights, runtime)
     if not (out / "manifest.json").is_file():
         views = Views(folder, plan["image_size"], crops)
+        if runtime.device.type == "cpu":
+            tokenizer.to(memory_format=torch.channels_last)  # a sixth faster; not measured on CUDA
+        measured = _agreement(tokenizer, views, plan, runtime) if runtime.is_main else {}
         _encode_shards(tokenizer, views, out, plan, runtime, workers)
         runtime.barrier()
         if runtime.is_main:
-            write_manifest(out, plan, [len(_images_of(shard, plan)) for shard in range(plan["num_shards"])])
+            write_manifest(out, plan | measured, [len(_images_of(shard, plan)) for shard in range(plan["num_shards"])])
         runtime.barrier()
     return TokenSet.open(out)
 
@@ -85,11 +94,12 @@ def _encode_shards(
     total = sum(len(_images_of(shard, plan)) for shard in missing)
     title = "encode" if runtime.world_size == 1 else f"encode (process 1 of {runtime.world_size})"
     with tqdm(total=total, unit="image", desc=title, disable=not runtime.is_main, dynamic_ncols=True) as bar:
+        stream = _waiting_shown(stream, bar)
         for shard in missing:
             codes = []
             for images in islice(stream, len(batches[shard])):
                 parts = images.flatten(0, 1).split(plan["batch_size"])
-                encoded = [_encode(tokenizer, to_float(part.to(runtime.device))) for part in parts]
+                encoded = [_encode(tokenizer, part, plan["precision"], runtime) for part in parts]
                 codes.append(torch.cat(encoded).unflatten(0, images.shape[:2]).cpu().numpy())
                 bar.update(len(images))
             codes_name, labels_name = shard_names(shard)
@@ -99,10 +109,41 @@ def _encode_shards(
             save_array(out / labels_name, np.array(labels, dtype=np.int64))
 
 
-def _encode(tokenizer: VQTokenizer, images: Tensor) -> Tensor:
-    # Plain float32 and a fixed choice of kernels: TF32 would move latents across cell borders.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+def _waiting_shown(stream: Iterator[Tensor], bar: tqdm) -> Iterator[Tensor]:
+    """The same batches; the bar says which share of the time went into waiting for them: more --workers help then."""
+    begun, waited = time.perf_counter(), 0.0
+    while True:
+        asked = time.perf_counter()
+        images = next(stream, None)
+        now = time.perf_counter()
+        waited += now - asked
+        bar.set_postfix_str(f"waiting for images {waited / (now - begun):.0%}", refresh=False)
+        if images is None:
+            return
+        yield images
+
+
+def _encode(tokenizer: VQTokenizer, crops: Tensor, precision: str, runtime: Runtime) -> Tensor:
+    """uint8 (B, 3, H, W) on the CPU -> codes (B, N) on the device."""
+    images = to_float(crops.to(runtime.device, non_blocking=True))
+    if runtime.device.type == "cpu":
+        images = images.contiguous(memory_format=torch.channels_last)
+    # A fixed choice of kernels, and in float32 none in TF32: it would move latents across cell borders.
+    autocast = torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False), autocast:
         return tokenizer.encode(images).flatten(1)
+
+
+def _agreement(tokenizer: VQTokenizer, views: Views, plan: dict[str, Any], runtime: Runtime) -> dict[str, float]:
+    """For the manifest: which share of codes of the first crops is the same in float32. Nothing in float32 itself."""
+    if plan["precision"] == "float32":
+        return {}
+    few = range(min(plan["batch_size"], plan["num_images"]))
+    crops = torch.cat([views[i] for i in few])[: plan["batch_size"]]
+    codes, expected = (_encode(tokenizer, crops, precision, runtime) for precision in (plan["precision"], "float32"))
+    share = (codes == expected).double().mean().item()
+    print(f"{plan['precision']}: {share:.1%} of the codes of the first {len(crops)} crops are those of float32")
+    return {"float32_agreement": round(share, 4)}
 
 
 def _images_of(shard: int, plan: dict[str, Any]) -> range:
@@ -123,6 +164,7 @@ def _plan(tokenizer: VQTokenizer, folder: ImageFolder, settings: EncodeSettings)
         "view_plan": settings.views,
         "views": VIEW_NAMES[settings.views],
         "batch_size": settings.batch_size,
+        "precision": settings.precision,
         "num_images": len(folder),
         "num_shards": -(-len(folder) // settings.shard_size),
         "shard_size": settings.shard_size,

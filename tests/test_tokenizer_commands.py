@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -268,6 +269,23 @@ def test_an_interrupted_encoding_continues_to_the_same_bytes(
     assert command("encode.py", **arguments)[0] == 0  # nothing left to do
 
 
+def test_bfloat16_is_recorded_with_its_agreement(command, pictures, tiny_tokenizer_path, encoded, tmp_path):
+    arguments = {"tokenizer": tiny_tokenizer_path, "data": pictures, "out": tmp_path / "set", "shard_size": 5,
+                 "batch_size": 28, "workers": 0}  # fmt: skip
+    code, printed, bar = command("encode.py", **arguments, precision="bfloat16")
+    assert code == 0 and "of the codes of the first 28 crops are those of float32" in printed
+    assert re.search(r"waiting for images \d+%", bar)
+    found, exact = TokenSet.open(tmp_path / "set"), TokenSet.open(encoded)
+    # All 28 crops are in that first batch, so the share can be counted in the two sets.
+    share = (found.codes() == exact.codes()).double().mean().item()
+    assert found.manifest["precision"] == "bfloat16" and 0.5 < share < 1
+    assert found.manifest["float32_agreement"] == pytest.approx(share, abs=0.01)
+    assert exact.manifest["precision"] == "float32" and "float32_agreement" not in exact.manifest
+    (tmp_path / "set" / "manifest.json").unlink()
+    code, _, error = command("encode.py", **arguments)
+    assert code == 5 and "precision: bfloat16 -> float32" in error
+
+
 def test_ten_crops_and_other_sizes(command, pictures, tiny_tokenizer_path, tmp_path):
     code, *_ = command("encode.py", tokenizer=tiny_tokenizer_path, data=pictures, out=tmp_path / "set",
                        views="ten-crop", image_size=24, workers=0)  # fmt: skip
@@ -320,6 +338,7 @@ def test_greyscale_and_small_images_are_encoded(command, tiny_tokenizer_path, tm
     ({"image_size": 18}, 2, "expected a multiple of 4"),
     ({"batch_size": 0}, 2, "batch_size is 0"),
     ({"weights": "worst"}, 2, "no 'worst' weights"),
+    ({"precision": "float16"}, 2, "expected one of float32, bfloat16"),
 ])  # fmt: skip
 def test_wrong_arguments_of_encode(command, pictures, tiny_tokenizer_path, tmp_path, arguments, code, message):
     given = {"tokenizer": tiny_tokenizer_path, "data": pictures, "out": tmp_path / "set", **arguments}

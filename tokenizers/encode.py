@@ -18,6 +18,9 @@ def main() -> None:
     parser.add_argument("--views", default="center-flip", help="center-flip (2 views, default) or ten-crop (10)")
     parser.add_argument("--image-size", type=int, default=0, help="pixels; default: what the tokenizer was trained on")
     parser.add_argument("--batch-size", type=int, default=32, help="crops per forward pass (default 32)")
+    parser.add_argument(
+        "--precision", default="float32", help="float32 (default) or bfloat16: faster, other codes; recorded"
+    )
     parser.add_argument("--shard-size", type=int, default=10_000, help="images per file (default 10000)")
     parser.add_argument("--workers", type=int, default=2, help="image-reading processes per rank (default 2)")
     parser.add_argument("--weights", default="best", help="best (EMA where there is one, default), ema or model")
@@ -27,7 +30,7 @@ def main() -> None:
 
     settings = EncodeSettings(
         views=arguments.views, image_size=arguments.image_size, batch_size=arguments.batch_size,
-        shard_size=arguments.shard_size, weights=arguments.weights,
+        shard_size=arguments.shard_size, weights=arguments.weights, precision=arguments.precision,
     )  # fmt: skip
     where = runtime.start()
     tokens = encode_folder(arguments.tokenizer, arguments.data, arguments.out, settings, where, arguments.workers)
