@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--preset", default="tiny-imagenet", help="whose tokenizer, with random weights")
     parser.add_argument("--images", type=int, default=500, help="JPEG files, two views each (default 500)")
     parser.add_argument("--pixels", type=int, default=400, help="their short side, the long one is 5/4 (default 400)")
-    parser.add_argument("--batch-size", type=int, default=32, help="of ours, crops per forward pass (default 32)")
+    parser.add_argument("--batch-size", type=int, default=0, help="of ours, crops per forward pass, 0 = its default")
     parser.add_argument("--workers", type=int, default=2, help="of ours, image-reading processes (default 2)")
     parser.add_argument("--precisions", default="float32", help="of ours, with commas: float32,bfloat16")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -70,8 +70,9 @@ def main() -> None:
     middle = medians(seconds)
     first = next(iter(middle.values()))
     host = machine(runtime.device)
-    print(f"{arguments.preset}: {arguments.images} images, 2 views, batch {arguments.batch_size}, {arguments.workers} "
-          f"workers, {host['device']}, {host['threads']} threads, median of {arguments.repeats}")  # fmt: skip
+    batch = arguments.batch_size or "by device"
+    print(f"{arguments.preset}: {arguments.images} images, 2 views, batch {batch}, {arguments.workers} workers, "
+          f"{host['device']}, {host['threads']} threads, median of {arguments.repeats}")  # fmt: skip
     print(table([{"side": name, "seconds": value, "images/s": arguments.images / value, "times ours": value / first}
                  for name, value in middle.items()]))  # fmt: skip
     if arguments.json:

@@ -336,7 +336,8 @@ def test_greyscale_and_small_images_are_encoded(command, tiny_tokenizer_path, tm
     ({"tokenizer": "gone"}, 2, "does not exist"),
     ({"views": "nine-crop"}, 2, "expected one of"),
     ({"image_size": 18}, 2, "expected a multiple of 4"),
-    ({"batch_size": 0}, 2, "batch_size is 0"),
+    ({"batch_size": -1}, 2, "batch_size is -1"),
+    ({"shard_size": 0}, 2, "shard_size is 0"),
     ({"weights": "worst"}, 2, "no 'worst' weights"),
     ({"precision": "float16"}, 2, "expected one of float32, bfloat16"),
 ])  # fmt: skip

@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder of the token set")
     parser.add_argument("--views", default="center-flip", help="center-flip (2 views, default) or ten-crop (10)")
     parser.add_argument("--image-size", type=int, default=0, help="pixels; default: what the tokenizer was trained on")
-    parser.add_argument("--batch-size", type=int, default=32, help="crops per forward pass (default 32)")
+    parser.add_argument("--batch-size", type=int, default=0, help="crops per forward pass, 0 = by device (default)")
     parser.add_argument(
         "--precision", default="float32", help="float32 (default) or bfloat16: faster, other codes; recorded"
     )
