@@ -42,9 +42,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=int, default=0, help="of the CPU, 0 = torch's choice")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="timed runs of each side (default 3)"
-    )
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side (default 3)")
     parser.add_argument("--json", help="write the machine, sizes and every repeat here")
     arguments = parser.parse_args()
     if arguments.compile not in COMPILE:
@@ -139,7 +137,7 @@ def without_cache(model: Transformer, labels: torch.Tensor, settings: SampleSett
 
 def llamagen(config: TransformerConfig, weights, labels, settings: SampleSettings, count: int, runtime, arguments):
     """LlamaGen's generate on a model of the same sizes and weights, as its autoregressive/sample/sample_c2i.py calls
-    it: the model in the precision asked for, caches of the tokens asked for, the whole vocabulary."""
+    it: the model in the precision asked for, caches for the whole image, the whole vocabulary."""
     sys.path.insert(0, arguments.llamagen)
     if not hasattr(torch.backends.cuda, "sdp_kernel"):  # gone from newer PyTorch; it chose among CUDA kernels
         torch.backends.cuda.sdp_kernel = lambda **kernels: nullcontext()
@@ -157,6 +155,11 @@ def llamagen(config: TransformerConfig, weights, labels, settings: SampleSetting
     ))  # fmt: skip
     model.load_state_dict(llamagen_transformer_state_dict(weights))
     model = model.to(runtime.device, runtime.autocast_dtype or torch.float32).eval().requires_grad_(False)
+    # Its generate takes caches for the tokens asked for; the first tokens of an image cost what whole ones make them.
+    setup = model.setup_caches
+    model.setup_caches = lambda max_batch_size, max_seq_length, dtype: setup(
+        max_batch_size, 1 + config.num_tokens, dtype
+    )
     if arguments.compile == "on":
         model = torch.compile(model, mode="reduce-overhead", fullgraph=True)
     return lambda: peer.generate(
