@@ -73,17 +73,20 @@ class SplitAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (B, H, T, D) -> (B, H, T, D)."""
         n = self.num_causal
-        regular = causal_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n])
         if self.merged:
-            private = _PrefixAndItself.apply(q[:, :, n:], k, v, self.mask)
-        else:
-            private = F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=self.mask)
+            return _MergedAttention.apply(q, k, v, n, self.mask)
+        regular = causal_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n])
+        private = F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=self.mask)
         return torch.cat([regular, private], dim=2)
 
 
-class _PrefixAndItself(torch.autograd.Function):
-    """Attention of private inputs, q (B, H, R, D), to the causal keys that `mask` (B, 1, R, N) allows (None: R = N and
-    input r sees 0..r), by torch's kernel, and to their own keys, the last R of k (B, H, N + R, D).
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class _MergedAttention(torch.autograd.Function):
+    """Causal attention of the first n of q, k, v (B, H, N + R, D), and attention of the others to the causal keys that
+    `mask` (B, 1, R, N) allows (None: R = N and private input r sees 0..r) and each to its own key.
 
     The kernel gives the prefix's output o_p and its log-sum-exp; the private logit s = q.k_self / sqrt(D) is merged as
     lse = logaddexp(lse_p, s), o = exp(lse_p - lse) o_p + exp(s - lse) v_self. The kernel's backward pass recomputes
@@ -91,34 +94,38 @@ class _PrefixAndItself(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, mask):
-        n = k.shape[2] - q.shape[2]
-        prefix, own_k, own_v = (k[:, :, :n], v[:, :, :n]), k[:, :, n:], v[:, :, n:]
+    def forward(ctx, q, k, v, n, mask):
         if mask is not None:
             mask = mask.to(torch.promote_types(q.dtype, mask.dtype))  # float64 with a float32 mask comes out wrong
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, *prefix, 0.0, mask is None, attn_mask=mask
-        )
-        s = (q * own_k).sum(-1, dtype=lse.dtype) * q.shape[-1] ** -0.5
-        merged = torch.logaddexp(lse, s, out=torch.empty_like(lse))  # in the kernel's own layout
+        out = q.new_empty(*q.transpose(1, 2).shape).transpose(1, 2)  # as the projection after it reads it
+        prefix = k[:, :, :n], v[:, :, :n]
+        out[:, :, :n], lse = _forward(q[:, :, :n], *prefix, 0.0, True)
+        own_q, own_k, own_v = q[:, :, n:], k[:, :, n:], v[:, :, n:]
+        private, prefix_lse = _forward(own_q, *prefix, 0.0, mask is None, attn_mask=mask)
+        s = (own_q * own_k).sum(-1, dtype=prefix_lse.dtype) * q.shape[-1] ** -0.5
+        merged = torch.logaddexp(prefix_lse, s, out=torch.empty_like(prefix_lse))  # in the kernel's own layout
         own_share = (s - merged).exp_()
-        out = torch.lerp(out, own_v, own_share[..., None].to(out.dtype))
-        ctx.save_for_backward(q, k, v, mask, out, merged, own_share)
+        out[:, :, n:] = torch.lerp(private, own_v, own_share[..., None].to(out.dtype))
+        ctx.n = n
+        ctx.save_for_backward(q, k, v, mask, out, lse, merged, own_share)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, mask, out, merged, own_share = ctx.saved_tensors
-        n = k.shape[2] - q.shape[2]
-        own_k, own_v = k[:, :, n:], v[:, :, n:]
-        grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k[:, :, :n], v[:, :, :n], out, merged, 0.0, mask is None, attn_mask=mask
+        q, k, v, mask, out, lse, merged, own_share = ctx.saved_tensors
+        n = ctx.n
+        prefix = k[:, :, :n], v[:, :, :n]
+        grad_q, grad_k, grad_v = _backward(grad[:, :, :n], q[:, :, :n], *prefix, out[:, :, :n], lse, 0.0, True)
+        grad, out, own_q, own_k, own_v = (tensor[:, :, n:] for tensor in (grad, out, q, k, v))
+        private_q, private_k, private_v = _backward(
+            grad, own_q, *prefix, out, merged, 0.0, mask is None, attn_mask=mask
         )
         share = own_share[..., None].to(grad.dtype)
         grad_s = share * (grad * (own_v - out)).sum(-1, keepdim=True) * q.shape[-1] ** -0.5
-        grad_k = torch.cat([grad_k, grad_s * q], dim=2)
-        grad_v = torch.cat([grad_v, share * grad], dim=2)
-        return grad_q + grad_s * own_k, grad_k, grad_v, None
+        grad_q = torch.cat([grad_q, private_q.add_(grad_s * own_k)], dim=2)
+        grad_k = torch.cat([grad_k.add_(private_k), grad_s * own_q], dim=2)
+        grad_v = torch.cat([grad_v.add_(private_v), share * grad], dim=2)
+        return grad_q, grad_k, grad_v, None, None
 
 
 def _is_one_per_slot(pattern: AttentionPattern) -> bool:

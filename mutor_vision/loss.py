@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mutor_vision.registers import TrainingSequence
 from mutor_vision.transformer import Transformer
 
-CHUNK = 2**24  # logits at a time: 64 MB in float32
+CHUNK = 2**23  # logits at a time: 32 MB in float32
 
 
 class LossSums(NamedTuple):
@@ -78,7 +78,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 p = log_p.exp_()
                 p.scatter_add_(1, target, p.new_full((), -1.0).expand(target.shape))
                 grad_hidden[part] = torch.mm(p, head)
-                grad_head += torch.mm(p.t(), hidden[part])
+                if hidden.dtype == dtype and not torch.is_autocast_enabled(hidden.device.type):
+                    grad_head.addmm_(p.t(), hidden[part])  # without a second matrix of its size
+                else:
+                    grad_head += torch.mm(p.t(), hidden[part])
         if needs_gradient:
             ctx.save_for_backward(grad_hidden, grad_head)
         return total

@@ -120,11 +120,11 @@ def saved_per_layer(config: TrainConfig, width: int, on_cpu: bool, compiled: boo
         "inputs of both norms": (4 + width) * c if compiled else 2 * 4 * c,  # the second is the first and a sum
         "the same divided by their size": 2 * 4 * c if on_cpu and not compiled else 0,  # CUDA's kernel needs it not
         "inputs of qkv and of the feed-forward": casts * width * c,
-        "qkv, of which the values are a part": 3 * width * c,
+        "values": width * c,
         "rotated queries and keys": 2 * width * c,
         "output of attention": width * c,
         "sums of its softmax": 4 * model.heads * (inputs + (r if on_cpu else 0)),
-        "its two parts before they are joined": width * c if r else 0,
+        "its two parts before they are joined": width * c if r and not on_cpu else 0,  # a CPU merges them in place
         "mask of the registers": 0 if on_cpu else width * r * inputs,
         "masks of dropout": mask * c * ((model.residual_dropout > 0) + (model.ffn_dropout > 0)),
         "gate, value and product, and the gate's SiLU": (3 if compiled else 4) * width * f,

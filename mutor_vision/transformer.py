@@ -82,7 +82,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, sin: Tensor, cos: Tensor, attend) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        q, k = apply_rope(q, sin, cos), apply_rope(k, sin, cos)
+        q, k, v = apply_rope(q, sin, cos), apply_rope(k, sin, cos), v.contiguous()  # nothing keeps all of qkv alive
         return self.dropout(self.out(attend(q, k, v).transpose(1, 2).flatten(2)))  # (B, T, C)
 
 
