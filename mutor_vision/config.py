@@ -125,6 +125,7 @@ class RegisterConfig:
     max_offset: int = 4  # 1d: d in 1..max_offset; 2d: d_h and d_w in 1..max_offset
     min_offset_w: int = 1  # 2d: smallest d_w; 1 = the paper's quadrant, down to -3 adds neighbours below-left
     weight: float = 0.5  # a in (1 - a) L_next + a L_reg
+    weight_schedule: str = "constant"  # constant | linear (from `weight` to 0 at the last step)
     offset_per: str = "sequence"  # draw an offset per sequence | register | batch
     edge: str = "wrap"  # a target across the grid's edge: wrap = raster order, ignore = no loss
     placement: str = "valid"  # slots drawn: valid = those with a target | all (those without get no loss)
@@ -138,6 +139,7 @@ class RegisterConfig:
             ("offset_per", self.offset_per, ("sequence", "register", "batch")),
             ("edge", self.edge, ("wrap", "ignore")),
             ("placement", self.placement, ("valid", "all")),
+            ("weight_schedule", self.weight_schedule, ("constant", "linear")),
         ):
             if value not in choices:
                 raise UserError(f"registers.{name} is '{value}', expected one of {', '.join(choices)}")
@@ -166,6 +168,7 @@ class TrainConfig:
 
     model: TransformerConfig = field(default_factory=TransformerConfig)
     registers: RegisterConfig = field(default_factory=RegisterConfig)
+    parallel_heads: int = 1  # heads in all, the k-th predicts k tokens ahead; 1 = next-token only; no registers then
     codes: str = ""  # token set made by tokenizers/encode.py
     val_codes: str = ""  # held-out token set; '' = hold out `val_fraction` of `codes`
     init: str = ""  # run or checkpoint to start from, which decides the model's sizes; '' = random weights

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mutor_vision.config import RegisterConfig
+from mutor_vision.parallel_heads import ParallelHeads
 from mutor_vision.registers import TrainingSequence
 from mutor_vision.transformer import Transformer
 
@@ -21,30 +23,50 @@ class LossSums(NamedTuple):
     whose numbers of register targets differ."""
 
     next_token: Tensor
-    register: Tensor
+    register: Tensor  # or of the parallel heads, which come in registers' place
 
 
 class Objective(nn.Module):
     """Transformer and cross-entropies as one module, so that data parallelism has one forward to wrap."""
 
-    def __init__(self, transformer: Transformer):
+    def __init__(self, transformer: Transformer, heads: ParallelHeads | None = None):
         super().__init__()
         self.transformer = transformer
+        self.heads = heads
 
     def forward(self, labels: Tensor, sequence: TrainingSequence) -> LossSums:
         """labels (B,) int64 in [0, num_classes] -> the two sums. The head sees only inputs that have a target."""
         hidden = self.transformer.hidden(sequence.tokens, labels, sequence.positions, sequence.pattern)
         n, head = sequence.num_regular, self.transformer.head.weight
         next_token = linear_cross_entropy(hidden[:, :n].flatten(0, 1), head, sequence.targets[:, :n].flatten())
+        if self.heads is not None:
+            terms = [
+                linear_cross_entropy(ahead.flatten(0, 1), head, sequence.targets[:, -ahead.shape[1] :].flatten())
+                for ahead in self.heads(hidden, self.transformer.rope)
+            ]
+            return LossSums(next_token, torch.stack(terms).sum())
         if sequence.pattern is None:
             return LossSums(next_token, next_token.new_zeros(()))
         rows = sequence.with_target
         registers, targets = hidden[:, n:].flatten(0, 1)[rows], sequence.targets[:, n:].flatten()[rows]
         return LossSums(next_token, linear_cross_entropy(registers, head, targets))
 
+    def num_other_targets(self, sequence: TrainingSequence) -> int:
+        """Targets behind LossSums.register."""
+        if self.heads is None:
+            return sequence.num_register_targets
+        return len(sequence.targets) * self.heads.num_targets(sequence.num_regular)
+
+
+def register_weight(config: RegisterConfig, step: int, steps: int) -> float:
+    """a at optimizer step `step` (0-based) of `steps`."""
+    if config.weight_schedule == "constant":
+        return config.weight
+    return config.weight * (1 - step / max(1, steps - 1))
+
 
 def total_loss(sums: LossSums, num_next_token: Tensor, num_register: Tensor | None, weight: float) -> Tensor:
-    """Weigh sums by the numbers of targets of the whole batch; num_register None = no registers, weight unused."""
+    """Weigh sums by the numbers of targets of the whole batch; num_register None = next-token only, weight unused."""
     if num_register is None:
         return sums.next_token / num_next_token
     return (1 - weight) * sums.next_token / num_next_token + weight * sums.register / num_register.clamp(min=1)

@@ -22,8 +22,9 @@ from mutor_vision.data import SampleOrder, read_batch, split
 from mutor_vision.errors import MismatchError, UserError
 from mutor_vision.fine_tuning import RECORD, check_tokenizer, load_base, open_base, with_sizes_of_base
 from mutor_vision.keyed_random import derived_seed
-from mutor_vision.loss import Objective, total_loss
+from mutor_vision.loss import Objective, register_weight, total_loss
 from mutor_vision.optim import build_optimizer, check_schedule, learning_rate
+from mutor_vision.parallel_heads import ParallelHeads
 from mutor_vision.registers import add_registers, place_registers
 from mutor_vision.run_log import RunLog
 from mutor_vision.runtime import Runtime, start, to_device
@@ -64,6 +65,8 @@ def train(config: TrainConfig, out: Path) -> None:
     kept = lora.adapter_weights if config.lora_rank else torch.nn.Module.state_dict
     model = model.to(runtime.device)
     ema = ModelEmaV3(model, config.ema_decay, use_warmup=True, warmup_gamma=10, warmup_power=1) if config.ema_decay else None  # noqa: E501  # fmt: skip
+    heads = ParallelHeads(config.model, config.parallel_heads).to(runtime.device) if config.parallel_heads > 1 else None
+    objective = Objective(model, heads)
     compiled = config.compile == "on" or (config.compile == "auto" and runtime.device.type == "cuda")
     if compiled:
         for block in model.blocks:  # after the copy for EMA, which only samples and validates
@@ -72,9 +75,9 @@ def train(config: TrainConfig, out: Path) -> None:
     uncompiled = partial(torch.compiler.set_stance, "force_eager") if compiled else nullcontext
 
     # --- resume -----------------------------------------------------------------------------------------------------
-    found = resume(out, config, token_set, base, model, ema, runtime)
-    parallel = sharding.parallelize(Objective(model), ema.module if ema else None, config.parallel, runtime)
-    optimizer = build_optimizer(model, config)
+    found = resume(out, config, token_set, base, model, ema, heads, runtime)
+    parallel = sharding.parallelize(objective, ema.module if ema else None, config.parallel, runtime)
+    optimizer = build_optimizer(objective, config)
     if found:
         sharding.load_optimizer(optimizer, model, found, runtime)
     step = checkpoint.step_of(found) if found else 0
@@ -92,6 +95,7 @@ def train(config: TrainConfig, out: Path) -> None:
 
     # --- the loop ---------------------------------------------------------------------------------------------------
     registers = config.registers
+    has_others = registers.count > 0 or heads is not None  # other targets than the next token
     local_batch = config.batch_size // runtime.world_size
     micro_batch = config.micro_batch or local_batch
     sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)  # see below; since the last log line
@@ -111,19 +115,20 @@ def train(config: TrainConfig, out: Path) -> None:
             for part in parts
         ]  # fmt: skip
         # The means are over the targets of the whole batch, of which each process has its own number.
-        counts = [sum(s.num_next_token_targets for s in sequences), sum(s.num_register_targets for s in sequences)]
+        counts = [sum(s.num_next_token_targets for s in sequences), sum(map(objective.num_other_targets, sequences))]
         num_next_token, num_register = runtime.all_reduce(to_device(torch.tensor(counts), runtime.device))
+        weight = register_weight(registers, step, config.steps)
         for part, sequence in zip(parts, sequences, strict=True):
             with sharding.gradients_of(parallel, last_part=part is parts[-1]):
                 with runtime.autocast():
                     terms = parallel(batch.labels[part], sequence)
-                loss = total_loss(terms, num_next_token, num_register if registers.count else None, registers.weight)
+                loss = total_loss(terms, num_next_token, num_register if has_others else None, weight)
                 (loss * runtime.world_size).backward()  # data parallelism averages over processes
             sums[0] += terms.next_token.detach()
             sums[2] += terms.register.detach()
         sums[1] += num_next_token / runtime.world_size
         sums[3] += num_register / runtime.world_size
-        gradient_norm = sharding.clip_gradients(model, config.clip or float("inf"))
+        gradient_norm = sharding.clip_gradients(objective, config.clip or float("inf"))
         lr = learning_rate(step, schedule=config.schedule, lr=config.lr, steps=config.steps,
                            warmup_steps=config.warmup_steps, min_lr=config.min_lr)  # fmt: skip
         for group in optimizer.param_groups:
@@ -137,7 +142,7 @@ def train(config: TrainConfig, out: Path) -> None:
 
         # --- report ---
         if _due(step, config.log_every, config.steps):
-            means = _means(runtime.all_reduce(sums), registers)
+            means = _means(runtime.all_reduce(sums), "heads" if heads else "register", weight if has_others else None)
             seconds = time.perf_counter() - since
             if not np.isfinite(means["loss"]) or not torch.isfinite(gradient_norm):
                 reason = f"loss {means['loss']:.4g}, gradient norm {gradient_norm:.4g} at step {step}"
@@ -177,6 +182,7 @@ def train(config: TrainConfig, out: Path) -> None:
             weights = {name: sharding.gather(kept(module), runtime.is_main) for name, module in modules.items()}
             shards = sharding.save_optimizer(optimizer, model, out, runtime)
             if runtime.is_main:
+                weights |= {"heads": heads.state_dict()} if heads else {}
                 state = {"step": step} | ({} if shards else {"optimizer": optimizer.state_dict()})
                 checkpoint.save(out, step, _kind(config), config, weights, state, config.keep, shards)
             runtime.barrier()
@@ -226,7 +232,7 @@ def validate(
         sums += torch.stack([terms.next_token, terms.next_token.new_tensor(sequence.num_next_token_targets),
                              terms.register, terms.register.new_tensor(sequence.num_register_targets)])  # fmt: skip
     model.train(training)
-    return _means(runtime.all_reduce(sums), config.registers)
+    return _means(runtime.all_reduce(sums), "register", config.registers.weight if config.registers.count else None)
 
 
 def resolve(config: TrainConfig, token_set: TokenSet) -> TrainConfig:
@@ -280,19 +286,26 @@ def check(config: TrainConfig, token_set: TokenSet, val_set: TokenSet, num_image
     if config.lora_rank < 0 or config.lora_alpha <= 0 or (config.lora_rank and not config.init):
         raise UserError(f"lora_rank is {config.lora_rank}, lora_alpha {config.lora_alpha}, init '{config.init}'; an "
                         "adapter needs a positive rank and alpha, and --init RUN to be trained on")  # fmt: skip
+    alone = not (config.registers.count or config.lora_rank or config.parallel == "fsdp")
+    if config.parallel_heads < 1 or (config.parallel_heads > 1 and not alone):
+        raise UserError(f"parallel_heads is {config.parallel_heads}, expected 1 (none) or more, and more only without "
+                        "registers, lora_rank and fsdp")  # fmt: skip
     if config.registers.count:
         place_registers(config.registers, config.model.grid, seed=0, sample_index=np.zeros(1, dtype=np.int64))
 
 
-def resume(out: Path, config: TrainConfig, token_set: TokenSet, base, model, ema, runtime: Runtime) -> Path | None:
+def resume(
+    out: Path, config: TrainConfig, token_set: TokenSet, base, model, ema, heads, runtime: Runtime
+) -> Path | None:
     """Load the weights of the newest checkpoint of `out` and return it, or start the run directory and return None.
     Raises MismatchError when the run was started with other settings, another token set or another base."""
     found = checkpoint.newest(out)
     record = base.record() if base else None
     load = lora.load_adapter if config.lora_rank else checkpoint.load_strictly
     if found is not None:
-        # A cosine schedule ends at `steps`, so another number of steps is another run.
-        allowed = RESUMABLE - (set() if config.schedule == "constant" else {"steps"})
+        # A schedule other than constant ends at `steps`, so another number of steps is another run.
+        constant = config.schedule == config.registers.weight_schedule == "constant"
+        allowed = RESUMABLE - (set() if constant else {"steps"})
         before = checkpoint.read_config(found, _kind(config), TrainConfig)
         changed = [d for d in differences(before, config) if d.split(":")[0] not in allowed]
         if checkpoint.sha256(out / "token_set.json") != token_set.identity:
@@ -304,6 +317,8 @@ def resume(out: Path, config: TrainConfig, token_set: TokenSet, base, model, ema
         load(model, checkpoint.read_weights(found, "model"), found / "model.safetensors")
         if ema:
             load(ema.module, checkpoint.read_weights(found, "ema"), found / "ema.safetensors")
+        if heads:
+            checkpoint.load_strictly(heads, checkpoint.read_weights(found, "heads"), found / "heads.safetensors")
         runtime.barrier()
     if runtime.is_main:
         checkpoint.write_config(out, _kind(config), config)
@@ -333,11 +348,11 @@ def _due(step: int, every: int, steps: int) -> bool:
     return every > 0 and (step % every == 0 or step == steps)
 
 
-def _means(sums: Tensor, registers) -> dict[str, float]:
-    next_token_sum, num_next_token, register_sum, num_register = sums.tolist()
+def _means(sums: Tensor, other: str, weight: float | None) -> dict[str, float]:
+    """Means of the sums; other: name of the second loss; weight: its share, None = there is none."""
+    next_token_sum, num_next_token, other_sum, num_other = sums.tolist()
     next_token = next_token_sum / num_next_token
-    if not registers.count:
+    if weight is None:
         return {"loss": next_token, "next_token": next_token}
-    register = register_sum / max(1.0, num_register)
-    loss = (1 - registers.weight) * next_token + registers.weight * register
-    return {"loss": loss, "next_token": next_token, "register": register}
+    mean = other_sum / max(1.0, num_other)
+    return {"loss": (1 - weight) * next_token + weight * mean, "next_token": next_token, other: mean}

@@ -120,7 +120,7 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(config.dim, eps=1e-5)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.register_buffer("rope", rope_table(config.grid, config.head_dim, config.rope_base), persistent=False)
-        self.apply(_initialise)
+        self.apply(initialise)
         nn.init.zeros_(self.head.weight)  # the first loss is ln V
 
     def forward(
@@ -168,7 +168,7 @@ def num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _initialise(module: nn.Module) -> None:
-    # N(0, 0.02) for every matrix, no depth scaling, as LlamaGen.
+def initialise(module: nn.Module) -> None:
+    """N(0, 0.02) for every matrix, no depth scaling, as LlamaGen."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
