@@ -1,0 +1,337 @@
+"""Does MuToR-2D work, and what decides it? A grid of small runs on real photographs -> JSON, one file a run.
+
+    python experiments/run.py --zips DIR --work /tmp/grid                     # everything; docs/results.md's numbers
+    python experiments/run.py --grid small --images FOLDER --work /tmp/small  # 2 objectives x 2 seeds, and their page
+
+Run it again to continue where it stopped, and start it several times with the same --work to share the runs out.
+--zips: folder with tiny-imagenet-a.zip (train/<class>/*.JPEG, val/<class>/*.JPEG); --images: a folder of one's own with
+train/ and val/, each with one sub-folder for each class.
+"""
+
+import dataclasses
+import fcntl
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from grid import CFG_SCALE, CLASSES, FEATURE_EPOCHS, FEATURE_SIZE, GRIDS, TEST_SAMPLES, TOKENIZER, Run
+
+from mutor_vision import checkpoint
+from mutor_vision.cli import Parser, run_command
+from mutor_vision.config import TrainConfig, preset
+from mutor_vision.errors import UserError
+from mutor_vision.token_set import TokenSet, save_array, shard_names, write_manifest
+
+ROOT = Path(__file__).resolve().parents[1]
+DRAFT_IMAGES = 100  # held-out images behind the figures of each offset
+PANEL_COLUMNS = 10
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--grid", default="main", help=", ".join(GRIDS))
+    parser.add_argument("--zips", type=Path, help="folder with tiny-imagenet-a.zip")
+    parser.add_argument("--images", type=Path, help="in place of --zips: a folder with train/ and val/")
+    parser.add_argument("--work", type=Path, required=True, help="folder for images, codes and runs")
+    parser.add_argument("--results", type=Path, help="folder of JSON (default experiments/results; small: in --work)")
+    parser.add_argument("--only", default="", help="only runs whose name has this part")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further run after this long")
+    arguments = parser.parse_args()
+    runs = [run for run in preset(GRIDS, arguments.grid) if arguments.only in run.name]
+    work, begun = arguments.work, time.monotonic()
+    results = arguments.results or (ROOT / "experiments/results" if arguments.grid == "main" else work / "results")
+    results.mkdir(parents=True, exist_ok=True)
+    with lock(work / "prepare", wait=True):
+        prepare(arguments, results)
+    for run in runs:
+        if time.monotonic() - begun > arguments.seconds:
+            return print("stopped for now; run again to continue", flush=True)
+        with lock(work / run.name, wait=False) as mine:
+            if mine and not (results / f"{run.name}.json").exists():
+                result = measure(run, train(run, work), work)
+                checkpoint.write_json(results / f"{run.name}.json", result)
+                print(f"{run.name}: {result['scores']}", flush=True)
+    if arguments.grid != "main":
+        command = [sys.executable, "experiments/results.py", "--results", results, "--page", work / "results.md"]
+        subprocess.run([*map(str, command)], check=True, cwd=ROOT)
+
+
+@contextmanager
+def lock(path: Path, *, wait: bool):
+    """Whether this process may work on `path` now; the system gives it back when the process ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f"{path.name}.lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+# --- what all runs share ----------------------------------------------------------------------------------------------
+
+
+def prepare(arguments, results: Path) -> None:
+    """Images, tokenizer, codes, features, reference: each where it is missing."""
+    work, codes = arguments.work, arguments.work / "codes"
+    images = arguments.images or work / "images"
+    if arguments.images is None and not (images / "done").exists():
+        if arguments.zips is None:
+            raise UserError("neither --zips nor --images is given, and --work has no images yet; give one of them")
+        unzip(arguments.zips, images)
+    if not (work / f"tokenizer/checkpoints/step-{TOKENIZER.steps:07d}").exists():
+        from mutor_vision.tokenizer.train_loop import train_tokenizer
+
+        data = {"data": str(images / "train"), "val_data": str(images / "val")}
+        train_tokenizer(dataclasses.replace(TOKENIZER, **data), work / "tokenizer")
+    for name in ("train", "val"):
+        if not (codes / name / "manifest.json").exists():
+            views = "center-flip" if name == "train" else "center"
+            command("tokenizers/encode.py", "--tokenizer", work / "tokenizer", "--data", images / name,
+                    "--out", codes / name, "--views", views, "--workers", "0")  # fmt: skip
+    # Checkpoints are chosen by 15 held-out images of a class, and everything is reported on the others.
+    per_class = np.bincount(TokenSet.open(codes / "val").labels).min()
+    subset(codes / "val", slice(0, 3 * per_class // 10), codes / "validation")
+    subset(codes / "val", slice(3 * per_class // 10, None), codes / "test")
+    if not (work / "features/config.json").exists():
+        command("eval/train_features.py", "--data", images / "train", "--val-data", images / "val", "--workers", "0",
+                "--image-size", FEATURE_SIZE, "--epochs", FEATURE_EPOCHS, "--out", work / "features")  # fmt: skip
+    if not (work / "reference.npz").exists():
+        command("eval/reference.py", "--data", images / "train", "--image-size", TOKENIZER.model.image_size,
+                "--features", work / "features", "--keep-images", "0", "--out", work / "reference.npz")  # fmt: skip
+    if not (results / "setup.json").exists():
+        checkpoint.write_json(results / "setup.json", describe(work))
+
+
+def command(*parts) -> None:
+    subprocess.run([sys.executable, *map(str, parts)], check=True, cwd=ROOT)
+
+
+def unzip(zips: Path, images: Path) -> None:
+    with zipfile.ZipFile(zips / "tiny-imagenet-a.zip") as archive:
+        paths = [re.match(r"(train|val)/(n\d+)/([\w.]+)$", name) for name in sorted(archive.namelist())]
+        classes = sorted({match[2] for match in paths if match})[:CLASSES]
+        for match in paths:
+            if match and match[2] in classes:
+                path = images / match[1] / match[2] / match[3]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(archive.read(match[0]))
+    (images / "done").touch()
+
+
+def subset(source: Path, of_each_class: slice, out: Path) -> None:
+    """The token set of these images of every class, where it is not there yet."""
+    if (out / "manifest.json").exists():
+        return
+    tokens = TokenSet.open(source)
+    labels = tokens.labels.numpy()
+    chosen = np.concatenate(
+        [np.flatnonzero(labels == label)[of_each_class] for label in range(len(tokens.class_names))]
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "tokenizer").exists():
+        checkpoint.export(tokens.tokenizer_path, out / "tokenizer")
+    codes_name, labels_name = shard_names(0)
+    save_array(out / codes_name, tokens.codes().numpy()[chosen].astype(np.uint16))
+    save_array(out / labels_name, labels[chosen])
+    plan = {name: value for name, value in tokens.manifest.items() if name not in ("shards", "images_per_class")}
+    write_manifest(out, {**plan, "num_images": len(chosen)}, [len(chosen)])
+
+
+def describe(work: Path) -> dict:
+    """What a reader must know of the set-up, and what real images score after the tokenizer."""
+    import torch
+
+    from mutor_vision.images import to_uint8
+    from mutor_vision.run_log import read_log
+    from mutor_vision.tokenizer.model import load_tokenizer
+
+    training, validation, test = (TokenSet.open(work / "codes" / name) for name in ("train", "validation", "test"))
+    tokenizer = load_tokenizer(work / "tokenizer")
+    chosen = np.random.default_rng(0).permutation(test.num_images)[:TEST_SAMPLES]
+    codes = test.codes()[chosen, 0].long().unflatten(1, test.grid)
+    pictures = [to_uint8(tokenizer.decode(part)) for part in codes.split(100)]
+    features = checkpoint.read_json(work / "features/config.json")
+    scored = [line for line in read_log(work / "tokenizer") if any("psnr" in name for name in line)][-1]
+    return {
+        "classes": len(training.class_names), "train_images": training.num_images, "views": training.num_views,
+        "validation_images": validation.num_images, "test_images": test.num_images, "image_size": training.image_size,
+        "grid": list(training.grid), "codebook_size": training.codebook_size,
+        "tokenizer": {name: round(value, 4) for name, value in scored.items() if isinstance(value, float | int)},
+        "features": {name: features[name] for name in ("architecture", "image_size", "epochs", "held_out_accuracy")},
+        "reconstructions": fidelity(work, pictures, test.labels[chosen]), "samples": TEST_SAMPLES,
+        "draft_images": DRAFT_IMAGES, "cfg_scale": CFG_SCALE, "torch": torch.__version__.split("+")[0],
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, 1 thread a run",
+    }  # fmt: skip
+
+
+# --- one run ----------------------------------------------------------------------------------------------------------
+
+
+def train(run: Run, work: Path) -> Path:
+    """Train, or go on; every validation leaves a checkpoint."""
+    from mutor_vision.train_loop import train as train_transformer
+
+    codes = work / "codes/train"
+    if run.per_class:
+        seed = run.config.seed
+        codes = work / f"codes/train-{run.per_class}-{seed}"
+        with lock(codes, wait=True):
+            subset(work / "codes/train", slice(seed * run.per_class, (seed + 1) * run.per_class), codes)
+    config = dataclasses.replace(run.config, codes=str(codes), val_codes=str(work / "codes/validation"))
+    out = work / "runs" / run.name
+    begun = time.monotonic()
+    train_transformer(config, out)
+    seconds = time.monotonic() - begun
+    if not (out / "seconds.json").exists():  # of a run in one go; one that was interrupted says how long the rest took
+        checkpoint.write_json(out / "seconds.json", round(seconds))
+    return out
+
+
+def measure(run: Run, out: Path, work: Path) -> dict:
+    """Curves, and the scores of the checkpoints that count; afterwards only those checkpoints are kept."""
+    from mutor_vision.run_log import read_log
+
+    log = read_log(out)
+    validation = {line["step"]: round(line["val_next_token"], 4) for line in log if "val_next_token" in line}
+    best = min(validation, key=validation.get)
+    scored = sorted({best, run.config.steps, *run.also_score})
+    config = checkpoint.read_config(out, "transformer", TrainConfig)
+    result = {
+        "block": run.block, "method": run.method, "seed": config.seed, "per_class": run.per_class,
+        "dropout": config.model.ffn_dropout, "batch_size": config.batch_size, "lr": config.lr, "steps": config.steps,
+        "registers": dataclasses.asdict(config.registers), "parallel_heads": config.parallel_heads,
+        "model": dataclasses.asdict(config.model), "flops_per_image": flops_per_image(config),
+        "relative_compute": round(flops_per_image(config) / flops_per_image(baseline_of(config)), 4),
+        "seconds": checkpoint.read_json(out / "seconds.json"), "best": best, "validation": validation,
+        "train": {line["step"]: round(line["next_token"], 4) for line in log if "next_token" in line},
+        "other": {line["step"]: round(line[name], 4) for line in log for name in ("register", "heads")
+                  if name in line and "next_token" in line},
+        "scores": {}, "command": f"python experiments/run.py --only {run.name}",
+    }  # fmt: skip
+    for step in scored:
+        result["scores"][step] = score(out / "checkpoints" / f"step-{step:07d}", work, panel=run, best=step == best)
+    if run.drafts:
+        result["drafts"] = drafts(run, out / "checkpoints" / f"step-{config.steps:07d}", work)
+    for folder in (out / "checkpoints").iterdir():
+        if checkpoint.step_of(folder) not in scored:
+            shutil.rmtree(folder)
+    return result
+
+
+def score(folder: Path, work: Path, panel: Run, best: bool) -> dict:
+    """Loss on the test images, and how good and how right in class its samples are."""
+    import torch
+
+    from mutor_vision.generate import SampleSettings
+    from mutor_vision.runtime import start
+    from mutor_vision.sample import label_plan, load, sample_images, sample_stream
+
+    runtime = start("float32", "cpu")
+    loaded = load(folder, runtime)
+    losses = position_losses(loaded.transformer, TokenSet.open(work / "codes/test"))
+    labels = label_plan(TEST_SAMPLES, len(loaded.class_names), "balanced", 0)
+    settings = SampleSettings(cfg_scale=CFG_SCALE)
+    pictures = [batch for _, batch in sample_stream(loaded, labels, settings, 0, 125)]
+    if panel.block == "headline" and panel.config.seed == 0:
+        import torchvision
+
+        chosen = torch.arange(PANEL_COLUMNS) % len(loaded.class_names)
+        row = sample_images(loaded, chosen, np.arange(PANEL_COLUMNS), settings, 1)
+        step = checkpoint.step_of(folder)
+        (work / "panel").mkdir(exist_ok=True)
+        torchvision.io.write_png(torch.cat(list(row), 2), str(work / "panel" / f"{panel.name}-{step}.png"))
+    result = {"loss": round(losses.mean().item(), 4), **fidelity(work, pictures, labels)}
+    return result | ({"loss_by_position": [round(x, 3) for x in losses.tolist()]} if best else {})
+
+
+def position_losses(model, tokens: TokenSet):
+    """(N,) mean next-token cross-entropy in nats at each position."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    codes, slots = tokens.codes()[:, 0].long(), torch.arange(model.config.num_tokens)[None]
+    with torch.no_grad():
+        parts = [
+            cross_entropy(model(part[:, :-1], labels, slots).transpose(1, 2), part, reduction="none")
+            for part, labels in zip(codes.split(50), tokens.labels.split(50), strict=True)
+        ]
+    return torch.cat(parts).mean(0)
+
+
+def fidelity(work: Path, pictures: list, labels) -> dict:
+    """Fréchet distance from the training images, and the share of pictures that the features' network takes for the
+    class that was asked for."""
+    import torch
+
+    from mutor_vision.metrics import in_training
+    from mutor_vision.metrics.features import load_extractor
+    from mutor_vision.runtime import start
+
+    runtime, extractor = start("float32", "cpu"), load_extractor(str(work / "features"))
+    reference = in_training.load_reference(work / "reference.npz", extractor, runtime)
+    distance = in_training.distance(extractor, reference, pictures, runtime)["fd"]
+    with torch.no_grad():
+        said = torch.cat([extractor(batch)["logits"].argmax(1) for batch in pictures])
+    return {"fd": round(distance, 4), "accuracy": round((said == labels).double().mean().item(), 4)}
+
+
+def drafts(run: Run, folder: Path, work: Path) -> dict:
+    """Offset or head -> acceptance with and without guidance, and losses in nats, over some test images."""
+    from mutor_vision.drafts import head_drafts, register_drafts
+    from mutor_vision.parallel_heads import ParallelHeads
+    from mutor_vision.registers import offset_pairs
+    from mutor_vision.runtime import start
+    from mutor_vision.sample import load
+
+    model = load(folder, start("float32", "cpu")).transformer
+    tokens = TokenSet.open(work / "codes/test")
+    chosen = np.random.default_rng(1).permutation(tokens.num_images)[:DRAFT_IMAGES]
+    codes, labels = tokens.codes()[chosen, 0].long().unflatten(1, tokens.grid), tokens.labels[chosen]
+    scales, registers, found = (1.0, CFG_SCALE), run.config.registers, {}
+    if run.config.parallel_heads > 1:
+        heads = ParallelHeads(model.config, run.config.parallel_heads).eval()
+        checkpoint.load_strictly(heads, checkpoint.read_weights(folder, "heads"), folder)
+        for k in range(2, run.config.parallel_heads + 1):
+            found[f"head {k}"] = head_drafts(model, heads, codes, labels, k, scales)
+    else:
+        for pair in offset_pairs(registers).tolist():
+            found[f"{pair[0]},{pair[1]}"] = register_drafts(model, codes, labels, tuple(pair), registers, scales)
+    return {
+        name: {"acceptance": round(d.acceptance[0].mean().item(), 4),
+               "acceptance_guided": round(d.acceptance[1].mean().item(), 4),
+               "loss": round(d.loss.mean().item(), 4), "next_token_loss": round(d.next_token_loss.mean().item(), 4)}
+        for name, d in found.items()
+    }  # fmt: skip
+
+
+def baseline_of(config: TrainConfig) -> TrainConfig:
+    """The same run as next-token prediction."""
+    return dataclasses.replace(config, registers=type(config.registers)(), parallel_heads=1)
+
+
+def flops_per_image(config: TrainConfig) -> int:
+    """Multiplications and additions of a training step an image: matrices of every input, attention of every visible
+    pair, the unembedding of every target; the backward pass counts twice the forward."""
+    model, n, registers = config.model, config.model.num_tokens, config.registers.count
+    matrices = 4 * model.dim**2 + 3 * model.dim * model.ffn_dim  # of a block
+    causal = n * (n + 1) // 2
+    pairs = causal + (registers * (n + 1) // 2 + registers if registers else 0)  # a register sees half on average
+    heads = config.parallel_heads - 1
+    products = model.layers * ((n + registers) * matrices + 2 * model.dim * pairs)
+    products += heads * (n * matrices + 2 * model.dim * causal)
+    targets = n + registers + sum(n - k + 1 for k in range(2, heads + 2))
+    return 3 * 2 * (products + targets * model.dim * model.vocab_size)
+
+
+if __name__ == "__main__":
+    run_command(main)
