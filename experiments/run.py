@@ -98,15 +98,19 @@ def prepare(arguments, results: Path) -> None:
             views = "center-flip" if name == "train" else "center"
             command("tokenizers/encode.py", "--tokenizer", work / "tokenizer", "--data", images / name,
                     "--out", codes / name, "--views", views, "--workers", "0")  # fmt: skip
-    # Checkpoints are chosen by 15 held-out images of a class, and everything is reported on the others.
+    # Checkpoints are chosen by 10 of 50 held-out images of a class; everything is reported on the others.
     per_class = np.bincount(TokenSet.open(codes / "val").labels).min()
-    subset(codes / "val", slice(0, 3 * per_class // 10), codes / "validation")
-    subset(codes / "val", slice(3 * per_class // 10, None), codes / "test")
+    subset(codes / "val", slice(0, per_class // 5), codes / "validation")
+    subset(codes / "val", slice(per_class // 5, None), codes / "test")
+    # Features and reference are of images as the tokenizer shows them: what is compared are transformers.
+    for name in ("train", "val"):
+        decode(codes / name, work / "decoded" / name)
     if not (work / "features/config.json").exists():
-        command("eval/train_features.py", "--data", images / "train", "--val-data", images / "val", "--workers", "0",
-                "--image-size", FEATURE_SIZE, "--epochs", FEATURE_EPOCHS, "--out", work / "features")  # fmt: skip
+        command("eval/train_features.py", "--data", work / "decoded/train", "--val-data", work / "decoded/val",
+                "--image-size", FEATURE_SIZE, "--epochs", FEATURE_EPOCHS, "--workers", "0",
+                "--out", work / "features")  # fmt: skip
     if not (work / "reference.npz").exists():
-        command("eval/reference.py", "--data", images / "train", "--image-size", TOKENIZER.model.image_size,
+        command("eval/reference.py", "--data", work / "decoded/train", "--image-size", TOKENIZER.model.image_size,
                 "--features", work / "features", "--keep-images", "0", "--out", work / "reference.npz")  # fmt: skip
     if not (results / "setup.json").exists():
         checkpoint.write_json(results / "setup.json", describe(work))
@@ -145,6 +149,26 @@ def subset(source: Path, of_each_class: slice, out: Path) -> None:
     save_array(out / labels_name, labels[chosen])
     plan = {name: value for name, value in tokens.manifest.items() if name not in ("shards", "images_per_class")}
     write_manifest(out, {**plan, "num_images": len(chosen)}, [len(chosen)])
+
+
+def decode(source: Path, out: Path) -> None:
+    """The first view of every image of a token set as OUT/<class>/<number>.png, where they are not there yet."""
+    import torch
+    from torchvision.io import write_png
+
+    from mutor_vision.images import to_uint8
+    from mutor_vision.tokenizer.model import load_tokenizer
+
+    if (out / "done").exists():
+        return
+    tokens, tokenizer = TokenSet.open(source), load_tokenizer(source / "tokenizer")
+    for name in tokens.class_names:
+        (out / name).mkdir(parents=True, exist_ok=True)
+    for part in torch.arange(tokens.num_images).split(100):
+        pictures = to_uint8(tokenizer.decode(tokens.codes()[part, 0].long().unflatten(1, tokens.grid)))
+        for i, picture in zip(part.tolist(), pictures, strict=True):
+            write_png(picture, str(out / tokens.class_names[tokens.labels[i]] / f"{i:06d}.png"))
+    (out / "done").touch()
 
 
 def describe(work: Path) -> dict:
