@@ -41,27 +41,29 @@ def main() -> None:
     parser.add_argument("--zips", type=Path, help="folder with tiny-imagenet-a.zip")
     parser.add_argument("--images", type=Path, help="in place of --zips: a folder with train/ and val/")
     parser.add_argument("--work", type=Path, required=True, help="folder for images, codes and runs")
-    parser.add_argument("--results", type=Path, help="folder of JSON (default experiments/results; small: in --work)")
+    parser.add_argument("--results", type=Path, help="folder of JSON (default experiments/results; small: WORK/json)")
     parser.add_argument("--only", default="", help="only runs whose name has this part")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further run after this long")
     arguments = parser.parse_args()
     runs = [run for run in preset(GRIDS, arguments.grid) if arguments.only in run.name]
     work, begun = arguments.work, time.monotonic()
-    results = arguments.results or (ROOT / "experiments/results" if arguments.grid == "main" else work / "results")
+    results = arguments.results or (ROOT / "experiments/results" if arguments.grid == "main" else work / "json")
     results.mkdir(parents=True, exist_ok=True)
     with lock(work / "prepare", wait=True):
         prepare(arguments, results)
     for run in runs:
         if time.monotonic() - begun > arguments.seconds:
-            return print("stopped for now; run again to continue", flush=True)
+            print("stopped for now; run again to continue", flush=True)
+            break
         with lock(work / run.name, wait=False) as mine:
             if mine and not (results / f"{run.name}.json").exists():
                 result = measure(run, train(run, work), work)
                 checkpoint.write_json(results / f"{run.name}.json", result)
                 print(f"{run.name}: {result['scores']}", flush=True)
-    if arguments.grid != "main":
-        command = [sys.executable, "experiments/results.py", "--results", results, "--page", work / "results.md"]
-        subprocess.run([*map(str, command)], check=True, cwd=ROOT)
+    page = ROOT / "docs/results.md" if arguments.grid == "main" else work / "results.md"
+    if any((results / f"{run.name}.json").exists() for run in runs):
+        save_panel(preset(GRIDS, arguments.grid), work / "panel", page.with_suffix("") / "samples.png")
+        command("experiments/results.py", "--results", results, "--page", page)
 
 
 @contextmanager
@@ -213,17 +215,14 @@ def train(run: Run, work: Path) -> Path:
             subset(work / "codes/train", slice(seed * run.per_class, (seed + 1) * run.per_class), codes)
     config = dataclasses.replace(run.config, codes=str(codes), val_codes=str(work / "codes/validation"))
     out = work / "runs" / run.name
-    begun = time.monotonic()
     train_transformer(config, out)
-    seconds = time.monotonic() - begun
-    if not (out / "seconds.json").exists():  # of a run in one go; one that was interrupted says how long the rest took
-        checkpoint.write_json(out / "seconds.json", round(seconds))
     return out
 
 
 def measure(run: Run, out: Path, work: Path) -> dict:
     """Curves, and the scores of the checkpoints that count; afterwards only those checkpoints are kept."""
     from mutor_vision.run_log import read_log
+    from mutor_vision.transformer import Transformer, num_parameters
 
     log = read_log(out)
     validation = {line["step"]: round(line["val_next_token"], 4) for line in log if "val_next_token" in line}
@@ -236,7 +235,9 @@ def measure(run: Run, out: Path, work: Path) -> dict:
         "registers": dataclasses.asdict(config.registers), "parallel_heads": config.parallel_heads,
         "model": dataclasses.asdict(config.model), "flops_per_image": flops_per_image(config),
         "relative_compute": round(flops_per_image(config) / flops_per_image(baseline_of(config)), 4),
-        "seconds": checkpoint.read_json(out / "seconds.json"), "best": best, "validation": validation,
+        "parameters": num_parameters(Transformer(config.model)), "best": best, "validation": validation,
+        "seconds": round(sum(config.log_every * config.batch_size / line["images_per_second"]
+                             for line in log if "images_per_second" in line)),
         "train": {line["step"]: round(line["next_token"], 4) for line in log if "next_token" in line},
         "other": {line["step"]: round(line[name], 4) for line in log for name in ("register", "heads")
                   if name in line and "next_token" in line},
@@ -267,15 +268,33 @@ def score(folder: Path, work: Path, panel: Run, best: bool) -> dict:
     settings = SampleSettings(cfg_scale=CFG_SCALE)
     pictures = [batch for _, batch in sample_stream(loaded, labels, settings, 0, 125)]
     if panel.block == "headline" and panel.config.seed == 0:
-        import torchvision
+        from torchvision.io import write_png
 
         chosen = torch.arange(PANEL_COLUMNS) % len(loaded.class_names)
         row = sample_images(loaded, chosen, np.arange(PANEL_COLUMNS), settings, 1)
-        step = checkpoint.step_of(folder)
         (work / "panel").mkdir(exist_ok=True)
-        torchvision.io.write_png(torch.cat(list(row), 2), str(work / "panel" / f"{panel.name}-{step}.png"))
+        name = f"{panel.name}-{checkpoint.step_of(folder)}.png"
+        write_png(torch.cat(list(row), 2), str(work / "panel" / name))
     result = {"loss": round(losses.mean().item(), 4), **fidelity(work, pictures, labels)}
     return result | ({"loss_by_position": [round(x, 3) for x in losses.tolist()]} if best else {})
+
+
+def save_panel(runs: list[Run], strips: Path, path: Path) -> None:
+    """The samples of every objective below each other; the baseline at each step where it is compared."""
+    import torch
+    from torchvision.io import read_image
+
+    from mutor_vision.images import grid, save_png
+
+    rows, labels = [], []
+    for run in runs:
+        for step in sorted({run.config.steps, *run.also_score}):
+            strip = strips / f"{run.name}-{step}.png"
+            if strip.exists():
+                rows += read_image(str(strip)).chunk(PANEL_COLUMNS, 2)
+                labels.append(f"{run.method}, {step} steps")
+    if rows:
+        save_png(grid(torch.stack(rows), PANEL_COLUMNS, labels), path)
 
 
 def position_losses(model, tokens: TokenSet):
