@@ -17,7 +17,7 @@ TOKENIZER = TokenizerTrainConfig(
 FEATURE_EPOCHS = 8
 FEATURE_SIZE = 32  # pixels: what the feature network sees of the 64
 
-STEPS = 480  # of a run with registers or heads in the headline; the baseline goes on to twice as many
+STEPS = 640  # of a run with registers or heads in the headline; the baseline goes on to twice as many
 TRAINING = TrainConfig(
     model=TransformerConfig(4, 4, 96, token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0), batch_size=16,
     lr=3e-3, steps=STEPS, warmup_steps=20, ema_decay=0.0, log_every=40, val_every=40, save_every=40, sample_every=0,
@@ -73,7 +73,7 @@ def headline(seeds: tuple[int, ...], methods: dict[str, dict] = METHODS) -> list
     """Plentiful data. The baseline goes to twice the steps and is scored at the compute of its rivals."""
     return [
         Run("headline", method, replace(TRAINING, **settings, seed=seed, steps=STEPS if settings else 2 * STEPS),
-            also_score=() if settings else (STEPS, STEPS * 4 // 3),
+            also_score=() if settings else (STEPS, STEPS * 21 // 16),
             drafts=bool(settings))
         for seed in seeds for method, settings in methods.items()
     ]  # fmt: skip

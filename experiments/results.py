@@ -1,8 +1,8 @@
 """The JSON of experiments/run.py -> docs/results.md and its pictures. Nothing on that page is typed by hand.
 
-    python experiments/results.py                        # write page and pictures
-    python experiments/results.py --check                # is the page what the JSON says? (text only)
-    python experiments/results.py --results DIR --page FILE.md
+python experiments/results.py                        # write page and pictures
+python experiments/results.py --check                # is the page what the JSON says? (text only)
+python experiments/results.py --results DIR --page FILE.md
 """
 
 import math
@@ -140,9 +140,12 @@ def step_of_equal_compute(baseline: dict, rival: dict) -> int:
 def page(setup: dict, runs: list[dict], figures: str) -> str:
     parts = [
         "# Does MuToR-2D work here, and what decides it?",
-        "Written by `python experiments/results.py` from the JSON of `python experiments/run.py`; no number is typed by "
-        "hand. Differences are paired by seed (same initial weights, same order of images), in brackets the 95 % interval "
-        "by Student's t over seeds, bold where it leaves 0 out. Intervals are not corrected for their number: of twenty, one "
+        "Written by `python experiments/results.py` from the JSON of `python experiments/run.py`; no number is "
+        "typed by "
+        "hand. Differences are paired by seed (same initial weights, same order of images), in brackets the 95 % "
+        "interval "
+        "by Student's t over seeds, bold where it leaves 0 out. Intervals are not corrected for their number: of "
+        "twenty, one "
         "leaves 0 out by chance.",
         "## The answer",
         *answer(runs),
@@ -186,8 +189,8 @@ def answer(runs: list[dict]) -> list[str]:
     known = [name for name, differences in ablation_differences(runs) if len(differences) > 1]
     if known:
         lines.append(f"**Ablations** ({len(known)} settings changed one at a time, held-out loss): " + (
-            "; ".join(f"{name} {interval(d, 3).strip('*')}" for name, d in changed) + " matter, the others are not told "
-            "apart from the default." if changed else "none is told apart from the default."))  # fmt: skip
+            "; ".join(f"{name} {interval(d, 3).strip('*')}" for name, d in changed) + " matter; the others are not "
+            "told apart from the default." if changed else "none is told apart from the default."))  # fmt: skip
     lines += drafts_answer(runs)
     return [bullets(lines)]
 
@@ -222,23 +225,29 @@ def set_up(setup: dict, runs: list[dict]) -> str:
     real = setup["reconstructions"]
     return bullets([
         f"**Images.** {setup['classes']} classes, {setup['train_images']:,} training images in {setup['views']} views, "
-        f"{setup['image_size']} pixels. Of the held-out images {setup['validation_images']} choose the best checkpoint and "
+        f"{setup['image_size']} pixels. Of the held-out images {setup['validation_images']} choose the best "
+        "checkpoint and "
         f"draw the curves, the other {setup['test_images']} give every loss in the tables.",
         f"**Tokenizer.** Trained by this project on the same images: {height}x{setup['grid'][1]} codes of "
         f"{setup['codebook_size']}, {psnr:.1f} dB on held-out images.",
         f"**Transformer.** {model['layers']} layers, {model['heads']} heads, {model['dim']} wide; batch "
-        f"{run['batch_size']}, constant learning rate {run['lr']:g} after 20 steps of warm-up, AdamW, no EMA, class dropout "
+        f"{run['batch_size']}, constant learning rate {run['lr']:g} after 20 steps of warm-up, AdamW, no EMA, "
+        "class dropout "
         "0.1. The learning rate was chosen with next-token runs of another seed; nothing else was tuned.",
-        "**Objectives.** All are one loss (1 - a) L_next + a L_other with a = 0.5. Parallel heads (arXiv 2404.19737): head k "
-        "is one more transformer block on the trunk's output, the unembedding is shared, and it predicts k tokens ahead. "
+        "**Objectives.** All are one loss (1 - a) L_next + a L_other with a = 0.5. Parallel heads (arXiv "
+        "2404.19737): head k "
+        "is one more transformer block on the trunk's output, the unembedding is shared, and it predicts k tokens "
+        "ahead. "
         "The trunk is the same in every method, and sampling uses the trunk alone.",
         f"**Samples.** {setup['samples']} a checkpoint, guidance {setup['cfg_scale']:g}, the same seeds and classes "
         f"everywhere. Fréchet distance (FD) and class accuracy are by a {setup['features']['architecture']} of "
-        f"{setup['features']['image_size']} pixels, trained on the training images as the tokenizer shows them, so that "
+        f"{setup['features']['image_size']} pixels, trained on the training images as the tokenizer shows them, so "
+        "that "
         f"they measure the transformer and not the tokenizer: right on {setup['features']['held_out_accuracy']:.1%} of "
         f"held-out images. {setup['samples']} real held-out images through the tokenizer have FD {real['fd']:.2f} and "
         f"accuracy {real['accuracy']:.1%}: what no model here can beat by much.",
-        "**Compute** is counted: matrices of every input, attention of every visible pair, the unembedding of every target, "
+        "**Compute** is counted: matrices of every input, attention of every visible pair, the unembedding of "
+        "every target, "
         "times three for the backward pass; 1 is a next-token step.",
     ])  # fmt: skip
 
@@ -262,15 +271,23 @@ def headline(runs: list[dict], figures: str) -> list[str]:
         rows.append([name, f"{first['steps']}", f"{compute:.2f}", f"{len(found)}", *cells])
         some = next(iter(baseline.values()))
         at = step_of_equal_compute(some, first)
-        details.append([name, *(interval(equal_steps(baseline, found, m), MEASURES[m][1]) for m in MEASURES),
-                        f"{at}", *(interval(equal_compute(baseline, found, m), MEASURES[m][1]) for m in MEASURES)])
+        details.append(
+            [
+                name,
+                *(interval(equal_steps(baseline, found, m), MEASURES[m][1]) for m in MEASURES),
+                f"{at}",
+                *(interval(equal_compute(baseline, found, m), MEASURES[m][1]) for m in MEASURES),
+            ]
+        )
     return [
         "## Plentiful data: objectives side by side",
-        f"Few passes over all images, no dropout. Mean ± half of the 95 % interval; compute 1 is {min(planned(baseline))} "
+        "Few passes over all images, no dropout. Mean ± half of the 95 % interval; compute 1 is "
+        f"{min(planned(baseline))} "
         "steps of next-token.",
         table(["objective", "steps", "compute", "seeds", *(name for name, _, _ in MEASURES.values())], rows),
         f"![Held-out loss by compute]({figures}/curves.png)",
-        "*Held-out loss (validation images) by compute; right, its difference from next-token at the same compute. Lines "
+        "*Held-out loss (validation images) by compute; right, its difference from next-token at the same compute. "
+        "Lines "
         "are means over seeds, bands reach from the lowest to the highest seed.*",
         "Difference from next-token, negative = less (good for loss and FD, bad for accuracy):",
         table(["objective", *(f"equal steps: {SHORT[m]}" for m in MEASURES), "next-token's step at equal compute",
@@ -322,12 +339,15 @@ def regimes(runs: list[dict], figures: str) -> list[str]:
     heads = [f"{SHORT[m]}, {when}" for m in MEASURES for when in ("best", "last")]
     return [
         "## Scarce data: is it regularisation?",
-        "The same two objectives where images are few and seen many times, to the same compute, with more and less dropout. "
-        "*Best* is the checkpoint with the lowest loss on the validation images (early stopping), *last* the end of training. "
+        "The same two objectives where images are few and seen many times, to the same compute, with more and less "
+        "dropout. "
+        "*Best* is the checkpoint with the lowest loss on the validation images (early stopping), *last* the end "
+        "of training. "
         "Each seed has images of its own.",
         table(["images a class", "dropout", "objective", "seeds", "steps (passes)", "best step", *heads], rows),
         f"![Overfitting]({figures}/regimes.png)",
-        "*Held-out loss (validation images) by compute where images are few. Lines are means over seeds, bands reach from "
+        "*Held-out loss (validation images) by compute where images are few. Lines are means over seeds, bands "
+        "reach from "
         "the lowest to the highest seed.*",
         "MuToR-2D less next-token, paired by seed:" if details else "",
         table(["images a class", "dropout", "seeds", *heads], details) if details else "",
@@ -387,12 +407,14 @@ def ablations(runs: list[dict]) -> list[str]:
         found = select(runs, block="ablations", method=name)
         first = next(iter(found.values()))
         others = [interval(last_difference(default, found, m), MEASURES[m][1]) for m in ("fd", "accuracy")]
-        rows.append([name, f"{len(differences)}", f"{first['relative_compute']:.2f}", interval(differences, 3), *others])
+        compute = f"{first['relative_compute']:.2f}"
+        rows.append([name, f"{len(differences)}", compute, interval(differences, 3), *others])
     if not rows:
         return []
     return [
         "## Ablations",
-        f"One setting of {MUTOR} changed at a time (plentiful data, {next(iter(default.values()))['steps']} steps; default: "
+        f"One setting of {MUTOR} changed at a time (plentiful data, {next(iter(default.values()))['steps']} steps; "
+        "default: "
         "m = 4, an offset per sequence, targets across the edge in raster order, a = 0.5, registers at the class too). "
         "Difference from the default at the last step:",
         table(["changed", "seeds", "compute a step", *(MEASURES[m][0] for m in MEASURES)], rows),
@@ -438,13 +460,17 @@ def drafts(setup: dict, runs: list[dict], figures: str) -> list[str]:
         return []
     return [
         "## Registers as drafts",
-        "What lossless speculative sampling would accept: the overlap sum_v min(p, q) of the model's distribution p of a "
+        "What lossless speculative sampling would accept: the overlap sum_v min(p, q) of the model's distribution "
+        "p of a "
         "token, given all before it, with what a register or head said of that token earlier, q. Given held-out images "
-        f"({setup['draft_images']}, every slot with a target), at the last checkpoint, over seeds; with guidance both p and q "
-        f"are guided with {setup['cfg_scale']:g}. An offset (d_h, d_w) lies d_h - 1 rows down and d_w - 1 columns right of "
+        f"({setup['draft_images']}, every slot with a target), at the last checkpoint, over seeds; with guidance "
+        "both p and q "
+        f"are guided with {setup['cfg_scale']:g}. An offset (d_h, d_w) lies d_h - 1 rows down and d_w - 1 columns "
+        "right of "
         "the last token seen; *ahead* counts tokens in raster order, 1 being the next token itself.",
         f"![Register loss and acceptance by offset]({figures}/offsets.png)",
-        "*Left to right: how much worse than the next-token prediction of the same tokens a register is, and the share of "
+        "*Left to right: how much worse than the next-token prediction of the same tokens a register is, and the "
+        "share of "
         "its drafts that would be accepted, without and with guidance. Means over seeds.*",
         table(["objective", "offset", "ahead", "acceptance (%)", "guided (%)", "loss (nats)",
                "loss - next-token's (nats)"], rows),
@@ -464,7 +490,8 @@ def drafts_answer(runs: list[dict]) -> list[str]:
             return [
                 f"**Drafts** ({name}): of the tokens beyond the next one, speculative sampling would accept "
                 f"{spread([100 * x for x in plain[low]], 1)} % at offset ({low.replace(',', ', ')}) to "
-                f"{spread([100 * x for x in plain[top]], 1)} % at ({top.replace(',', ', ')}){two}{rival}; with guidance "
+                f"{spread([100 * x for x in plain[top]], 1)} % at ({top.replace(',', ', ')}){two}{rival}; with "
+                "guidance "
                 f"{spread([100 * x for x in guided[low]], 1)} % and {spread([100 * x for x in guided[top]], 1)} %."
             ]
     return []
@@ -486,8 +513,10 @@ def positions(runs: list[dict], figures: str) -> list[str]:
         return []
     return [
         "## Where in the image",
-        f"Held-out loss at each position, best checkpoints: next-token's runs from {own.min():.2f} to {own.max():.2f} nats, "
-        f"the first row's mean is {own[0].mean():.2f}, the last row's {own[-1].mean():.2f}. (Next-token had twice the steps.)",
+        f"Held-out loss at each position, best checkpoints: next-token's runs from {own.min():.2f} to "
+        f"{own.max():.2f} nats, "
+        f"the first row's mean is {own[0].mean():.2f}, the last row's {own[-1].mean():.2f}. (Next-token had twice "
+        "the steps.)",
         f"![Loss by position]({figures}/positions.png)",
     ]
 
@@ -499,11 +528,13 @@ def limits(setup: dict, runs: list[dict]) -> list[str]:
         "## What this does not settle",
         bullets([
             f"The scale: {size}, {setup['grid'][0]}x{setup['grid'][1]} tokens, {setup['classes']} classes, minutes of "
-            "training. The paper trains 111 million parameters on 1.28 million images with 16x16 tokens; an effect that "
+            "training. The paper trains 111 million parameters on 1.28 million images with 16x16 tokens; an effect "
+            "that "
             "needs long training, long sequences or capacity cannot be seen here.",
             "Three seeds make wide intervals: with three, the 95 % interval is 2.5 standard deviations of the "
             "differences either way. What is called not told apart may still differ by as much as the interval says.",
-            "One learning rate and one batch size, chosen for next-token. A rival with settings of its own may do better.",
+            "One learning rate and one batch size, chosen for next-token. A rival with settings of its own may do "
+            "better.",
             "FD and class accuracy are of a small network trained on these classes; they compare with this page alone.",
         ]),
     ]  # fmt: skip
@@ -517,10 +548,13 @@ def repeat(setup: dict, runs: list[dict]) -> str:
     counted = ", ".join(f"{len(found)} {name}" for name, found in sorted(blocks.items()))
     return (
         f"{len(runs)} runs ({counted}), {seconds / 3600:.1f} hours of one thread in all; {setup['machine']}, torch "
-        f"{setup['torch']}. experiments/grid.py declares them, experiments/results/ has a JSON for each, with its command.\n\n"
+        f"{setup['torch']}. experiments/grid.py declares them, experiments/results/ has a JSON for each, with its "
+        "command.\n\n"
         "```\n"
-        "python experiments/run.py --zips DIR --work WORK                      # all; again, or twice at once, to go on\n"
-        "python experiments/run.py --grid small --images FOLDER --work WORK    # 2 objectives x 2 seeds on your images\n"
+        "python experiments/run.py --zips DIR --work WORK                      # all; again, or twice at once, to "
+        "go on\n"
+        "python experiments/run.py --grid small --images FOLDER --work WORK    # 2 objectives x 2 seeds on your "
+        "images\n"
         "python experiments/results.py                                         # this page\n"
         "python experiments/results.py --check                                 # is it what the JSON says?\n"
         "```"
@@ -585,8 +619,8 @@ def draw_regimes(plt, runs: list[dict]):
     if not cells:
         return None
     sizes, dropouts = (sorted({cell[i] for cell in cells}) for i in (0, 1))
-    figure, axes = plt.subplots(len(sizes), len(dropouts), figsize=(3.4 * len(dropouts), 2.9 * len(sizes)), sharex="row",
-                                sharey="row", layout="constrained", squeeze=False)  # fmt: skip
+    figure, axes = plt.subplots(len(sizes), len(dropouts), figsize=(3.4 * len(dropouts), 2.9 * len(sizes)),
+                                sharex="row", sharey="row", layout="constrained", squeeze=False)  # fmt: skip
     for row, size in zip(axes, sizes, strict=True):
         for axis, dropout in zip(row, dropouts, strict=True):
             for color, name in zip(COLORS, (BASELINE, MUTOR), strict=False):

@@ -1,0 +1,164 @@
+"""docs/results.md is what its JSON says, and the rules by which the page chooses its words."""
+
+import dataclasses
+import importlib
+import math
+import sys
+
+import numpy as np
+import pytest
+
+from mutor_vision import checkpoint
+from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig
+from mutor_vision.errors import MismatchError
+
+
+@pytest.fixture(scope="module")
+def experiments(root):
+    """The modules of experiments/, which is a folder of commands."""
+    sys.path.insert(0, str(root / "experiments"))
+    try:
+        yield {name: importlib.import_module(name) for name in ("grid", "run", "results")}
+    finally:
+        sys.path.remove(str(root / "experiments"))
+
+
+def invented(run, grid, module, effect) -> dict:
+    """A result as run.py writes it, of a run that never was: loss = 6 - log(steps) / 5 + effect + a seed's own part."""
+    config, noise = run.config, 0.01 * run.config.seed
+    model = dataclasses.replace(config.model, vocab_size=512, num_classes=20, grid=(8, 8))
+    config = dataclasses.replace(config, model=model)
+    loss = lambda step: round(6 - math.log(step) / 5 + noise + (0 if run.method == "next-token" else effect), 4)  # noqa: E731  # fmt: skip
+    validation = {step: loss(step) for step in range(40, config.steps + 1, 40)}
+    compute = module.flops_per_image(config) / module.flops_per_image(module.baseline_of(config))
+    score = {"fd": 3.0 + noise, "accuracy": 0.2 + noise, "loss_by_position": [4.0] * 64}
+    result = {
+        "block": run.block, "method": run.method, "seed": config.seed, "per_class": run.per_class,
+        "dropout": model.ffn_dropout, "batch_size": 16, "lr": 3e-3, "steps": config.steps,
+        "registers": dataclasses.asdict(config.registers), "parallel_heads": config.parallel_heads,
+        "model": dataclasses.asdict(model), "relative_compute": round(compute, 4), "seconds": 60, "parameters": 543648,
+        "best": config.steps, "validation": validation,
+        "scores": {step: {"loss": loss(step), **score} for step in {config.steps, *run.also_score}},
+        "command": "none",
+    }  # fmt: skip
+    if run.drafts:
+        names = [f"{h},{w}" for h in range(1, 5) for w in range(1, 5) if h > 1 or w > 1]
+        names = [f"head {k}" for k in range(2, config.parallel_heads + 1)] if config.parallel_heads > 1 else names
+        draft = {"acceptance": 0.5, "acceptance_guided": 0.4, "loss": 5.0, "next_token_loss": 4.5}
+        result["drafts"] = {name: draft for name in names}
+    return result
+
+
+SETUP = {
+    "classes": 20, "train_images": 10000, "views": 2, "validation_images": 200, "test_images": 800, "image_size": 64,
+    "grid": [8, 8], "codebook_size": 512, "tokenizer": {"val/ema/psnr": 17.3}, "samples": 500, "draft_images": 100,
+    "features": {"architecture": "resnet10t", "image_size": 32, "held_out_accuracy": 0.3}, "cfg_scale": 2.0,
+    "reconstructions": {"fd": 1.3, "accuracy": 0.27}, "torch": "2.14.1", "machine": "none",
+}  # fmt: skip
+
+
+def write(folder, experiments, effect, keep=lambda run: True):
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(folder / "setup.json", SETUP)
+    for run in filter(keep, experiments["grid"].GRIDS["main"]):
+        checkpoint.write_json(folder / f"{run.name}.json",
+                              invented(run, experiments["grid"], experiments["run"], effect))  # fmt: skip
+    return experiments["results"].page(*experiments["results"].read(folder), "results")
+
+
+def test_the_committed_page_is_what_the_committed_json_says(root, experiments):
+    results = experiments["results"]
+    expected = results.page(*results.read(root / "experiments/results"), "results")
+    assert (root / "docs/results.md").read_text() == expected, "run experiments/results.py"
+    for name in ("curves", "regimes", "offsets", "positions", "samples"):
+        if f"(results/{name}.png)" in expected:
+            assert (root / f"docs/results/{name}.png").stat().st_size < 700_000
+
+
+def test_every_committed_run_is_declared_and_says_how_to_repeat_it(root, experiments):
+    declared = {run.name: run for run in experiments["grid"].GRIDS["main"]}
+    for path in (root / "experiments/results").glob("*-seed-*.json"):
+        found, run = checkpoint.read_json(path), declared[path.stem]
+        assert (found["method"], found["seed"], found["steps"]) == (run.method, run.config.seed, run.config.steps)
+        assert found["registers"] == dataclasses.asdict(run.config.registers) and path.stem in found["command"]
+        assert path.stat().st_size < 20_000
+
+
+def test_names_of_runs_are_their_own(experiments):
+    for runs in experiments["grid"].GRIDS.values():
+        assert len({run.name for run in runs}) == len(runs)
+
+
+@pytest.mark.parametrize("effect, word", [(-0.1, "held-out loss better (-0.1"), (0.2, "held-out loss worse (+0.2")])
+def test_a_clear_effect_is_told_in_the_first_lines(tmp_path, experiments, effect, word):
+    text = write(tmp_path / "json", experiments, effect)
+    first = next(line for line in text.splitlines() if line.startswith("- "))
+    assert "31 % registers) against next-token at equal compute" in first and "At equal steps" in first
+    assert word in first.split("At equal steps")[1]
+
+
+def test_an_absent_effect_is_told_as_such_and_noise_is_not_called_an_effect(experiments):
+    results = experiments["results"]
+    assert "not told apart" in results.verdict([0.0, 0.1, -0.1], "loss")
+    assert results.verdict([0.09, 0.1, 0.11], "accuracy").startswith("class accuracy better")
+    assert results.verdict([0.09, 0.1, 0.11], "fd").startswith("FD worse")
+    assert "one seed" in results.verdict([0.1], "loss")
+
+
+@pytest.mark.parametrize("block", ["headline", "regimes", "ablations"])
+def test_a_grid_that_was_stopped_early_still_makes_a_page(tmp_path, experiments, block):
+    for name, keep in (("block", lambda run: run.block == block), ("seed", lambda run: run.config.seed == 0),
+                       ("one", lambda run: run.block == block and run.config.seed == 0)):  # fmt: skip
+        assert "## Repeat it" in write(tmp_path / name, experiments, 0.0, keep)
+
+
+def test_check_fails_on_a_page_that_was_edited(tmp_path, experiments, monkeypatch):
+    results = experiments["results"]
+    write(tmp_path / "json", experiments, 0.0)
+    arguments = ["results.py", "--results", str(tmp_path / "json"), "--page", str(tmp_path / "results.md")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    results.main()
+    assert {path.stem for path in (tmp_path / "results").glob("*.png")} == {"curves", "regimes", "offsets", "positions"}
+    monkeypatch.setattr(sys, "argv", [*arguments, "--check"])
+    results.main()
+    page = tmp_path / "results.md"
+    page.write_text(page.read_text().replace("compute 1 is 640", "compute 1 is 641"))
+    with pytest.raises(MismatchError, match="is not what"):
+        results.main()
+
+
+def test_the_interval_is_students(experiments):
+    from scipy import stats
+
+    values = np.random.default_rng(0).normal(size=(9, 10))
+    for count in range(2, 11):
+        mean, half = experiments["results"].t_interval(values[count - 2, :count].tolist())
+        low, high = stats.t.interval(0.95, count - 1, np.mean(values[count - 2, :count]),
+                                     stats.sem(values[count - 2, :count]))  # fmt: skip
+        assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-3)
+
+
+def test_counted_compute_is_that_of_the_matrices_torch_multiplies(experiments):
+    """Against torch's own counter, without attention, which it counts as if there were no mask."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from mutor_vision.loss import Objective
+    from mutor_vision.parallel_heads import ParallelHeads
+    from mutor_vision.registers import add_registers
+    from mutor_vision.transformer import Transformer
+
+    model = TransformerConfig(2, 2, 32, 64, 5, (4, 4), 0.0, 0.0, 0.0)
+    for settings in ({}, {"registers": RegisterConfig("2d", 5)}, {"parallel_heads": 3}):
+        config = TrainConfig(model=model, **settings)
+        transformer = Transformer(model)
+        heads = ParallelHeads(model, config.parallel_heads) if config.parallel_heads > 1 else None
+        sequence = add_registers(torch.zeros(1, 4, 4, dtype=torch.int64), config.registers, register_token=64, seed=0,
+                                 sample_index=np.zeros(1, dtype=int))  # fmt: skip
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            Objective(transformer, heads)(torch.tensor([1]), sequence)
+        matrices = sum(n for name, n in counter.get_flop_counts()["Global"].items() if "mm" in str(name))
+        n, r = 16, config.registers.count
+        pairs = n * (n + 1) // 2
+        attention = 2 * (2 * 32 * (pairs * (2 + config.parallel_heads - 1) + 2 * (r * (n + 1) // 2 + r if r else 0)))
+        assert experiments["run"].flops_per_image(config) / 3 == matrices + attention
