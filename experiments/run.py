@@ -59,7 +59,7 @@ def main() -> None:
             if mine and not (results / f"{run.name}.json").exists():
                 result = measure(run, train(run, work), work)
                 checkpoint.write_json(results / f"{run.name}.json", result)
-                print(f"{run.name}: {result['scores']}", flush=True)
+                print(f"{run.name}: done", flush=True)
     page = ROOT / "docs/results.md" if arguments.grid == "main" else work / "results.md"
     if any((results / f"{run.name}.json").exists() for run in runs):
         save_panel(preset(GRIDS, arguments.grid), work / "panel", page.with_suffix("") / "samples.png")
@@ -244,7 +244,7 @@ def measure(run: Run, out: Path, work: Path) -> dict:
         "scores": {}, "command": f"python experiments/run.py --only {run.name}",
     }  # fmt: skip
     for step in scored:
-        result["scores"][step] = score(out / "checkpoints" / f"step-{step:07d}", work, panel=run, best=step == best)
+        result["scores"][step] = score(out / "checkpoints" / f"step-{step:07d}", work, panel=run)
     if run.drafts:
         result["drafts"] = drafts(run, out / "checkpoints" / f"step-{config.steps:07d}", work)
     for folder in (out / "checkpoints").iterdir():
@@ -253,7 +253,7 @@ def measure(run: Run, out: Path, work: Path) -> dict:
     return result
 
 
-def score(folder: Path, work: Path, panel: Run, best: bool) -> dict:
+def score(folder: Path, work: Path, panel: Run) -> dict:
     """Loss on the test images, and how good and how right in class its samples are."""
     import torch
 
@@ -275,8 +275,8 @@ def score(folder: Path, work: Path, panel: Run, best: bool) -> dict:
         (work / "panel").mkdir(exist_ok=True)
         name = f"{panel.name}-{checkpoint.step_of(folder)}.png"
         write_png(torch.cat(list(row), 2), str(work / "panel" / name))
-    result = {"loss": round(losses.mean().item(), 4), **fidelity(work, pictures, labels)}
-    return result | ({"loss_by_position": [round(x, 3) for x in losses.tolist()]} if best else {})
+    return {"loss": round(losses.mean().item(), 4), **fidelity(work, pictures, labels),
+            "loss_by_position": [round(x, 3) for x in losses.tolist()]}  # fmt: skip
 
 
 def save_panel(runs: list[Run], strips: Path, path: Path) -> None:
