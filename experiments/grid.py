@@ -45,8 +45,8 @@ ABLATIONS = {
     "no register at the class": replace(MUTOR_2D, class_slot=False),
     "8 registers (12.5 %)": replace(MUTOR_2D, count=8),
 }
-DROPOUTS = (0.0, 0.1, 0.3)
-SCARCE = {15: (480, 360), 50: (640, 480)}  # images of a class -> steps of next-token, of MuToR-2D: equal compute
+SEEDS = (0, 1, 2)
+SCARCE = {15: (400, 300), 50: (640, 480)}  # images of a class -> steps of next-token, of MuToR-2D: equal compute
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Run:
     config: TrainConfig  # codes and val_codes are filled in when it runs
     per_class: int = 0  # training images of a class, each seed its own; 0 = all
     also_score: tuple[int, ...] = ()  # steps whose checkpoints are scored beside the best and the last
+    sampled: bool = True  # score the best and the last checkpoint; otherwise there are curves only
     drafts: bool = False  # measure every offset of its registers, or every head, on held-out images
 
     @property
@@ -69,42 +70,41 @@ class Run:
         return "-".join(text.replace(",", "").split())
 
 
-def headline(seeds: tuple[int, ...], methods: dict[str, dict] = METHODS) -> list[Run]:
+def headline(seeds: tuple[int, ...], *names: str) -> list[Run]:
     """Plentiful data. The baseline goes to twice the steps and is scored at the compute of its rivals."""
     return [
-        Run("headline", method, replace(TRAINING, **settings, seed=seed, steps=STEPS if settings else 2 * STEPS),
-            also_score=() if settings else (STEPS, STEPS * 21 // 16),
-            drafts=bool(settings))
-        for seed in seeds for method, settings in methods.items()
+        Run("headline", name, replace(TRAINING, **METHODS[name], seed=seed, steps=STEPS * (1 if METHODS[name] else 2)),
+            also_score=() if METHODS[name] else (STEPS, STEPS * 21 // 16), drafts=bool(METHODS[name]))
+        for seed in seeds for name in names
     ]  # fmt: skip
 
 
-def regimes(seeds: tuple[int, ...]) -> list[Run]:
-    """Few images, many passes: data x dropout x objective, to the same compute."""
+def regimes(per_class: int, dropout: float, seeds: tuple[int, ...] = SEEDS) -> list[Run]:
+    """Few images, many passes, to the same compute."""
+    model = replace(TRAINING.model, token_dropout=dropout, residual_dropout=dropout, ffn_dropout=dropout)
     return [
-        Run("regimes", method, replace(TRAINING, registers=registers, seed=seed, steps=steps, model=dropped(dropout)),
-            per_class)
-        for seed in seeds for per_class, both in SCARCE.items() for dropout in DROPOUTS
-        for method, registers, steps in zip(("next-token", "MuToR-2D, 31 %"), (RegisterConfig(), MUTOR_2D), both,
-                                            strict=True)
+        Run("regimes", name, replace(TRAINING, registers=registers, seed=seed, steps=steps, model=model), per_class)
+        for seed in seeds
+        for name, registers, steps in zip(("next-token", "MuToR-2D, 31 %"), (RegisterConfig(), MUTOR_2D),
+                                          SCARCE[per_class], strict=True)
     ]  # fmt: skip
 
 
 def ablations(seeds: tuple[int, ...]) -> list[Run]:
-    """One setting of MuToR-2D, 31 %, changed at a time; the headline's runs are what they compare with."""
+    """One setting of MuToR-2D, 31 %, changed at a time, for half as long; the headline's runs are what they compare
+    with, at the same step: the learning rate is constant."""
     return [
-        Run("ablations", name, replace(TRAINING, registers=registers, seed=seed))
+        Run("ablations", name, replace(TRAINING, registers=registers, seed=seed, steps=STEPS // 2), sampled=False)
         for seed in seeds for name, registers in ABLATIONS.items()
     ]  # fmt: skip
 
 
-def dropped(dropout: float) -> TransformerConfig:
-    names = ("token_dropout", "residual_dropout", "ffn_dropout")
-    return replace(TRAINING.model, **dict.fromkeys(names, dropout))
-
-
-_SMALL = {name: METHODS[name] for name in ("next-token", "MuToR-2D, 31 %")}
+_FIRST = [name for name in METHODS if name != "MuToR-2D, 25 %"]
 GRIDS: dict[str, list[Run]] = {  # in order of importance: a grid that is stopped early has the important runs
-    "main": headline((0, 1, 2)) + regimes((0, 1, 2)) + ablations((0, 1, 2)),
-    "small": headline((0, 1), _SMALL),
-}
+    "main": [
+        *headline((0,), *METHODS), *headline((1, 2), *_FIRST), *regimes(15, 0.0), *regimes(15, 0.1),
+        *headline((1, 2), "MuToR-2D, 25 %"), *ablations((0, 1)), *regimes(15, 0.3), *ablations((2,)),
+        *regimes(50, 0.0), *regimes(50, 0.1), *regimes(50, 0.3), *headline((3, 4), *METHODS),
+    ],
+    "small": headline((0, 1), "next-token", "MuToR-2D, 31 %"),
+}  # fmt: skip

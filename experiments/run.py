@@ -227,7 +227,7 @@ def measure(run: Run, out: Path, work: Path) -> dict:
     log = read_log(out)
     validation = {line["step"]: round(line["val_next_token"], 4) for line in log if "val_next_token" in line}
     best = min(validation, key=validation.get)
-    scored = sorted({best, run.config.steps, *run.also_score})
+    scored = sorted({best, run.config.steps, *run.also_score}) if run.sampled else []
     config = checkpoint.read_config(out, "transformer", TrainConfig)
     result = {
         "block": run.block, "method": run.method, "seed": config.seed, "per_class": run.per_class,
