@@ -19,12 +19,18 @@ from mutor_vision.plots import COLORS
 ROOT = Path(__file__).resolve().parents[1]
 # 97.5 % points of Student's t at 1, 2, ... degrees of freedom (any table; exact to the digits shown).
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-BASELINE, MUTOR = "next-token", "MuToR-2D, 31 %"
+BASELINE, MUTOR, MUTOR_ALL = "next-token", "MuToR-2D, 31 %", "MuToR-2D, 100 %"
 # Measure of a scored checkpoint -> (name, digits, what less of it is).
 MEASURES = {
     "loss": ("held-out loss (nats per token)", 3, "better"),
     "fd": ("Fréchet distance", 2, "better"),
     "accuracy": ("class accuracy (%)", 1, "worse"),
+}
+# (MuToR-2D at the last checkpoint, at the best one) -> what that means.
+MEANING = {
+    ("better", ""): ": registers postpone overfitting and do not lower the best loss",
+    ("better", "worse"): ": registers postpone overfitting and raise the best loss",
+    ("better", "better"): ": the gain outlives early stopping",
 }
 SHORT = {"loss": "held-out loss", "fd": "FD", "accuracy": "class accuracy"}
 
@@ -88,17 +94,23 @@ def interval(differences: list[float], digits: int) -> str:
     return f"**{text}**" if abs(mean) > half else text
 
 
-def verdict(differences: list[float], measure: str) -> str:
-    """What a paired difference says, in words, by rule: better or worse when the 95 % interval leaves 0 out."""
-    name, digits, less = SHORT[measure], MEASURES[measure][1], MEASURES[measure][2]
-    mean, half = t_interval(differences)
-    figure = interval(differences, digits).strip("*")
-    if math.isnan(half):
-        return f"{name} {figure}"
-    if abs(mean) <= half:
-        return f"{name} not told apart from equal ({figure})"
-    word = less if mean < 0 else {"better": "worse", "worse": "better"}[less]
-    return f"{name} {word} ({figure})"
+def said(differences: dict[str, list[float]]) -> str:
+    """What paired differences by measure say, in words, by rule: better or worse when the interval leaves 0 out."""
+    clear_ones, others = [], []
+    for measure, found in differences.items():
+        text = f"{SHORT[measure]} {{}}({interval(found, MEASURES[measure][1]).strip('*')})"
+        word = judged(found, measure)
+        (clear_ones if word else others).append(text.format(f"{word} " if word else ""))
+    return "; ".join(clear_ones + ([f"not told apart: {', '.join(others)}"] if others else []))
+
+
+def judged(differences: list[float], measure: str) -> str:
+    """'better', 'worse', or '' where the interval holds 0 or there is none."""
+    mean, half = t_interval(differences) if differences else (0.0, math.nan)
+    if not abs(mean) > half:
+        return ""
+    less = MEASURES[measure][2]
+    return less if mean < 0 else {"better": "worse", "worse": "better"}[less]
 
 
 # --- looking things up ------------------------------------------------------------------------------------------------
@@ -127,11 +139,13 @@ def values(found: dict[int, dict], step, measure: str) -> dict[int, float]:
     return {seed: value(run, step(run) if callable(step) else step, measure) for seed, run in found.items()}
 
 
-def step_of_equal_compute(baseline: dict, rival: dict) -> int:
-    """The scored step of the baseline whose compute is nearest to the whole of the rival's."""
+best, last = (lambda run: run["best"]), (lambda run: run["steps"])
+
+
+def step_of_equal_compute(baseline: dict[int, dict], rival: dict) -> int:
+    """The planned step of the baseline whose compute is nearest to the whole of the rival's."""
     compute = rival["steps"] * rival["relative_compute"]
-    planned = [int(step) for step in baseline["scores"]]
-    return min(planned, key=lambda step: (abs(step - compute), step))
+    return min(planned(baseline), key=lambda step: (abs(step - compute), step))
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -171,50 +185,60 @@ def answer(runs: list[dict]) -> list[str]:
     """The first lines: what the intervals say, by rule."""
     lines, baseline = [], select(runs, block="headline", method=BASELINE)
     mutor = select(runs, block="headline", method=MUTOR)
-    if baseline and mutor:
-        said = [verdict(equal_compute(baseline, mutor, m), m) for m in MEASURES]
-        count = len(baseline.keys() & mutor.keys())
-        lines.append(f"**MuToR-2D (31 % registers) against next-token at equal compute**, {count} seeds: "
-                     f"{'; '.join(said)}. At equal steps: "
-                     f"{'; '.join(verdict(equal_steps(baseline, mutor, m), m) for m in MEASURES)}.")  # fmt: skip
-    for rival, own in (("MuToR-1D, 31 %", MUTOR), ("2 parallel heads", MUTOR), ("4 parallel heads", "MuToR-2D, 100 %")):
+    opening = ""
+    if baseline.keys() & mutor.keys():
+        fair = {m: equal_compute(baseline, mutor, m) for m in MEASURES}
+        opening = opening_line(fair)
+        lines.append(f"**{MUTOR}, against next-token at equal compute**, {len(baseline.keys() & mutor.keys())} seeds: "
+                     f"{said(fair)}. At equal steps: "
+                     f"{said({m: equal_steps(baseline, mutor, m) for m in MEASURES})}.")  # fmt: skip
+    for rival, own in (("MuToR-1D, 31 %", MUTOR), ("2 parallel heads", MUTOR), ("4 parallel heads", MUTOR_ALL)):
         other, mine = select(runs, block="headline", method=rival), select(runs, block="headline", method=own)
-        if other and mine:
-            said = [verdict(last_difference(other, mine, m), m) for m in MEASURES]
+        if other.keys() & mine.keys():
             compute = [next(iter(found.values()))["relative_compute"] for found in (mine, other)]
-            lines.append(f"**{own} against {rival}** (equal steps, compute {compute[0]:.2f} and {compute[1]:.2f}): "
-                         f"{'; '.join(said)}.")  # fmt: skip
+            lines.append(f"**{own}, against {rival}** (equal steps, compute {compute[0]:.2f} and {compute[1]:.2f}): "
+                         f"{said({m: last_difference(other, mine, m) for m in MEASURES})}.")  # fmt: skip
     lines += regimes_answer(runs)
-    changed = [(name, differences) for name, differences in ablation_differences(runs) if clear(differences)]
-    known = [name for name, differences in ablation_differences(runs) if len(differences) > 1]
-    if known:
-        lines.append(f"**Ablations** ({len(known)} settings changed one at a time, held-out loss): " + (
-            "; ".join(f"{name} {interval(d, 3).strip('*')}" for name, d in changed) + " matter; the others are not "
-            "told apart from the default." if changed else "none is told apart from the default."))  # fmt: skip
+    found = [(name, differences) for name, differences in ablation_differences(runs) if len(differences) > 1]
+    changed = [f"{name} {interval(d, 3).strip('*')}" for name, d in found if judged(d, "loss")]
+    if found:
+        lines.append(f"**Ablations** ({len(found)} settings of {MUTOR} changed one at a time, held-out loss): " + (
+            f"{'; '.join(changed)}; the others are not told apart from the default." if changed
+            else "none is told apart from the default."))  # fmt: skip
     lines += drafts_answer(runs)
-    return [bullets(lines)]
+    return [opening, bullets(lines)]
 
 
-def clear(differences: list[float]) -> bool:
-    mean, half = t_interval(differences) if differences else (0.0, math.nan)
-    return abs(mean) > half
+def opening_line(fair: dict[str, list[float]]) -> str:
+    words = {measure: judged(found, measure) for measure, found in fair.items()}
+    better, worse = ([SHORT[m] for m, word in words.items() if word == kind] for kind in ("better", "worse"))
+    seeds = len(fair["loss"])
+    if seeds < 2:
+        return "**One seed so far: no statement.**"
+    if better and worse:
+        return (f"**Mixed: at this scale and equal compute MuToR-2D has better {' and '.join(better)} and worse "
+                f"{' and '.join(worse)} than next-token prediction.**")  # fmt: skip
+    if better:
+        return f"**Yes: at this scale and equal compute MuToR-2D has better {' and '.join(better)} than next-token.**"
+    if worse:
+        return (f"**No: at this scale and equal compute MuToR-2D has worse {' and '.join(worse)} than next-token "
+                "prediction, and nothing that is told apart as better.**")  # fmt: skip
+    return "**No effect: at this scale and equal compute MuToR-2D is not told apart from next-token prediction.**"
 
 
 def equal_compute(baseline: dict, rival: dict, measure: str) -> list[float]:
-    seeds = baseline.keys() & rival.keys()
-    at = {seed: value(baseline[seed], step_of_equal_compute(baseline[seed], rival[seed]), measure) for seed in seeds}
-    return paired(values(rival, lambda run: run["steps"], measure), at)
+    step = step_of_equal_compute(baseline, next(iter(rival.values())))
+    return paired(values(rival, last, measure), values(baseline, step, measure))
 
 
 def equal_steps(baseline: dict, rival: dict, measure: str) -> list[float]:
     both = {s: baseline[s] for s in baseline.keys() & rival.keys() if str(rival[s]["steps"]) in baseline[s]["scores"]}
     steps = {seed: rival[seed]["steps"] for seed in both}
-    return paired(values(rival, lambda run: run["steps"], measure),
+    return paired(values(rival, last, measure),
                   {seed: value(run, steps[seed], measure) for seed, run in both.items()})  # fmt: skip
 
 
 def last_difference(other: dict, mine: dict, measure: str) -> list[float]:
-    last = lambda run: run["steps"]  # noqa: E731
     return paired(values(mine, last, measure), values(other, last, measure))
 
 
@@ -262,33 +286,29 @@ def headline(runs: list[dict], figures: str) -> list[str]:
         found = select(runs, block="headline", method=name)
         first = next(iter(found.values()))
         if name == BASELINE:
-            for step in sorted({int(s) for run in found.values() for s in run["scores"]} & planned(found)):
+            for step in sorted(planned(found)):
                 cells = [spread(list(values(found, step, m).values()), MEASURES[m][1]) for m in MEASURES]
                 rows.append([f"{name}", f"{step}", f"{step / min(planned(found)):.2f}", f"{len(found)}", *cells])
             continue
         compute = first["steps"] * first["relative_compute"] / min(planned(baseline))
         cells = [spread(list(values(found, first["steps"], m).values()), MEASURES[m][1]) for m in MEASURES]
         rows.append([name, f"{first['steps']}", f"{compute:.2f}", f"{len(found)}", *cells])
-        some = next(iter(baseline.values()))
-        at = step_of_equal_compute(some, first)
         details.append(
             [
                 name,
                 *(interval(equal_steps(baseline, found, m), MEASURES[m][1]) for m in MEASURES),
-                f"{at}",
+                f"{step_of_equal_compute(baseline, first)}",
                 *(interval(equal_compute(baseline, found, m), MEASURES[m][1]) for m in MEASURES),
             ]
         )
     return [
         "## Plentiful data: objectives side by side",
-        "Few passes over all images, no dropout. Mean ± half of the 95 % interval; compute 1 is "
-        f"{min(planned(baseline))} "
-        "steps of next-token.",
+        "Few passes over all images, no dropout; `python experiments/run.py --only headline`. Mean ± half of the 95 % "
+        f"interval; compute 1 is {min(planned(baseline))} steps of next-token.",
         table(["objective", "steps", "compute", "seeds", *(name for name, _, _ in MEASURES.values())], rows),
         f"![Held-out loss by compute]({figures}/curves.png)",
         "*Held-out loss (validation images) by compute; right, its difference from next-token at the same compute. "
-        "Lines "
-        "are means over seeds, bands reach from the lowest to the highest seed.*",
+        "Lines are means over seeds, bands reach from the lowest to the highest seed.*",
         "Difference from next-token, negative = less (good for loss and FD, bad for accuracy):",
         table(["objective", *(f"equal steps: {SHORT[m]}" for m in MEASURES), "next-token's step at equal compute",
                *(f"equal compute: {SHORT[m]}" for m in MEASURES)], details),
@@ -298,8 +318,9 @@ def headline(runs: list[dict], figures: str) -> list[str]:
 
 
 def planned(found: dict[int, dict]) -> set[int]:
-    """Steps that every seed has scored (the best checkpoint's may be another for each)."""
-    return set.intersection(*({int(step) for step in run["scores"]} for run in found.values()))
+    """Steps that every seed has scored, but for those that were only somebody's best checkpoint."""
+    of_all = set.intersection(*({int(step) for step in run["scores"]} for run in found.values()))
+    return {step for step in of_all if any(step == run["steps"] or step != run["best"] for run in found.values())}
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -309,9 +330,6 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def regime_cells(runs: list[dict]) -> list[tuple[int, float]]:
     """(images a class, dropout) that have runs."""
     return sorted({(run["per_class"], run["dropout"]) for run in runs if run["block"] == "regimes"})
-
-
-best, last = (lambda run: run["best"]), (lambda run: run["steps"])
 
 
 def regimes(runs: list[dict], figures: str) -> list[str]:
@@ -343,7 +361,7 @@ def regimes(runs: list[dict], figures: str) -> list[str]:
         "dropout. "
         "*Best* is the checkpoint with the lowest loss on the validation images (early stopping), *last* the end "
         "of training. "
-        "Each seed has images of its own.",
+        "Each seed has images of its own. `python experiments/run.py --only regimes`",
         table(["images a class", "dropout", "objective", "seeds", "steps (passes)", "best step", *heads], rows),
         f"![Overfitting]({figures}/regimes.png)",
         "*Held-out loss (validation images) by compute where images are few. Lines are means over seeds, bands "
@@ -381,14 +399,16 @@ def regimes_answer(runs: list[dict]) -> list[str]:
             continue
         parts = []
         if plain[0].keys() & plain[1].keys():
-            at_last = paired(values(plain[1], last, "loss"), values(plain[0], last, "loss"))
-            at_best = paired(values(plain[1], best, "loss"), values(plain[0], best, "loss"))
-            parts.append(f"without dropout MuToR-2D's {verdict(at_last, 'loss')} at the last checkpoint and "
-                         f"{verdict(at_best, 'loss')} at the best one")  # fmt: skip
-        fair = [verdict(paired(values(rival[1], best, m), values(critic[1], best, m)), m) for m in MEASURES]
-        parts.append(f"against the baseline that a careful critic would ask for, next-token with the best dropout "
-                     f"({critic[0]:g}; MuToR-2D: {rival[0]:g}) and early stopping, {'; '.join(fair)}")  # fmt: skip
-        lines.append(f"**Scarce data, {per_class} images a class**, equal compute: {'; '.join(parts)}.")
+            at = {w: {"loss": paired(values(plain[1], step, "loss"), values(plain[0], step, "loss"))}
+                  for w, step in (("last", last), ("best", best))}  # fmt: skip
+            words = tuple(judged(at[when]["loss"], "loss") for when in ("last", "best"))
+            parts.append(f"without dropout, at the last checkpoint {said(at['last'])}, at the best one "
+                         f"{said(at['best'])}{MEANING.get(words, '')}")  # fmt: skip
+        fair = {m: paired(values(rival[1], best, m), values(critic[1], best, m)) for m in MEASURES}
+        parts.append(f"against the baseline that a careful critic would ask for, next-token with its best dropout "
+                     f"({critic[0]:g}; MuToR-2D's: {rival[0]:g}) and early stopping, {said(fair)}")  # fmt: skip
+        lines.append(f"**Scarce data, {per_class} images a class** ({MUTOR}, equal compute): "
+                     f"{'. Then '.join(parts)}.")  # fmt: skip
     return lines
 
 
@@ -445,54 +465,71 @@ def drafting(runs: list[dict]) -> list[str]:
     return [name for name in methods(runs, "headline") if draft_means(runs, name, "acceptance")]
 
 
+def percent(values: list[float]) -> str:
+    return spread([100 * x for x in values], 1)
+
+
 def drafts(setup: dict, runs: list[dict], figures: str) -> list[str]:
-    rows, width = [], setup["grid"][1]
-    for name in drafting(runs):
+    width, names = setup["grid"][1], drafting(runs)
+    if not names:
+        return []
+    along = []  # side by side: what is 2, 3, 4 tokens ahead
+    for name in names:
+        plain, guided, beyond = draft_means(runs, name, "acceptance"), draft_means(runs, name, "acceptance_guided"), {
+            ahead(offset, width): offset for offset in draft_means(runs, name, "acceptance")}  # fmt: skip
+        cells = [f"{percent(found[beyond[k]])}" if k in beyond else "-" for k in "234" for found in (plain, guided)]
+        along.append([name, f"{len(next(iter(plain.values())))}", *cells])
+    offsets = []
+    for name in [name for name in names if name in (MUTOR, MUTOR_ALL)]:
         plain, guided = (draft_means(runs, name, key) for key in ("acceptance", "acceptance_guided"))
         loss, difference = draft_means(runs, name, "loss"), gap(runs, name)
         for offset in plain:
-            shown = offset if offset.startswith("head") else f"({offset.replace(',', ', ')})"
-            rows.append([name, shown, ahead(offset, width), spread([100 * x for x in plain[offset]], 1),
-                         spread([100 * x for x in guided[offset]], 1), spread(loss[offset], 3),
-                         spread(difference[offset], 3)])  # fmt: skip
-    if not rows:
-        return []
+            offsets.append(
+                [
+                    name,
+                    f"({offset.replace(',', ', ')})",
+                    ahead(offset, width),
+                    percent(plain[offset]),
+                    percent(guided[offset]),
+                    spread(loss[offset], 3),
+                    spread(difference[offset], 3),
+                ]
+            )
     return [
         "## Registers as drafts",
         "What lossless speculative sampling would accept: the overlap sum_v min(p, q) of the model's distribution "
         "p of a "
-        "token, given all before it, with what a register or head said of that token earlier, q. Given held-out images "
+        "token, given all before it, with what a register or head said of that token earlier, q. On held-out images "
         f"({setup['draft_images']}, every slot with a target), at the last checkpoint, over seeds; with guidance "
-        "both p and q "
-        f"are guided with {setup['cfg_scale']:g}. An offset (d_h, d_w) lies d_h - 1 rows down and d_w - 1 columns "
-        "right of "
-        "the last token seen; *ahead* counts tokens in raster order, 1 being the next token itself.",
+        "both p "
+        f"and q are guided with {setup['cfg_scale']:g}. An offset (d_h, d_w) lies d_h - 1 rows down and d_w - 1 "
+        "columns "
+        "right of the last token seen; *ahead* counts tokens in raster order, 1 being the next token itself. A high "
+        "overlap says that p and q agree, not that they are good: two flat distributions agree too, so the last "
+        "columns "
+        "say what the register knows.",
+        "Registers and heads side by side, acceptance (%) by tokens ahead:",
+        table(["objective", "seeds", *(f"{k} ahead{g}" for k in "234" for g in ("", ", guided"))], along),
         f"![Register loss and acceptance by offset]({figures}/offsets.png)",
-        "*Left to right: how much worse than the next-token prediction of the same tokens a register is, and the "
-        "share of "
-        "its drafts that would be accepted, without and with guidance. Means over seeds.*",
+        "*Left to right: how much worse than the next-token prediction of the same tokens a register is, and the share "
+        "of its drafts that would be accepted, without and with guidance. Means over seeds.*",
         table(["objective", "offset", "ahead", "acceptance (%)", "guided (%)", "loss (nats)",
-               "loss - next-token's (nats)"], rows),
+               "loss - next-token's (nats)"], offsets),
     ]  # fmt: skip
 
 
 def drafts_answer(runs: list[dict]) -> list[str]:
-    for name in ("MuToR-2D, 100 %", MUTOR):
+    for name in (MUTOR_ALL, MUTOR):
         plain, guided = (draft_means(runs, name, key) for key in ("acceptance", "acceptance_guided"))
         beyond = [offset for offset in plain if offset != "1,2"]
         if beyond:
-            top = max(beyond, key=lambda offset: np.mean(plain[offset]))
-            low = min(beyond, key=lambda offset: np.mean(plain[offset]))
-            two = f", two tokens ahead {spread([100 * x for x in plain['1,3']], 1)} %" if "1,3" in plain else ""
+            top, low = (f(beyond, key=lambda offset: np.mean(plain[offset])) for f in (max, min))
             heads = draft_means(runs, "2 parallel heads", "acceptance")
-            rival = f" (the second parallel head: {spread([100 * x for x in heads['head 2']], 1)} %)" if heads else ""
-            return [
-                f"**Drafts** ({name}): of the tokens beyond the next one, speculative sampling would accept "
-                f"{spread([100 * x for x in plain[low]], 1)} % at offset ({low.replace(',', ', ')}) to "
-                f"{spread([100 * x for x in plain[top]], 1)} % at ({top.replace(',', ', ')}){two}{rival}; with "
-                "guidance "
-                f"{spread([100 * x for x in guided[low]], 1)} % and {spread([100 * x for x in guided[top]], 1)} %."
-            ]
+            rival = f"; the second parallel head, two tokens ahead: {percent(heads['head 2'])} %" if heads else ""
+            shown = [f"{percent(plain[o])} % ({percent(guided[o])} % with guidance) at offset ({o.replace(',', ', ')})"
+                     for o in (low, top)]  # fmt: skip
+            return [f"**Drafts** ({name}): beyond the next token, speculative sampling would accept from {shown[0]} to "
+                    f"{shown[1]}{rival}."]  # fmt: skip
     return []
 
 
@@ -500,38 +537,58 @@ def drafts_answer(runs: list[dict]) -> list[str]:
 
 
 def position_map(runs: list[dict], method: str) -> np.ndarray | None:
-    """(h, w) mean held-out loss at each position, at the best checkpoint of each seed."""
-    found = select(runs, block="headline", method=method).values()
-    maps = [run["scores"][str(run["best"])]["loss_by_position"] for run in found]
-    return np.mean(maps, 0).reshape(next(iter(found))["model"]["grid"]) if maps else None
+    """(h, w) mean held-out loss at each position over the seeds of baseline and MuToR-2D, at equal compute."""
+    baseline, mutor = (select(runs, block="headline", method=name) for name in (BASELINE, MUTOR))
+    maps = []
+    for seed in sorted(baseline.keys() & mutor.keys()):
+        run = baseline[seed] if method == BASELINE else mutor[seed]
+        step = run["steps"] if method == MUTOR else step_of_equal_compute(baseline, mutor[seed])
+        maps.append(run["scores"][str(step)]["loss_by_position"])
+    return np.mean(maps, 0).reshape(run["model"]["grid"]) if maps else None
 
 
 def positions(runs: list[dict], figures: str) -> list[str]:
     own, other = position_map(runs, BASELINE), position_map(runs, MUTOR)
-    if own is None or other is None:
+    if own is None:
         return []
+    rows = [[name, *(f"{found[part].mean():.3f}" for part in (0, slice(1, None), np.s_[:, 0], np.s_[:, 1:]))]
+            for name, found in ((BASELINE, own), (MUTOR, other), ("difference", other - own))]  # fmt: skip
     return [
         "## Where in the image",
-        f"Held-out loss at each position, best checkpoints: next-token's runs from {own.min():.2f} to "
-        f"{own.max():.2f} nats, "
-        f"the first row's mean is {own[0].mean():.2f}, the last row's {own[-1].mean():.2f}. (Next-token had twice "
-        "the steps.)",
+        "Held-out loss by position at equal compute, means over seeds (nats per token):",
+        table(["objective", "first row", "other rows", "first column", "other columns"], rows),
         f"![Loss by position]({figures}/positions.png)",
     ]
 
 
 def limits(setup: dict, runs: list[dict]) -> list[str]:
-    parameters = runs[0].get("parameters")
-    size = f"{parameters / 1e6:.2f} million parameters" if parameters else "a small model"
+    run, lines = runs[0], []
+    baseline = select(runs, block="headline", method=BASELINE)
+    if baseline:
+        early, late = (t_interval([run["validation"][str(step(run))] for run in baseline.values()])[0]
+                       for step in (lambda run: run["steps"] // 2, last))  # fmt: skip
+        passes = next(iter(baseline.values()))["steps"] * run["batch_size"] / setup["train_images"]
+        lines.append(
+            f"The length: the longest runs see each image {passes:.1f} times, and next-token's loss still "
+            "falls, "
+            f"by {early - late:.3f} nats in the second half. What is compared is the beginning of training."
+        )
+        chance, found = 100 / setup["classes"], list(values(baseline, last, "accuracy").values())
+        if np.mean(found) < 2 * chance:
+            lines.append(f"The class: next-token's samples are taken for their class in {np.mean(found):.1f} % of "
+                         "cases, "
+                         f"{chance:.1f} % being chance. These models have hardly learned what a class is, so class "
+                         "accuracy and guidance tell little here.")  # fmt: skip
     return [
         "## What this does not settle",
-        bullets([
-            f"The scale: {size}, {setup['grid'][0]}x{setup['grid'][1]} tokens, {setup['classes']} classes, minutes of "
-            "training. The paper trains 111 million parameters on 1.28 million images with 16x16 tokens; an effect "
-            "that "
-            "needs long training, long sequences or capacity cannot be seen here.",
-            "Three seeds make wide intervals: with three, the 95 % interval is 2.5 standard deviations of the "
-            "differences either way. What is called not told apart may still differ by as much as the interval says.",
+        bullets(lines + [
+            f"The scale: {run['parameters'] / 1e6:.2f} million parameters, {setup['grid'][0]}x{setup['grid'][1]} "
+            "tokens, "
+            f"{setup['classes']} classes. The paper trains 111 million parameters on 1.28 million images with 16x16 "
+            "tokens; an effect that needs long training, long sequences or capacity cannot be seen here.",
+            "The seeds are few: with three, a 95 % interval reaches 2.5 standard deviations of the differences to "
+            "either "
+            "side, with five 1.2. What is not told apart may still differ by as much as the interval says.",
             "One learning rate and one batch size, chosen for next-token. A rival with settings of its own may do "
             "better.",
             "FD and class accuracy are of a small network trained on these classes; they compare with this page alone.",

@@ -89,20 +89,24 @@ def test_names_of_runs_are_their_own(experiments):
         assert len({run.name for run in runs}) == len(runs)
 
 
-@pytest.mark.parametrize("effect, word", [(-0.1, "held-out loss better (-0.1"), (0.2, "held-out loss worse (+0.2")])
+@pytest.mark.parametrize("effect, word", [(-0.1, "held-out loss better (-0.100"), (0.2, "held-out loss worse (+0.200")])
 def test_a_clear_effect_is_told_in_the_first_lines(tmp_path, experiments, effect, word):
     text = write(tmp_path / "json", experiments, effect)
     first = next(line for line in text.splitlines() if line.startswith("- "))
-    assert "31 % registers) against next-token at equal compute" in first and "At equal steps" in first
+    assert "MuToR-2D, 31 %, against next-token at equal compute" in first and "At equal steps" in first
     assert word in first.split("At equal steps")[1]
 
 
 def test_an_absent_effect_is_told_as_such_and_noise_is_not_called_an_effect(experiments):
     results = experiments["results"]
-    assert "not told apart" in results.verdict([0.0, 0.1, -0.1], "loss")
-    assert results.verdict([0.09, 0.1, 0.11], "accuracy").startswith("class accuracy better")
-    assert results.verdict([0.09, 0.1, 0.11], "fd").startswith("FD worse")
-    assert "one seed" in results.verdict([0.1], "loss")
+    above, noise = [0.09, 0.1, 0.11], [0.0, 0.1, -0.1]
+    assert results.said({"loss": noise, "fd": above}).startswith("FD worse (+0.10")
+    assert "not told apart: held-out loss (+0.000" in results.said({"loss": noise, "fd": above})
+    assert results.said({"accuracy": above}).startswith("class accuracy better")
+    assert "one seed" in results.said({"loss": [0.1]}) and not results.judged([0.1], "loss")
+    for fair, word in ((noise, "**No effect"), (above, "**No: "), ([-x for x in above], "**Yes: ")):
+        assert results.opening_line({"loss": fair, "fd": noise}).startswith(word)
+    assert results.opening_line({"loss": above, "fd": [-x for x in above]}).startswith("**Mixed: ")
 
 
 @pytest.mark.parametrize("block", ["headline", "regimes", "ablations"])
