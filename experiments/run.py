@@ -294,7 +294,7 @@ def save_panel(runs: list[Run], strips: Path, path: Path) -> None:
                 rows += read_image(str(strip)).chunk(PANEL_COLUMNS, 2)
                 labels.append(f"{run.method}, {step} steps")
     if rows:
-        save_png(grid(torch.stack(rows), PANEL_COLUMNS, labels), path)
+        save_png(grid(torch.stack(rows), PANEL_COLUMNS, labels, min_cell=64), path)
 
 
 def position_losses(model, tokens: TokenSet):
