@@ -45,15 +45,17 @@ ABLATIONS = {
     "no register at the class": replace(MUTOR_2D, class_slot=False),
     "8 registers (12.5 %)": replace(MUTOR_2D, count=8),
 }
+PAIR = ("next-token", "MuToR-2D, 31 %")
 SEEDS = (0, 1, 2)
-SCARCE = {15: (400, 300), 50: (640, 480)}  # images of a class -> steps of next-token, of MuToR-2D: equal compute
+LONG = (2560, 1960)  # steps of next-token and of MuToR-2D to the same compute, four times the headline's
+SCARCE = {15: (640, 480), 50: (1280, 960)}  # images of a class -> steps of next-token, of MuToR-2D: equal compute
 
 
 @dataclass(frozen=True)
 class Run:
     """One training run and what is measured of it."""
 
-    block: str  # headline | regimes | ablations
+    block: str  # headline | long | regimes | ablations
     method: str
     config: TrainConfig  # codes and val_codes are filled in when it runs
     per_class: int = 0  # training images of a class, each seed its own; 0 = all
@@ -79,14 +81,20 @@ def headline(seeds: tuple[int, ...], *names: str) -> list[Run]:
     ]  # fmt: skip
 
 
+def longer(seed: int) -> list[Run]:
+    """Plentiful data and more training: does a difference last?"""
+    return [
+        Run("long", name, replace(TRAINING, **METHODS[name], seed=seed, steps=steps))
+        for name, steps in zip(PAIR, LONG, strict=True)
+    ]
+
+
 def regimes(per_class: int, dropout: float, seeds: tuple[int, ...] = SEEDS) -> list[Run]:
     """Few images, many passes, to the same compute."""
     model = replace(TRAINING.model, token_dropout=dropout, residual_dropout=dropout, ffn_dropout=dropout)
     return [
-        Run("regimes", name, replace(TRAINING, registers=registers, seed=seed, steps=steps, model=model), per_class)
-        for seed in seeds
-        for name, registers, steps in zip(("next-token", "MuToR-2D, 31 %"), (RegisterConfig(), MUTOR_2D),
-                                          SCARCE[per_class], strict=True)
+        Run("regimes", name, replace(TRAINING, **METHODS[name], seed=seed, steps=steps, model=model), per_class)
+        for seed in seeds for name, steps in zip(PAIR, SCARCE[per_class], strict=True)
     ]  # fmt: skip
 
 
@@ -103,8 +111,9 @@ _FIRST = [name for name in METHODS if name != "MuToR-2D, 25 %"]
 GRIDS: dict[str, list[Run]] = {  # in order of importance: a grid that is stopped early has the important runs
     "main": [
         *headline((0,), *METHODS), *headline((1, 2), *_FIRST), *regimes(15, 0.0), *regimes(15, 0.1),
-        *headline((1, 2), "MuToR-2D, 25 %"), *ablations((0, 1)), *regimes(15, 0.3), *ablations((2,)),
-        *regimes(50, 0.0), *regimes(50, 0.1), *regimes(50, 0.3), *headline((3, 4), *METHODS),
+        *headline((1, 2), "MuToR-2D, 25 %"), *ablations((0, 1)), *longer(0), *regimes(15, 0.3), *longer(1),
+        *ablations((2,)), *longer(2), *regimes(50, 0.0), *regimes(50, 0.1), *regimes(50, 0.3),
+        *headline((3, 4), *METHODS),
     ],
-    "small": headline((0, 1), "next-token", "MuToR-2D, 31 %"),
+    "small": headline((0, 1), *PAIR),
 }  # fmt: skip

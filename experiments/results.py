@@ -166,6 +166,7 @@ def page(setup: dict, runs: list[dict], figures: str) -> str:
         "## Set-up",
         set_up(setup, runs),
         *headline(runs, figures),
+        *longer(runs),
         *regimes(runs, figures),
         *ablations(runs),
         *drafts(setup, runs, figures),
@@ -189,7 +190,7 @@ def answer(runs: list[dict]) -> list[str]:
     if baseline.keys() & mutor.keys():
         fair = {m: equal_compute(baseline, mutor, m) for m in MEASURES}
         opening = opening_line(fair)
-        lines.append(f"**{MUTOR}, against next-token at equal compute**, {len(baseline.keys() & mutor.keys())} seeds: "
+        lines.append(f"**{MUTOR}, against next-token at equal compute**, seeds: {len(baseline.keys() & mutor.keys())}: "
                      f"{said(fair)}. At equal steps: "
                      f"{said({m: equal_steps(baseline, mutor, m) for m in MEASURES})}.")  # fmt: skip
     for rival, own in (("MuToR-1D, 31 %", MUTOR), ("2 parallel heads", MUTOR), ("4 parallel heads", MUTOR_ALL)):
@@ -198,6 +199,12 @@ def answer(runs: list[dict]) -> list[str]:
             compute = [next(iter(found.values()))["relative_compute"] for found in (mine, other)]
             lines.append(f"**{own}, against {rival}** (equal steps, compute {compute[0]:.2f} and {compute[1]:.2f}): "
                          f"{said({m: last_difference(other, mine, m) for m in MEASURES})}.")  # fmt: skip
+    more = [select(runs, block="long", method=name) for name in (BASELINE, MUTOR)]
+    if more[0].keys() & more[1].keys():
+        steps = next(iter(more[0].values()))["steps"]
+        lines.append(f"**With more training** ({MUTOR}, at the compute of {steps} steps of next-token), seeds: "
+                     f"{len(more[0].keys() & more[1].keys())}: "
+                     f"{said({m: last_difference(*more, m) for m in MEASURES})}.")  # fmt: skip
     lines += regimes_answer(runs)
     found = [(name, differences) for name, differences in ablation_differences(runs) if len(differences) > 1]
     changed = [f"{name} {interval(d, 3).strip('*')}" for name, d in found if judged(d, "loss")]
@@ -314,6 +321,26 @@ def headline(runs: list[dict], figures: str) -> list[str]:
                *(f"equal compute: {SHORT[m]}" for m in MEASURES)], details),
         f"![Samples]({figures}/samples.png)",
         "*Samples of seed 0's models, the same classes and random numbers in each column, none selected.*",
+    ]  # fmt: skip
+
+
+def longer(runs: list[dict]) -> list[str]:
+    baseline, mutor = (select(runs, block="long", method=name) for name in (BASELINE, MUTOR))
+    rows = []
+    for name, found in ((BASELINE, baseline), (MUTOR, mutor)):
+        for first in list(found.values())[:1]:
+            cells = [spread(list(values(found, last, m).values()), MEASURES[m][1]) for m in MEASURES]
+            compute = first["steps"] * first["relative_compute"]
+            rows.append([name, f"{first['steps']}", f"{compute:.0f}", f"{len(found)}", *cells])
+    if not baseline.keys() & mutor.keys():
+        return []
+    differences = [interval(last_difference(baseline, mutor, m), MEASURES[m][1]) for m in MEASURES]
+    return [
+        "## More training",
+        "The same with plentiful data, trained longer to the same compute (in next-token steps); `python "
+        "experiments/run.py --only long`:",
+        table(["objective", "steps", "compute", "seeds", *(name for name, _, _ in MEASURES.values())],
+              [*rows, ["difference", "", "", f"{len(baseline.keys() & mutor.keys())}", *differences]]),
     ]  # fmt: skip
 
 
@@ -661,6 +688,14 @@ def draw_curves(plt, runs: list[dict]):
             rows = [y - np.interp(x, *curve(baseline[seed])) for seed, (_, y) in curves.items() if seed in baseline]
             shown = x >= x[-1] * 0.25
             band(right, x[shown], [row[shown] for row in rows], color, name)
+    both = [select(runs, block="long", method=name) for name in (BASELINE, MUTOR)]
+    pairs = [(curve(both[0][seed]), curve(both[1][seed])) for seed in sorted(both[0].keys() & both[1].keys())]
+    if pairs:
+        color, x = COLORS[(methods(runs, "headline").index(MUTOR) + 6) % len(COLORS)], pairs[0][1][0]
+        band(left, pairs[0][0][0], [own[1] for own, _ in pairs], COLORS[6], f"{BASELINE}, longer", "--")
+        band(left, x, [other[1] for _, other in pairs], color, f"{MUTOR}, longer", "--")
+        shown, rows = x >= x[-1] * 0.1, [other[1] - np.interp(x, *own) for own, other in pairs]
+        band(right, x[shown], [row[shown] for row in rows], color, f"{MUTOR}, longer", "--")
     right.axhline(0, color="black", linewidth=0.8)
     left.set(xlabel="compute (steps of next-token)", ylabel="held-out loss (nats per token)")
     right.set(xlabel="compute (steps of next-token)", ylabel="loss less next-token's (nats per token)")
