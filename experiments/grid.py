@@ -35,15 +35,15 @@ METHODS = {
 }
 ABLATIONS = {
     "offsets up to m = 2": replace(MUTOR_2D, max_offset=2),
-    "offsets up to m = 3": replace(MUTOR_2D, max_offset=3),
+    "loss weight a = 0.25": replace(MUTOR_2D, weight=0.25),
+    "a falls from 0.5 to 0": replace(MUTOR_2D, weight_schedule="linear"),
+    "an offset per register": replace(MUTOR_2D, offset_per="register"),
     "offsets up to m = 5": replace(MUTOR_2D, max_offset=5),
     "no loss across the edge": replace(MUTOR_2D, edge="ignore"),
-    "an offset per register": replace(MUTOR_2D, offset_per="register"),
-    "loss weight a = 0.25": replace(MUTOR_2D, weight=0.25),
-    "loss weight a = 0.75": replace(MUTOR_2D, weight=0.75),
-    "a falls from 0.5 to 0": replace(MUTOR_2D, weight_schedule="linear"),
     "no register at the class": replace(MUTOR_2D, class_slot=False),
     "8 registers (12.5 %)": replace(MUTOR_2D, count=8),
+    "loss weight a = 0.75": replace(MUTOR_2D, weight=0.75),
+    "offsets up to m = 3": replace(MUTOR_2D, max_offset=3),
 }
 PAIR = ("next-token", "MuToR-2D, 31 %")
 SEEDS = (0, 1, 2)
@@ -103,7 +103,7 @@ def ablations(seeds: tuple[int, ...]) -> list[Run]:
     with, at the same step: the learning rate is constant."""
     return [
         Run("ablations", name, replace(TRAINING, registers=registers, seed=seed, steps=STEPS // 2), sampled=False)
-        for seed in seeds for name, registers in ABLATIONS.items()
+        for name, registers in ABLATIONS.items() for seed in seeds
     ]  # fmt: skip
 
 
@@ -111,9 +111,8 @@ _FIRST = [name for name in METHODS if name != "MuToR-2D, 25 %"]
 GRIDS: dict[str, list[Run]] = {  # in order of importance: a grid that is stopped early has the important runs
     "main": [
         *headline((0,), *METHODS), *headline((1, 2), *_FIRST), *regimes(15, 0.0), *regimes(15, 0.1),
-        *headline((1, 2), "MuToR-2D, 25 %"), *ablations((0, 1)), *longer(0), *regimes(15, 0.3), *longer(1),
-        *ablations((2,)), *longer(2), *regimes(50, 0.0), *regimes(50, 0.1), *regimes(50, 0.3),
-        *headline((3, 4), *METHODS),
+        *ablations((0, 1)), *headline((1, 2), "MuToR-2D, 25 %"), *ablations((2,)), *regimes(15, 0.3), *longer(0),
+        *longer(1), *longer(2), *regimes(50, 0.0), *regimes(50, 0.1), *regimes(50, 0.3), *headline((3, 4), *METHODS),
     ],
     "small": headline((0, 1), *PAIR),
 }  # fmt: skip
