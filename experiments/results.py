@@ -162,7 +162,7 @@ def page(setup: dict, runs: list[dict], figures: str) -> str:
         "twenty, one "
         "leaves 0 out by chance.",
         "## The answer",
-        *answer(runs),
+        *answer(setup, runs),
         "## Set-up",
         set_up(setup, runs),
         *headline(runs, figures),
@@ -182,14 +182,16 @@ def bullets(lines: list[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def answer(runs: list[dict]) -> list[str]:
+def answer(setup: dict, runs: list[dict]) -> list[str]:
     """The first lines: what the intervals say, by rule."""
     lines, baseline = [], select(runs, block="headline", method=BASELINE)
     mutor = select(runs, block="headline", method=MUTOR)
     opening = ""
     if baseline.keys() & mutor.keys():
         fair = {m: equal_compute(baseline, mutor, m) for m in MEASURES}
-        opening = opening_line(fair)
+        passes = max(run["steps"] * run["batch_size"] for run in baseline.values()) / setup["train_images"]
+        where = f"at this scale, in the first {passes:.1f} passes over plentiful images, and at equal compute"
+        opening = opening_line(fair, where)
         lines.append(f"**{MUTOR}, against next-token at equal compute**, seeds: {len(baseline.keys() & mutor.keys())}: "
                      f"{said(fair)}. At equal steps: "
                      f"{said({m: equal_steps(baseline, mutor, m) for m in MEASURES})}.")  # fmt: skip
@@ -216,21 +218,21 @@ def answer(runs: list[dict]) -> list[str]:
     return [opening, bullets(lines)]
 
 
-def opening_line(fair: dict[str, list[float]]) -> str:
+def opening_line(fair: dict[str, list[float]], where: str) -> str:
     words = {measure: judged(found, measure) for measure, found in fair.items()}
-    better, worse = ([SHORT[m] for m, word in words.items() if word == kind] for kind in ("better", "worse"))
-    seeds = len(fair["loss"])
-    if seeds < 2:
+    better, worse = (
+        " and ".join(SHORT[m] for m, word in words.items() if word == kind) for kind in ("better", "worse")
+    )
+    if len(fair["loss"]) < 2:
         return "**One seed so far: no statement.**"
     if better and worse:
-        return (f"**Mixed: at this scale and equal compute MuToR-2D has better {' and '.join(better)} and worse "
-                f"{' and '.join(worse)} than next-token prediction.**")  # fmt: skip
+        return f"**Mixed: {where}, MuToR-2D has better {better} and worse {worse} than next-token prediction.**"
     if better:
-        return f"**Yes: at this scale and equal compute MuToR-2D has better {' and '.join(better)} than next-token.**"
+        return f"**Yes: {where}, MuToR-2D has better {better} than next-token prediction.**"
     if worse:
-        return (f"**No: at this scale and equal compute MuToR-2D has worse {' and '.join(worse)} than next-token "
-                "prediction, and nothing that is told apart as better.**")  # fmt: skip
-    return "**No effect: at this scale and equal compute MuToR-2D is not told apart from next-token prediction.**"
+        return (f"**No: {where}, MuToR-2D has worse {worse} than next-token prediction, and nothing that is told apart "
+                "as better.**")  # fmt: skip
+    return f"**No effect: {where}, MuToR-2D is not told apart from next-token prediction.**"
 
 
 def equal_compute(baseline: dict, rival: dict, measure: str) -> list[float]:
@@ -492,6 +494,11 @@ def drafting(runs: list[dict]) -> list[str]:
     return [name for name in methods(runs, "headline") if draft_means(runs, name, "acceptance")]
 
 
+def mapped(runs: list[dict]) -> list[str]:
+    """The objective whose every offset is shown, in a list: the one with most registers."""
+    return [name for name in drafting(runs) if name.startswith("MuToR-2D")][-1:]
+
+
 def percent(values: list[float]) -> str:
     return spread([100 * x for x in values], 1)
 
@@ -507,7 +514,7 @@ def drafts(setup: dict, runs: list[dict], figures: str) -> list[str]:
         cells = [f"{percent(found[beyond[k]])}" if k in beyond else "-" for k in "234" for found in (plain, guided)]
         along.append([name, f"{len(next(iter(plain.values())))}", *cells])
     offsets = []
-    for name in [name for name in names if name in (MUTOR, MUTOR_ALL)]:
+    for name in mapped(runs):
         plain, guided = (draft_means(runs, name, key) for key in ("acceptance", "acceptance_guided"))
         loss, difference = draft_means(runs, name, "loss"), gap(runs, name)
         for offset in plain:
@@ -734,10 +741,9 @@ def offset_map(found: dict[str, list[float]]) -> np.ndarray:
 
 
 def draw_offsets(plt, runs: list[dict]):
-    names = [name for name in drafting(runs) if name.startswith("MuToR-2D")]
-    if not names:
+    if not mapped(runs):
         return None
-    name = names[-1]
+    (name,) = mapped(runs)
     panels = [
         ("register's loss less next-token's (nats)", offset_map(gap(runs, name)), "{:.2f}"),
         ("acceptance (%)", 100 * offset_map(draft_means(runs, name, "acceptance")), "{:.0f}"),

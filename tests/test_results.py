@@ -105,8 +105,8 @@ def test_an_absent_effect_is_told_as_such_and_noise_is_not_called_an_effect(expe
     assert results.said({"accuracy": above}).startswith("class accuracy better")
     assert "one seed" in results.said({"loss": [0.1]}) and not results.judged([0.1], "loss")
     for fair, word in ((noise, "**No effect"), (above, "**No: "), ([-x for x in above], "**Yes: ")):
-        assert results.opening_line({"loss": fair, "fd": noise}).startswith(word)
-    assert results.opening_line({"loss": above, "fd": [-x for x in above]}).startswith("**Mixed: ")
+        assert results.opening_line({"loss": fair, "fd": noise}, "here").startswith(word)
+    assert results.opening_line({"loss": above, "fd": [-x for x in above]}, "here").startswith("**Mixed: ")
 
 
 @pytest.mark.parametrize("block", ["headline", "regimes", "ablations"])
