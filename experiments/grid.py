@@ -111,7 +111,7 @@ _FIRST = [name for name in METHODS if name != "MuToR-2D, 25 %"]
 GRIDS: dict[str, list[Run]] = {  # in order of importance: a grid that is stopped early has the important runs
     "main": [
         *headline((0,), *METHODS), *headline((1, 2), *_FIRST), *regimes(15, 0.0), *regimes(15, 0.1),
-        *ablations((0, 1)), *headline((1, 2), "MuToR-2D, 25 %"), *ablations((2,)), *regimes(15, 0.3), *longer(0),
+        *ablations((0, 1)), *headline((1, 2), "MuToR-2D, 25 %"), *regimes(15, 0.3), *ablations((2,)), *longer(0),
         *longer(1), *longer(2), *regimes(50, 0.0), *regimes(50, 0.1), *regimes(50, 0.3), *headline((3, 4), *METHODS),
     ],
     "small": headline((0, 1), *PAIR),
