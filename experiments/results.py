@@ -433,6 +433,8 @@ def regimes_answer(runs: list[dict]) -> list[str]:
             words = tuple(judged(at[when]["loss"], "loss") for when in ("last", "best"))
             parts.append(f"without dropout, at the last checkpoint {said(at['last'])}, at the best one "
                          f"{said(at['best'])}{MEANING.get(words, '')}")  # fmt: skip
+            if np.mean([run["best"] / run["steps"] for run in plain[1].values()]) > 0.9:
+                parts[-1] += ", as far as training went: MuToR-2D's best checkpoints are near its end"
         fair = {m: paired(values(rival[1], best, m), values(critic[1], best, m)) for m in MEASURES}
         parts.append(f"against the baseline that a careful critic would ask for, next-token with its best dropout "
                      f"({critic[0]:g}; MuToR-2D's: {rival[0]:g}) and early stopping, {said(fair)}")  # fmt: skip
