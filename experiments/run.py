@@ -156,9 +156,8 @@ def subset(source: Path, of_each_class: slice, out: Path) -> None:
 def decode(source: Path, out: Path) -> None:
     """The first view of every image of a token set as OUT/<class>/<number>.png, where they are not there yet."""
     import torch
-    from torchvision.io import write_png
 
-    from mutor_vision.images import to_uint8
+    from mutor_vision.images import to_pil, to_uint8
     from mutor_vision.tokenizer.model import load_tokenizer
 
     if (out / "done").exists():
@@ -169,7 +168,7 @@ def decode(source: Path, out: Path) -> None:
     for part in torch.arange(tokens.num_images).split(100):
         pictures = to_uint8(tokenizer.decode(tokens.codes()[part, 0].long().unflatten(1, tokens.grid)))
         for i, picture in zip(part.tolist(), pictures, strict=True):
-            write_png(picture, str(out / tokens.class_names[tokens.labels[i]] / f"{i:06d}.png"))
+            to_pil(picture).save(out / tokens.class_names[tokens.labels[i]] / f"{i:06d}.png")
     (out / "done").touch()
 
 
@@ -268,13 +267,12 @@ def score(folder: Path, work: Path, panel: Run) -> dict:
     settings = SampleSettings(cfg_scale=CFG_SCALE)
     pictures = [batch for _, batch in sample_stream(loaded, labels, settings, 0, 125)]
     if panel.block == "headline" and panel.config.seed == 0:
-        from torchvision.io import write_png
+        from mutor_vision.images import to_pil
 
         chosen = torch.arange(PANEL_COLUMNS) % len(loaded.class_names)
         row = sample_images(loaded, chosen, np.arange(PANEL_COLUMNS), settings, 1)
         (work / "panel").mkdir(exist_ok=True)
-        name = f"{panel.name}-{checkpoint.step_of(folder)}.png"
-        write_png(torch.cat(list(row), 2), str(work / "panel" / name))
+        to_pil(torch.cat(list(row), 2)).save(work / "panel" / f"{panel.name}-{checkpoint.step_of(folder)}.png")
     return {"loss": round(losses.mean().item(), 4), **fidelity(work, pictures, labels),
             "loss_by_position": [round(x, 3) for x in losses.tolist()]}  # fmt: skip
 
@@ -282,7 +280,7 @@ def score(folder: Path, work: Path, panel: Run) -> dict:
 def save_panel(runs: list[Run], strips: Path, path: Path) -> None:
     """The samples of every objective below each other; the baseline at each step where it is compared."""
     import torch
-    from torchvision.io import read_image
+    from PIL import Image
 
     from mutor_vision.images import grid, save_png
 
@@ -291,10 +289,12 @@ def save_panel(runs: list[Run], strips: Path, path: Path) -> None:
         for step in sorted({run.config.steps, *run.also_score}):
             strip = strips / f"{run.name}-{step}.png"
             if strip.exists():
-                rows += read_image(str(strip)).chunk(PANEL_COLUMNS, 2)
+                rows += torch.from_numpy(np.array(Image.open(strip))).permute(2, 0, 1).chunk(PANEL_COLUMNS, 2)
                 labels.append(f"{run.method}, {step} steps")
     if rows:
-        save_png(grid(torch.stack(rows), PANEL_COLUMNS, labels, min_cell=64), path)
+        save_png(
+            grid(torch.stack(rows), PANEL_COLUMNS, labels, min_cell=64).quantize(128), path
+        )  # a third of the bytes
 
 
 def position_losses(model, tokens: TokenSet):

@@ -166,3 +166,50 @@ def test_counted_compute_is_that_of_the_matrices_torch_multiplies(experiments):
         pairs = n * (n + 1) // 2
         attention = 2 * (2 * 32 * (pairs * (2 + config.parallel_heads - 1) + 2 * (r * (n + 1) // 2 + r if r else 0)))
         assert experiments["run"].flops_per_image(config) / 3 == matrices + attention
+
+
+@pytest.mark.slow
+def test_a_folder_of_images_becomes_a_page_and_a_killed_grid_goes_on(tmp_path, experiments, monkeypatch):
+    """The whole way at toy size: tokenizer, codes, features, two objectives, page; then again, with one result lost."""
+    from PIL import Image
+
+    from mutor_vision.config import TokenizerConfig
+
+    grid, run = experiments["grid"], experiments["run"]
+    for split, count in (("train", 12), ("val", 6)):
+        for index, name in enumerate(("ant", "bee")):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                generator = np.random.default_rng([index, i, count])
+                picture = generator.integers(128 * index, 128 * index + 128, size=(16, 16, 3), dtype=np.uint8)
+                Image.fromarray(picture).save(folder / f"{i}.png")
+    tokenizer = TokenizerConfig(
+        image_size=16, channels=(8, 8, 8), layers_per_block=1, latent_channels=8, code_dim=4, codebook_size=32,
+        attention=False, norm_groups=4,
+    )  # fmt: skip
+    training = {"model": TransformerConfig(2, 2, 32), "batch_size": 4, "val_every": 2, "save_every": 2, "log_every": 2}
+    tiny = {"next-token": (8, {"also_score": (4,)}), "MuToR-2D, 31 %": (4, {"also_score": (), "drafts": True})}
+    runs = []
+    for one in [one for one in grid.GRIDS["small"] if one.config.seed == 0]:
+        steps, measured = tiny[one.method]
+        registers = RegisterConfig("2d", 5) if one.drafts else RegisterConfig()
+        config = dataclasses.replace(one.config, **training, registers=registers, steps=steps, warmup_steps=1)
+        runs.append(dataclasses.replace(one, **measured, config=config))
+    small = dataclasses.replace(grid.TOKENIZER, model=tokenizer, steps=2, batch_size=4, save_every=0, val_every=2,
+                                warmup_steps=0, quantize_after=0)  # fmt: skip
+    for name, value in (("TOKENIZER", small), ("FEATURE_SIZE", 16), ("FEATURE_EPOCHS", 1), ("TEST_SAMPLES", 8),
+                        ("DRAFT_IMAGES", 4), ("GRIDS", {"small": runs})):  # fmt: skip
+        monkeypatch.setattr(run, name, value)
+    arguments = ["run.py", "--grid", "small", "--images", str(tmp_path / "images"), "--work", str(tmp_path / "work")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    run.main()
+    page = tmp_path / "work/results.md"
+    text = page.read_text()
+    assert "2 classes, 24 training images" in text and "## Registers as drafts" in text
+    assert {"samples", "curves", "offsets"} <= {path.stem for path in (tmp_path / "work/results").glob("*.png")}
+    lost = tmp_path / "work/json" / f"{runs[0].name}.json"
+    before = checkpoint.read_json(lost)
+    lost.unlink()
+    run.main()
+    assert checkpoint.read_json(lost) == before and page.read_text() == text
