@@ -639,16 +639,14 @@ def repeat(setup: dict, runs: list[dict]) -> str:
         blocks.setdefault(run["block"], []).append(run)
     counted = ", ".join(f"{len(found)} {name}" for name, found in sorted(blocks.items()))
     return (
-        f"{len(runs)} runs ({counted}), {seconds / 3600:.1f} hours of one thread in all; {setup['machine']}, torch "
-        f"{setup['torch']}. experiments/grid.py declares them, experiments/results/ has a JSON for each, with its "
-        "command.\n\n"
+        f"{len(runs)} runs ({counted}), {seconds / 3600:.1f} hours of one thread in all ({setup['machine']}, torch "
+        f"{setup['torch']}; other programs ran beside them, so times say little, and compute is counted). "
+        "experiments/grid.py declares them, experiments/results/ has a JSON for each, with its command.\n\n"
         "```\n"
-        "python experiments/run.py --zips DIR --work WORK                      # all; again, or twice at once, to "
-        "go on\n"
-        "python experiments/run.py --grid small --images FOLDER --work WORK    # 2 objectives x 2 seeds on your "
-        "images\n"
-        "python experiments/results.py                                         # this page\n"
-        "python experiments/results.py --check                                 # is it what the JSON says?\n"
+        "python experiments/run.py --zips DIR --work WORK                     # all; again, or twice at once: goes on\n"
+        "python experiments/run.py --grid small --images FOLDER --work WORK   # 2 objectives, 2 seeds, your images\n"
+        "python experiments/results.py                                        # this page\n"
+        "python experiments/results.py --check                                # is it what the JSON says?\n"
         "```"
     )
 
