@@ -211,7 +211,9 @@ def answer(setup: dict, runs: list[dict]) -> list[str]:
     found = [(name, differences) for name, differences in ablation_differences(runs) if len(differences) > 1]
     changed = [f"{name} {interval(d, 3).strip('*')}" for name, d in found if judged(d, "loss")]
     if found:
-        lines.append(f"**Ablations** ({len(found)} settings of {MUTOR} changed one at a time, held-out loss): " + (
+        seeds = sorted({len(differences) for _, differences in found})
+        lines.append(f"**Ablations** ({len(found)} settings of {MUTOR} changed one at a time, held-out loss, seeds: "
+                     f"{' or '.join(map(str, seeds))}): " + (
             f"{'; '.join(changed)}; the others are not told apart from the default." if changed
             else "none is told apart from the default."))  # fmt: skip
     lines += drafts_answer(runs)
@@ -406,16 +408,18 @@ def setup_classes(runs: list[dict]) -> int:
 
 
 def tuned(runs: list[dict], per_class: int, method: str) -> tuple[float, dict[int, dict]] | None:
-    """The dropout with the lowest mean of best validation losses among those that all seeds have, and its runs."""
+    """The dropout with the lowest mean of best validation losses, and its runs: over the seeds that all dropouts have
+    which were run with two seeds or more."""
     found = {d: select(runs, block="regimes", method=method, per_class=per_class, dropout=d)
              for c, d in regime_cells(runs) if c == per_class}  # fmt: skip
-    most = max(map(len, found.values()), default=0)
-    found = {d: r for d, r in found.items() if len(r) == most}
-    if not most:
+    enough = min(2, max(map(len, found.values()), default=0))
+    found = {d: r for d, r in found.items() if len(r) >= enough}
+    seeds = set.intersection(*map(set, found.values())) if found else set()
+    if not seeds:
         return None
-    score = {d: np.mean([min(run["validation"].values()) for run in r.values()]) for d, r in found.items()}
+    score = {d: np.mean([min(r[seed]["validation"].values()) for seed in seeds]) for d, r in found.items()}
     dropout = min(score, key=score.get)
-    return dropout, found[dropout]
+    return dropout, {seed: found[dropout][seed] for seed in sorted(seeds)}
 
 
 def regimes_answer(runs: list[dict]) -> list[str]:
@@ -437,7 +441,8 @@ def regimes_answer(runs: list[dict]) -> list[str]:
                 parts[-1] += ", as far as training went: MuToR-2D's best checkpoints are near its end"
         fair = {m: paired(values(rival[1], best, m), values(critic[1], best, m)) for m in MEASURES}
         parts.append(f"against the baseline that a careful critic would ask for, next-token with its best dropout "
-                     f"({critic[0]:g}; MuToR-2D's: {rival[0]:g}) and early stopping, {said(fair)}")  # fmt: skip
+                     f"({critic[0]:g}; MuToR-2D's: {rival[0]:g}) and early stopping, seeds: {len(fair['loss'])}: "
+                     f"{said(fair)}")  # fmt: skip
         lines.append(f"**Scarce data, {per_class} images a class** ({MUTOR}, equal compute): "
                      f"{'. Then '.join(parts)}.")  # fmt: skip
     return lines
@@ -641,7 +646,8 @@ def repeat(setup: dict, runs: list[dict]) -> str:
     return (
         f"{len(runs)} runs ({counted}), {seconds / 3600:.1f} hours of one thread in all ({setup['machine']}, torch "
         f"{setup['torch']}; other programs ran beside them, so times say little, and compute is counted). "
-        "experiments/grid.py declares them, experiments/results/ has a JSON for each, with its command.\n\n"
+        "experiments/grid.py declares them in the order of their importance, and the page is of those that have run; "
+        "experiments/results/ has a JSON for each, with its command.\n\n"
         "```\n"
         "python experiments/run.py --zips DIR --work WORK                     # all; again, or twice at once: goes on\n"
         "python experiments/run.py --grid small --images FOLDER --work WORK   # 2 objectives, 2 seeds, your images\n"
