@@ -91,7 +91,14 @@ def interval(differences: list[float], digits: int) -> str:
     if math.isnan(half):
         return f"{mean:+.{digits}f} (one seed)"
     text = f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
-    return f"**{text}**" if abs(mean) > half else text
+    return f"**{text}**" if is_clear(differences) else text
+
+
+def is_clear(differences: list[float]) -> bool:
+    """Whether the interval leaves 0 out. Never with two seeds: two rounded differences can be equal by chance, and the
+    interval then has no width."""
+    mean, half = t_interval(differences) if len(differences) > 2 else (0.0, math.nan)
+    return abs(mean) > half
 
 
 def said(differences: dict[str, list[float]]) -> str:
@@ -105,12 +112,11 @@ def said(differences: dict[str, list[float]]) -> str:
 
 
 def judged(differences: list[float], measure: str) -> str:
-    """'better', 'worse', or '' where the interval holds 0 or there is none."""
-    mean, half = t_interval(differences) if differences else (0.0, math.nan)
-    if not abs(mean) > half:
+    """'better', 'worse', or '' where the interval holds 0 or there are fewer than three seeds."""
+    if not is_clear(differences):
         return ""
     less = MEASURES[measure][2]
-    return less if mean < 0 else {"better": "worse", "worse": "better"}[less]
+    return less if np.mean(differences) < 0 else {"better": "worse", "worse": "better"}[less]
 
 
 # --- looking things up ------------------------------------------------------------------------------------------------
@@ -158,7 +164,8 @@ def page(setup: dict, runs: list[dict], figures: str) -> str:
         "typed by "
         "hand. Differences are paired by seed (same initial weights, same order of images), in brackets the 95 % "
         "interval "
-        "by Student's t over seeds, bold where it leaves 0 out. Intervals are not corrected for their number: of "
+        "by Student's t over seeds, bold where it leaves 0 out in three seeds or more. Intervals are not corrected for "
+        "their number: of "
         "twenty, one "
         "leaves 0 out by chance.",
         "## The answer",
@@ -225,8 +232,8 @@ def opening_line(fair: dict[str, list[float]], where: str) -> str:
     better, worse = (
         " and ".join(SHORT[m] for m, word in words.items() if word == kind) for kind in ("better", "worse")
     )
-    if len(fair["loss"]) < 2:
-        return "**One seed so far: no statement.**"
+    if len(fair["loss"]) < 3:
+        return f"**{len(fair['loss'])} of the 3 seeds that a statement takes: none is made.**"
     if better and worse:
         return f"**Mixed: {where}, MuToR-2D has better {better} and worse {worse} than next-token prediction.**"
     if better:

@@ -104,6 +104,8 @@ def test_an_absent_effect_is_told_as_such_and_noise_is_not_called_an_effect(expe
     assert "not told apart: held-out loss (+0.000" in results.said({"loss": noise, "fd": above})
     assert results.said({"accuracy": above}).startswith("class accuracy better")
     assert "one seed" in results.said({"loss": [0.1]}) and not results.judged([0.1], "loss")
+    assert not results.judged([0.4, 0.4], "accuracy") and "**" not in results.interval([0.4, 0.4], 1)
+    assert results.opening_line({"loss": [0.4, 0.4]}, "here").startswith("**2 of the 3 seeds")
     for fair, word in ((noise, "**No effect"), (above, "**No: "), ([-x for x in above], "**Yes: ")):
         assert results.opening_line({"loss": fair, "fd": noise}, "here").startswith(word)
     assert results.opening_line({"loss": above, "fd": [-x for x in above]}, "here").startswith("**Mixed: ")
