@@ -18,12 +18,13 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+from subset import subset
 
 from mutor_vision import checkpoint
 from mutor_vision.cli import Parser, run_command
 from mutor_vision.config import RegisterConfig, TokenizerConfig, TokenizerTrainConfig, TrainConfig, TransformerConfig
 from mutor_vision.errors import UserError
-from mutor_vision.token_set import TokenSet, save_array, shard_names, write_manifest
+from mutor_vision.token_set import TokenSet
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_suffix(".json")
@@ -86,7 +87,7 @@ def stages(zips: Path, work: Path):
         out = codes / f"few-{seed}"
         yield (
             lambda out=out: (out / "manifest.json").exists(),
-            lambda seed=seed, out=out: few(codes / "pool", seed, out),
+            lambda seed=seed, out=out: subset(codes / "pool", slice(seed * PER_CLASS, (seed + 1) * PER_CLASS), out),
         )
     features = ["eval/train_features.py", "--data", images / "target/reference", "--val-data", images / "target/val",
                 "--image-size", "32", "--epochs", "4", "--workers", "0", "--out", work / "features"]  # fmt: skip
@@ -149,24 +150,6 @@ def unzip(zips: Path, images: Path) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(archive.read(match[0]))
     (images / "done").touch()
-
-
-def few(pool: Path, seed: int, out: Path) -> None:
-    """The token set of seed's 20 images a class."""
-    tokens = TokenSet.open(pool)
-    labels = tokens.labels.numpy()
-    chosen = np.concatenate([
-        np.flatnonzero(labels == label)[seed * PER_CLASS : (seed + 1) * PER_CLASS]
-        for label in range(len(tokens.class_names))
-    ])  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / "tokenizer").exists():
-        checkpoint.export(tokens.tokenizer_path, out / "tokenizer")
-    codes_name, labels_name = shard_names(0)
-    save_array(out / codes_name, tokens.codes().numpy()[chosen].astype(np.uint16))
-    save_array(out / labels_name, labels[chosen])
-    plan = {name: value for name, value in tokens.manifest.items() if name not in ("shards", "images_per_class")}
-    write_manifest(out, {**plan, "num_images": len(chosen)}, [len(chosen)])
 
 
 def fine_tune(key: str, config: TrainConfig, work: Path) -> None:

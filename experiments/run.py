@@ -23,12 +23,13 @@ from pathlib import Path
 
 import numpy as np
 from grid import CFG_SCALE, CLASSES, FEATURE_EPOCHS, FEATURE_SIZE, GRIDS, TEST_SAMPLES, TOKENIZER, Run
+from subset import subset
 
 from mutor_vision import checkpoint
 from mutor_vision.cli import Parser, run_command
 from mutor_vision.config import TrainConfig, preset
 from mutor_vision.errors import UserError
-from mutor_vision.token_set import TokenSet, save_array, shard_names, write_manifest
+from mutor_vision.token_set import TokenSet
 
 ROOT = Path(__file__).resolve().parents[1]
 DRAFT_IMAGES = 100  # held-out images behind the figures of each offset
@@ -132,25 +133,6 @@ def unzip(zips: Path, images: Path) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(archive.read(match[0]))
     (images / "done").touch()
-
-
-def subset(source: Path, of_each_class: slice, out: Path) -> None:
-    """The token set of these images of every class, where it is not there yet."""
-    if (out / "manifest.json").exists():
-        return
-    tokens = TokenSet.open(source)
-    labels = tokens.labels.numpy()
-    chosen = np.concatenate(
-        [np.flatnonzero(labels == label)[of_each_class] for label in range(len(tokens.class_names))]
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / "tokenizer").exists():
-        checkpoint.export(tokens.tokenizer_path, out / "tokenizer")
-    codes_name, labels_name = shard_names(0)
-    save_array(out / codes_name, tokens.codes().numpy()[chosen].astype(np.uint16))
-    save_array(out / labels_name, labels[chosen])
-    plan = {name: value for name, value in tokens.manifest.items() if name not in ("shards", "images_per_class")}
-    write_manifest(out, {**plan, "num_images": len(chosen)}, [len(chosen)])
 
 
 def decode(source: Path, out: Path) -> None:
