@@ -26,6 +26,7 @@ import mutor_vision
 from mutor_vision.config import from_dict, to_dict
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
 
+OPTIMIZER = "optimizer"  # folder of a checkpoint: the shards of a sharded training's moments
 _STEP = re.compile(r"^step-(\d{7})$")
 
 
@@ -98,7 +99,7 @@ def save(
         save_file(tensors, partial / f"{name}.safetensors")
     torch.save(state, partial / "training.pt")
     if shards:
-        shards.rename(partial / "optimizer")
+        shards.rename(partial / OPTIMIZER)
     paths = sorted(path for path in partial.rglob("*") if path.is_file())
     for path in paths:
         shutil.copymode(partial / "config.json", path)  # safetensors writes files that only the owner may read

@@ -90,7 +90,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, head, targets, needs_gradient):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=dtype, device=hidden.device)
-        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=dtype)
+        if needs_gradient:
+            grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=dtype)
         for start in range(0, len(hidden), max(1, CHUNK // len(head))):
             part = slice(start, start + max(1, CHUNK // len(head)))
             log_p = F.linear(hidden[part], head).to(dtype).log_softmax(-1)  # the product is autocast's

@@ -22,7 +22,6 @@ from mutor_vision.loss import Objective
 from mutor_vision.runtime import Runtime
 from mutor_vision.transformer import Transformer
 
-OPTIMIZER = "optimizer"  # folder of a checkpoint
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -98,7 +97,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, run: Path
         return None
     from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
 
-    folder = run / "checkpoints" / f".{OPTIMIZER}.partial"
+    folder = run / "checkpoints" / f".{checkpoint.OPTIMIZER}.partial"
     if runtime.is_main:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -111,13 +110,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
     """The optimizer state of a verified checkpoint, whichever way of parallelism and number of processes wrote it."""
     state = checkpoint.read_training_state(folder)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if (folder / OPTIMIZER).is_dir():
+    if (folder / checkpoint.OPTIMIZER).is_dir():
         from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
         for parameter in parameters:
             step = torch.tensor(float(state["step"]), device=parameter.device)
             optimizer.state[parameter] = {"step": step} | {name: torch.zeros_like(parameter) for name in _MOMENTS}
-        reader = HuggingFaceStorageReader(str(folder / OPTIMIZER))  # safetensors and JSON, no pickle
+        reader = HuggingFaceStorageReader(str(folder / checkpoint.OPTIMIZER))  # safetensors and JSON, no pickle
         with warnings.catch_warnings(action="ignore"):  # it warns of a single process
             load(_moments(optimizer, model), storage_reader=reader, no_dist=runtime.world_size == 1)
         return
