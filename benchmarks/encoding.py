@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from report import machine, measure, medians, table, write
+from report import add_arguments, machine, measure, medians, table, write
 
 from mutor_vision import checkpoint
 from mutor_vision.cli import Parser, run_command
@@ -36,10 +36,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=0, help="of ours, crops per forward pass, 0 = its default")
     parser.add_argument("--workers", type=int, default=2, help="of ours, image-reading processes (default 2)")
     parser.add_argument("--precisions", default="float32", help="of ours, with commas: float32,bfloat16")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--threads", type=int, default=0, help="of the CPU, 0 = torch's choice")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side (default 3)")
-    parser.add_argument("--json", help="write the machine, sizes and every repeat here")
+    add_arguments(parser)
     arguments = parser.parse_args()
     precisions = arguments.precisions.split(",")
     if unknown := set(precisions) - set(PRECISIONS):

@@ -1,5 +1,6 @@
 """What the benchmarks share: the machine in words, times of several sides taken in turns, and their table."""
 
+import argparse
 import json
 import os
 import platform
@@ -11,6 +12,14 @@ from pathlib import Path
 import torch
 
 import mutor_vision
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of every benchmark that times in turns."""
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--threads", type=int, default=0, help="of the CPU, 0 = torch's choice")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side (default 3)")
+    parser.add_argument("--json", help="write the machine, sizes and every repeat here")
 
 
 def machine(device: str | torch.device = "cpu") -> dict:

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
-from report import machine, measure, medians, table, write
+from report import add_arguments, machine, measure, medians, table, write
 
 from mutor_vision.cli import Parser, run_command
 from mutor_vision.config import TransformerConfig, preset
@@ -40,10 +40,7 @@ def main() -> None:
     parser.add_argument("--compile", default="auto", help="of ours, as in `mutor sample`; on: LlamaGen's model as well")
     parser.add_argument("--quantize", default="none", help=f"of ours: {' or '.join(QUANTIZATIONS)}")
     parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--threads", type=int, default=0, help="of the CPU, 0 = torch's choice")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side (default 3)")
-    parser.add_argument("--json", help="write the machine, sizes and every repeat here")
+    add_arguments(parser)
     arguments = parser.parse_args()
     if arguments.compile not in COMPILE:
         raise UserError(f"--compile is '{arguments.compile}', expected one of {', '.join(COMPILE)}")
