@@ -7,7 +7,6 @@ Legend: B batch, N slots, R registers, M rows, C width, V codebook size.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mutor_vision.config import RegisterConfig
@@ -15,7 +14,7 @@ from mutor_vision.parallel_heads import ParallelHeads
 from mutor_vision.registers import TrainingSequence
 from mutor_vision.transformer import Transformer
 
-CHUNK = 2**23  # logits at a time: 32 MB in float32
+CHUNK = 2**22  # logits at a time, at least: 16 MB in float32
 
 
 class LossSums(NamedTuple):
@@ -82,29 +81,43 @@ def linear_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tenso
     return _LinearCrossEntropy.apply(hidden, head, targets, torch.is_grad_enabled())
 
 
+def chunk_rows(vocab_size: int, width: int) -> int:
+    """How many rows of logits exist at a time: enough to outweigh the head's gradient, to which every chunk adds."""
+    return max(width, CHUNK // vocab_size)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     # torch's F.linear_cross_entropy (2.13) chunks in the same way, but its sum of bfloat16 inputs is bfloat16, of
     # three digits, and under autocast it multiplies in float32.
 
     @staticmethod
     def forward(ctx, hidden, head, targets, needs_gradient):
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=dtype, device=hidden.device)
+        device, wide = hidden.device, torch.promote_types(hidden.dtype, torch.float32)
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
+        total = torch.zeros((), dtype=wide, device=device)
         if needs_gradient:
-            grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=dtype)
-        for start in range(0, len(hidden), max(1, CHUNK // len(head))):
-            part = slice(start, start + max(1, CHUNK // len(head)))
-            log_p = F.linear(hidden[part], head).to(dtype).log_softmax(-1)  # the product is autocast's
-            target = targets[part, None]
-            total -= log_p.gather(1, target).sum()
-            if needs_gradient:
-                p = log_p.exp_()
-                p.scatter_add_(1, target, p.new_full((), -1.0).expand(target.shape))
-                grad_hidden[part] = torch.mm(p, head)
-                if hidden.dtype == dtype and not torch.is_autocast_enabled(hidden.device.type):
-                    grad_head.addmm_(p.t(), hidden[part])  # without a second matrix of its size
-                else:
-                    grad_head += torch.mm(p.t(), hidden[part])
+            grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=wide)
+        with torch.autocast(device.type, enabled=False):
+            x, weight = hidden.to(dtype), head.to(dtype)
+            rows = chunk_rows(*head.shape)
+            # The same memory for every chunk: on a CPU new pages take longer than the product that fills them.
+            all_logits = x.new_empty(min(rows, len(x)), len(head))
+            all_log_p = torch.empty_like(all_logits, dtype=wide)
+            for start in range(0, len(x), rows):
+                part = x[start : start + rows]
+                target = targets[start : start + rows, None]
+                logits = torch.mm(part, weight.t(), out=all_logits[: len(part)])
+                log_p = torch.log_softmax(logits, -1, dtype=wide, out=all_log_p[: len(part)])
+                total -= log_p.gather(1, target).sum()
+                if needs_gradient:
+                    p = log_p.exp_()
+                    p.scatter_add_(1, target, p.new_full((), -1.0).expand(target.shape))
+                    p = p.to(dtype)
+                    grad_hidden[start : start + rows] = torch.mm(p, weight)
+                    if dtype == wide:
+                        grad_head.addmm_(p.t(), part)  # without a second matrix of its size
+                    else:
+                        grad_head += torch.mm(p.t(), part)
         if needs_gradient:
             ctx.save_for_backward(grad_hidden, grad_head)
         return total
@@ -112,4 +125,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * upstream, grad_head * upstream, None, None
+        return grad_hidden.mul_(upstream), grad_head.mul_(upstream), None, None

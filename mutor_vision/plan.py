@@ -114,20 +114,19 @@ def saved_per_layer(config: TrainConfig, width: int, on_cpu: bool, compiled: boo
     model, r = config.model, config.registers.count
     inputs = model.num_tokens + r
     c, f = inputs * model.dim, inputs * model.ffn_dim
-    mask = width if on_cpu and not compiled else 1  # a CPU keeps a dropout's mask in the compute type, else booleans
-    casts = 2 if width == 4 or compiled else 3  # autocast casts the feed-forward's input for each of two layers
+    # Autocast casts the feed-forward's input for each of two layers; compiled blocks compute norms anew, casts not.
+    outputs = (0 if width == 4 else 2) if compiled else (2 if width == 4 else 3)
     return {
         "inputs of both norms": (4 + width) * c if compiled else 2 * 4 * c,  # the second is the first and a sum
-        "the same divided by their size": 2 * 4 * c if on_cpu and not compiled else 0,  # CUDA's kernel needs it not
-        "inputs of qkv and of the feed-forward": casts * width * c,
+        "inputs of qkv and of the feed-forward": outputs * width * c,
         "values": width * c,
         "rotated queries and keys": 2 * width * c,
         "output of attention": width * c,
         "sums of its softmax": 4 * model.heads * (inputs + (r if on_cpu else 0)),
         "its two parts before they are joined": width * c if r and not on_cpu else 0,  # a CPU merges them in place
         "mask of the registers": 0 if on_cpu else width * r * inputs,
-        "masks of dropout": mask * c * ((model.residual_dropout > 0) + (model.ffn_dropout > 0)),
-        "gate, value and product, and the gate's SiLU": (3 if compiled else 4) * width * f,
+        "masks of dropout": c * ((model.residual_dropout > 0) + (model.ffn_dropout > 0)),
+        "gate, value and product": 3 * width * f,
     }
 
 
@@ -152,7 +151,7 @@ class Memory:
 
 def memory(config: TrainConfig, gpus: int, micro_batch: int, on_cpu: bool = False) -> Memory:
     """micro_batch: images in one forward pass of one process."""
-    from mutor_vision.loss import CHUNK
+    from mutor_vision.loss import chunk_rows
 
     model, count, sharded = config.model, parameters(config.model), config.parallel == "fsdp" and gpus > 1
     width = 2 if autocast(config, on_cpu) else 4
@@ -167,13 +166,13 @@ def memory(config: TrainConfig, gpus: int, micro_batch: int, on_cpu: bool = Fals
     layer = sum(saved_per_layer(config, width, on_cpu, compiled).values())
     residual = 4 * inputs * model.dim  # bytes of the residual stream of one image
     kept = model.layers * (residual if config.activation_checkpointing else layer)
-    kept += (4 if on_cpu else 1) * inputs * model.dim * (model.token_dropout > 0)
+    kept += inputs * model.dim * (model.token_dropout > 0)  # its mask
     if r := config.registers.count:  # rotary rows, and the mask that all layers share
         kept += 2 * 4 * inputs * model.head_dim + (4 * r * model.num_tokens if on_cpu and r < model.num_tokens else 0)
     # The loss: the last norm's input, output and gradient, with registers a copy of those that have a target; logits
     # and log-probabilities of a chunk; the head's gradient, of the chunk and of each cross-entropy.
     images = (3 + on_cpu + (r > 0)) * residual * micro_batch
-    rows = min(micro_batch * model.num_tokens, max(1, CHUNK // model.vocab_size))
+    rows = min(micro_batch * model.num_tokens, chunk_rows(model.vocab_size, model.dim))
     in_loss = images + 8 * rows * model.vocab_size + 4 * count.head * (3 if r else 2)
     # A block's backward pass: gradients of two tensors in the feed-forward and of the residual stream.
     in_block = 2 * width * inputs * model.ffn_dim + 2 * residual + layer * config.activation_checkpointing

@@ -72,13 +72,47 @@ class StaticStep:
         """The caller moves `position`."""
 
 
+def recomputed(function, *inputs: Tensor) -> Tensor:
+    """function(*inputs), of which only the inputs are kept for the backward pass: for what is cheap to do twice."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+class Dropout(nn.Dropout):
+    """With a mask of one byte for each number, where F.dropout on a CPU keeps four."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.native_dropout(x, self.p, True)[0] if self.training and self.p else x
+
+
+class FeedForward(SwiGLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(_Gated.apply(self.fc1_g(x), self.fc1_x(x)))
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) * x, keeping no more than its inputs: these are the largest tensors of a block."""
+
+    @staticmethod
+    def forward(ctx, gate, x):
+        ctx.save_for_backward(gate, x)
+        return F.silu(gate).mul_(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, x = ctx.saved_tensors
+        grad_silu = grad * x
+        return torch.ops.aten.silu_backward(grad_silu, gate), F.silu(gate).mul_(grad)
+
+
 class Attention(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.heads = config.heads
         self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
-        self.dropout = nn.Dropout(config.residual_dropout)
+        self.dropout = Dropout(config.residual_dropout)
 
     def forward(self, x: Tensor, sin: Tensor, cos: Tensor, attend) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
@@ -92,13 +126,13 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim, eps=1e-5)
         self.attention = Attention(config)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=1e-5)
-        self.ffn = SwiGLU(config.dim, config.ffn_dim, bias=False)
-        self.ffn_dropout = nn.Dropout(config.ffn_dropout)
+        self.ffn = FeedForward(config.dim, config.ffn_dim, bias=False)
+        self.ffn_dropout = Dropout(config.ffn_dropout)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, sin: Tensor, cos: Tensor, attend) -> Tensor:
-        x = x + self.drop_path(self.attention(self.attention_norm(x), sin, cos, attend))
-        return x + self.drop_path(self.ffn_dropout(self.ffn(self.ffn_norm(x))))
+        x = x + self.drop_path(self.attention(recomputed(self.attention_norm, x), sin, cos, attend))
+        return x + self.drop_path(self.ffn_dropout(self.ffn(recomputed(self.ffn_norm, x))))
 
 
 class Transformer(nn.Module):
@@ -114,7 +148,7 @@ class Transformer(nn.Module):
         self.register_token = config.vocab_size
         self.class_embedding = nn.Embedding(config.num_classes + 1, config.dim)
         self.token_embedding = nn.Embedding(config.vocab_size + 1, config.dim)  # the last row is the register's
-        self.token_dropout = nn.Dropout(config.token_dropout)
+        self.token_dropout = Dropout(config.token_dropout)
         drop_paths = [config.drop_path * i / max(1, config.layers - 1) for i in range(config.layers)]
         self.blocks = nn.ModuleList(Block(config, drop_path) for drop_path in drop_paths)
         self.norm = nn.RMSNorm(config.dim, eps=1e-5)

@@ -3,12 +3,13 @@ import math
 
 import pytest
 import torch
+from timm.layers import SwiGLU
 
 from mutor_vision.attention import AttentionPattern, SplitAttention, causal_attention, dense_attention
 from mutor_vision.config import TransformerConfig
 from mutor_vision.errors import UserError
 from mutor_vision.rope import rope_table
-from mutor_vision.transformer import KVCache, StaticStep, Transformer, num_parameters
+from mutor_vision.transformer import Dropout, FeedForward, KVCache, StaticStep, Transformer, num_parameters, recomputed
 
 SLOTS = torch.arange(16)[None]
 
@@ -71,6 +72,41 @@ def test_dropout_acts_in_training_mode_only(tiny_config):
     reference = model.eval()(tokens, labels, SLOTS)
     assert torch.equal(reference, model(tokens, labels, SLOTS))
     assert not torch.equal(reference, model.train()(tokens, labels, SLOTS))
+
+
+def test_dropout_drops_its_share_and_scales_the_rest_forward_and_backward():
+    x = torch.ones(100, 1000, requires_grad=True)
+    out = Dropout(0.3)(x)
+    out.sum().backward()
+    assert torch.equal(x.grad, out), "another mask in the backward pass"
+    assert (out == 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
+    assert out[out != 0].unique().tolist() == pytest.approx([1 / 0.7])
+
+
+def test_the_feed_forward_keeps_less_than_timms_and_equals_it():
+    ours, theirs = FeedForward(8, 24, bias=False).double(), SwiGLU(8, 24, bias=False).double()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    kept, gradients = {}, {}
+    for module in (ours, theirs):
+        sizes, module_x = kept.setdefault(module, []), x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            out = module(module_x)
+        gradients[module] = torch.autograd.grad(out.square().sum(), (module_x, *module.parameters()))
+    assert sum(kept[ours]) == sum(kept[theirs]) - 3 * 5 * 24, "as much as silu(gate) less"
+    for mine, other in zip(gradients[ours], gradients[theirs], strict=True):
+        assert torch.allclose(mine, other, rtol=1e-10, atol=1e-12)
+
+
+def test_what_is_recomputed_keeps_its_inputs_only_and_has_the_same_gradients():
+    norm, kept = torch.nn.RMSNorm(8).double(), []
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        out = recomputed(norm, x)
+    assert kept == [x.numel()]
+    expected = torch.autograd.grad(norm(x).square().sum(), (x, norm.weight))
+    for mine, other in zip(torch.autograd.grad(out.square().sum(), (x, norm.weight)), expected, strict=True):
+        assert torch.equal(mine, other)
 
 
 def test_the_class_row_of_the_rotary_table_is_zero_and_the_rest_rotates():
