@@ -18,6 +18,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+from comparison import t_interval
 from subset import subset
 
 from mutor_vision import checkpoint
@@ -242,10 +243,7 @@ def _spread(values: list[float], digits: int) -> str:
 
 
 def _interval(values: list[float]) -> str:
-    from scipy.stats import t
-
-    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{np.mean(values):+.3f} ± {half:.3f}"
+    return "{:+.3f} ± {:.3f}".format(*t_interval(values))
 
 
 if __name__ == "__main__":

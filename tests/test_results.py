@@ -18,7 +18,7 @@ def experiments(root):
     """The modules of experiments/, which is a folder of commands."""
     sys.path.insert(0, str(root / "experiments"))
     try:
-        yield {name: importlib.import_module(name) for name in ("grid", "run", "results")}
+        yield {name: importlib.import_module(name) for name in ("grid", "run", "results", "comparison")}
     finally:
         sys.path.remove(str(root / "experiments"))
 
@@ -63,12 +63,12 @@ def write(folder, experiments, effect, keep=lambda run: True):
     for run in filter(keep, experiments["grid"].GRIDS["main"]):
         checkpoint.write_json(folder / f"{run.name}.json",
                               invented(run, experiments["grid"], experiments["run"], effect))  # fmt: skip
-    return experiments["results"].page(*experiments["results"].read(folder), "results")
+    return experiments["results"].page(*experiments["comparison"].read(folder), "results")
 
 
 def test_the_committed_page_is_what_the_committed_json_says(root, experiments):
     results = experiments["results"]
-    expected = results.page(*results.read(root / "experiments/results"), "results")
+    expected = results.page(*experiments["comparison"].read(root / "experiments/results"), "results")
     assert (root / "docs/results.md").read_text() == expected, "run experiments/results.py"
     for name in ("curves", "regimes", "offsets", "positions", "samples"):
         if f"(results/{name}.png)" in expected:
@@ -98,13 +98,13 @@ def test_a_clear_effect_is_told_in_the_first_lines(tmp_path, experiments, effect
 
 
 def test_an_absent_effect_is_told_as_such_and_noise_is_not_called_an_effect(experiments):
-    results = experiments["results"]
+    results, comparison = experiments["results"], experiments["comparison"]
     above, noise = [0.09, 0.1, 0.11], [0.0, 0.1, -0.1]
-    assert results.said({"loss": noise, "fd": above}).startswith("FD worse (+0.10")
-    assert "not told apart: held-out loss (+0.000" in results.said({"loss": noise, "fd": above})
-    assert results.said({"accuracy": above}).startswith("class accuracy better")
-    assert "one seed" in results.said({"loss": [0.1]}) and not results.judged([0.1], "loss")
-    assert not results.judged([0.4, 0.4], "accuracy") and "**" not in results.interval([0.4, 0.4], 1)
+    assert comparison.said({"loss": noise, "fd": above}).startswith("FD worse (+0.10")
+    assert "not told apart: held-out loss (+0.000" in comparison.said({"loss": noise, "fd": above})
+    assert comparison.said({"accuracy": above}).startswith("class accuracy better")
+    assert "one seed" in comparison.said({"loss": [0.1]}) and not comparison.judged([0.1], "loss")
+    assert not comparison.judged([0.4, 0.4], "accuracy") and "**" not in comparison.interval([0.4, 0.4], 1)
     assert results.opening_line({"loss": [0.4, 0.4]}, "here").startswith("**2 of the 3 seeds")
     for fair, word in ((noise, "**No effect"), (above, "**No: "), ([-x for x in above], "**Yes: ")):
         assert results.opening_line({"loss": fair, "fd": noise}, "here").startswith(word)
@@ -138,7 +138,7 @@ def test_the_interval_is_students(experiments):
 
     values = np.random.default_rng(0).normal(size=(9, 10))
     for count in range(2, 11):
-        mean, half = experiments["results"].t_interval(values[count - 2, :count].tolist())
+        mean, half = experiments["comparison"].t_interval(values[count - 2, :count].tolist())
         low, high = stats.t.interval(0.95, count - 1, np.mean(values[count - 2, :count]),
                                      stats.sem(values[count - 2, :count]))  # fmt: skip
         assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-3)
