@@ -10,6 +10,7 @@ from mutor_vision.errors import UserError
 
 # 97.5 % points of Student's t at 1, 2, ... degrees of freedom (any table; exact to the digits shown).
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+LONGER = ("long", "longest")  # blocks of the headline's pair, trained longer
 BASELINE, MUTOR, MUTOR_ALL = "next-token", "MuToR-2D, 31 %", "MuToR-2D, 100 %"
 # Measure of a scored checkpoint -> (name, digits, what less of it is).
 MEASURES = {
@@ -136,6 +137,12 @@ def equal_steps(baseline: dict, rival: dict, measure: str) -> list[float]:
 
 def last_difference(other: dict, mine: dict, measure: str) -> list[float]:
     return paired(values(mine, last, measure), values(other, last, measure))
+
+
+def longer_pairs(runs: list[dict]) -> list[list[dict[int, dict]]]:
+    """Baseline and MuToR-2D of each longer comparison that has a seed of both."""
+    pairs = [[select(runs, block=block, method=name) for name in (BASELINE, MUTOR)] for block in LONGER]
+    return [pair for pair in pairs if pair[0].keys() & pair[1].keys()]
 
 
 def regime_cells(runs: list[dict]) -> list[tuple[int, float]]:

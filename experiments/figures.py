@@ -8,6 +8,7 @@ from comparison import (
     MUTOR,
     draft_means,
     gap,
+    longer_pairs,
     mapped,
     methods,
     position_map,
@@ -26,7 +27,8 @@ def draw(runs: list[dict], folder: Path) -> None:
 
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "legend.frameon": False})
     folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in (("curves", draw_curves(plt, runs)), ("regimes", draw_regimes(plt, runs)),
+    for name, figure in (("curves", draw_curves(plt, runs)), ("longer", draw_longer(plt, runs)),
+                         ("regimes", draw_regimes(plt, runs)),
                          ("offsets", draw_offsets(plt, runs)), ("positions", draw_positions(plt, runs))):  # fmt: skip
         if figure is not None:
             figure.savefig(folder / f"{name}.png", dpi=110)
@@ -59,19 +61,30 @@ def draw_curves(plt, runs: list[dict]):
             rows = [y - np.interp(x, *curve(baseline[seed])) for seed, (_, y) in curves.items() if seed in baseline]
             shown = x >= x[-1] * 0.25
             band(right, x[shown], [row[shown] for row in rows], color, name)
-    both = [select(runs, block="long", method=name) for name in (BASELINE, MUTOR)]
-    pairs = [(curve(both[0][seed]), curve(both[1][seed])) for seed in sorted(both[0].keys() & both[1].keys())]
-    if pairs:
-        color, x = COLORS[(methods(runs, "headline").index(MUTOR) + 6) % len(COLORS)], pairs[0][1][0]
-        band(left, pairs[0][0][0], [own[1] for own, _ in pairs], COLORS[6], f"{BASELINE}, longer", "--")
-        band(left, x, [other[1] for _, other in pairs], color, f"{MUTOR}, longer", "--")
-        shown, rows = x >= x[-1] * 0.1, [other[1] - np.interp(x, *own) for own, other in pairs]
-        band(right, x[shown], [row[shown] for row in rows], color, f"{MUTOR}, longer", "--")
     right.axhline(0, color="black", linewidth=0.8)
     left.set(xlabel="compute (steps of next-token)", ylabel="held-out loss (nats per token)")
     right.set(xlabel="compute (steps of next-token)", ylabel="loss less next-token's (nats per token)")
     top = np.mean([curve(run)[1][-1] for run in baseline.values()])
     left.set_ylim(top - 0.1, top + 0.9)
+    left.legend(fontsize=8)
+    return figure
+
+
+def draw_longer(plt, runs: list[dict]):
+    if not longer_pairs(runs):
+        return None
+    baseline, mutor = longer_pairs(runs)[-1]
+    both = [(curve(baseline[seed]), curve(mutor[seed])) for seed in sorted(baseline.keys() & mutor.keys())]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    x, other_x = both[0][0][0], both[0][1][0]
+    band(left, x, [own for (_, own), _ in both], COLORS[0], BASELINE)
+    band(left, other_x, [other for _, (_, other) in both], COLORS[1], MUTOR)
+    band(right, other_x, [other - np.interp(other_x, *own) for own, (_, other) in both], COLORS[1], MUTOR)
+    right.axhline(0, color="black", linewidth=0.8)
+    for axis in (left, right):
+        axis.set(xlabel="compute (steps of next-token)", xscale="log")
+    left.set_ylabel("held-out loss (nats per token)")
+    right.set_ylabel("MuToR-2D's less next-token's (nats)")
     left.legend(fontsize=8)
     return figure
 

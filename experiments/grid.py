@@ -47,7 +47,8 @@ ABLATIONS = {
 }
 PAIR = ("next-token", "MuToR-2D, 31 %")
 SEEDS = (0, 1, 2)
-LONG = (2560, 1960)  # steps of next-token and of MuToR-2D to the same compute, four times the headline's
+# Steps of next-token and of MuToR-2D to the same compute: four and sixteen times the headline's.
+LONG = {"long": (2560, 1960), "longest": (10240, 7840)}
 SCARCE = {15: (640, 480), 50: (1280, 960)}  # images of a class -> steps of next-token, of MuToR-2D: equal compute
 
 
@@ -55,7 +56,7 @@ SCARCE = {15: (640, 480), 50: (1280, 960)}  # images of a class -> steps of next
 class Run:
     """One training run and what is measured of it."""
 
-    block: str  # headline | long | regimes | ablations
+    block: str  # headline | long | longest | regimes | ablations
     method: str
     config: TrainConfig  # codes and val_codes are filled in when it runs
     per_class: int = 0  # training images of a class, each seed its own; 0 = all
@@ -81,11 +82,12 @@ def headline(seeds: tuple[int, ...], *names: str) -> list[Run]:
     ]  # fmt: skip
 
 
-def longer(seed: int) -> list[Run]:
+def longer(block: str, seed: int) -> list[Run]:
     """Plentiful data and more training: does a difference last?"""
+    every = max(TRAINING.val_every, LONG[block][0] // 64)
     return [
-        Run("long", name, replace(TRAINING, **METHODS[name], seed=seed, steps=steps))
-        for name, steps in zip(PAIR, LONG, strict=True)
+        Run(block, name, replace(TRAINING, **METHODS[name], seed=seed, steps=steps, val_every=every, save_every=every))
+        for name, steps in zip(PAIR, LONG[block], strict=True)
     ]
 
 
@@ -111,8 +113,10 @@ _FIRST = [name for name in METHODS if name != "MuToR-2D, 25 %"]
 GRIDS: dict[str, list[Run]] = {  # in order of importance: a grid that is stopped early has the important runs
     "main": [
         *headline((0,), *METHODS), *headline((1, 2), *_FIRST), *regimes(15, 0.0), *regimes(15, 0.1),
-        *ablations((0, 1)), *headline((1, 2), "MuToR-2D, 25 %"), *regimes(15, 0.3), *ablations((2,)), *longer(0),
-        *longer(1), *longer(2), *regimes(50, 0.0), *regimes(50, 0.1), *regimes(50, 0.3), *headline((3, 4), *METHODS),
+        *ablations((0, 1)), *headline((1, 2), "MuToR-2D, 25 %"), *regimes(15, 0.3), *ablations((2,)),
+        *longer("long", 0), *longer("long", 1), *longer("long", 2), *regimes(50, 0.0), *regimes(50, 0.1),
+        *regimes(50, 0.3), *longer("longest", 0), *longer("longest", 1), *longer("longest", 2),
+        *headline((3, 4), *METHODS),
     ],
     "small": headline((0, 1), *PAIR),
 }  # fmt: skip

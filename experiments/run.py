@@ -248,7 +248,7 @@ def score(folder: Path, work: Path, panel: Run) -> dict:
     labels = label_plan(TEST_SAMPLES, len(loaded.class_names), "balanced", 0)
     settings = SampleSettings(cfg_scale=CFG_SCALE)
     pictures = [batch for _, batch in sample_stream(loaded, labels, settings, 0, 125)]
-    if panel.block == "headline" and panel.config.seed == 0:
+    if panel.block in ("headline", "longest") and panel.config.seed == 0:
         from mutor_vision.images import to_pil
 
         chosen = torch.arange(PANEL_COLUMNS) % len(loaded.class_names)

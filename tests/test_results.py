@@ -70,7 +70,7 @@ def test_the_committed_page_is_what_the_committed_json_says(root, experiments):
     results = experiments["results"]
     expected = results.page(*experiments["comparison"].read(root / "experiments/results"), "results")
     assert (root / "docs/results.md").read_text() == expected, "run experiments/results.py"
-    for name in ("curves", "regimes", "offsets", "positions", "samples"):
+    for name in ("curves", "longer", "regimes", "offsets", "positions", "samples"):
         if f"(results/{name}.png)" in expected:
             assert (root / f"docs/results/{name}.png").stat().st_size < 700_000
 
@@ -111,7 +111,7 @@ def test_an_absent_effect_is_told_as_such_and_noise_is_not_called_an_effect(expe
     assert results.opening_line({"loss": above, "fd": [-x for x in above]}, "here").startswith("**Mixed: ")
 
 
-@pytest.mark.parametrize("block", ["headline", "regimes", "ablations"])
+@pytest.mark.parametrize("block", ["headline", "longest", "regimes", "ablations"])
 def test_a_grid_that_was_stopped_early_still_makes_a_page(tmp_path, experiments, block):
     for name, keep in (("block", lambda run: run.block == block), ("seed", lambda run: run.config.seed == 0),
                        ("one", lambda run: run.block == block and run.config.seed == 0)):  # fmt: skip
@@ -124,7 +124,8 @@ def test_check_fails_on_a_page_that_was_edited(tmp_path, experiments, monkeypatc
     arguments = ["results.py", "--results", str(tmp_path / "json"), "--page", str(tmp_path / "results.md")]
     monkeypatch.setattr(sys, "argv", arguments)
     results.main()
-    assert {path.stem for path in (tmp_path / "results").glob("*.png")} == {"curves", "regimes", "offsets", "positions"}
+    drawn = {"curves", "longer", "regimes", "offsets", "positions"}
+    assert {path.stem for path in (tmp_path / "results").glob("*.png")} == drawn
     monkeypatch.setattr(sys, "argv", [*arguments, "--check"])
     results.main()
     page = tmp_path / "results.md"
