@@ -208,6 +208,8 @@ def plan(name: str, config: TrainConfig, gpu: str, gpus: int, mfu: float) -> dic
             raise UserError(f"{setting} is '{getattr(config, setting)}', expected one of {', '.join(choices)}")
     if config.lora_rank:
         raise UserError("lora_rank is set: a plan counts the training of all weights only; set lora_rank=0")
+    if config.parallel_heads > 1:
+        raise UserError(f"parallel_heads is {config.parallel_heads}: a plan counts the transformer alone; set it to 1")
     on_cpu = gpu == "cpu"
     local = config.batch_size // gpus
     micro_batch = config.micro_batch or local

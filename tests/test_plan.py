@@ -173,6 +173,7 @@ def test_every_preset_has_a_plan(name):
         (["micro_batch=129"], ("h100", 8, 0.4), "micro_batch is 129"),
         (["parallel=zero"], ("h100", 8, 0.4), "parallel is 'zero', expected one of ddp, fsdp"),
         (["lora_rank=8"], ("h100", 8, 0.4), "lora_rank is set"),
+        (["parallel_heads=2"], ("h100", 8, 0.4), "parallel_heads is 2"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(settings, arguments, message):
