@@ -121,11 +121,15 @@ def answer(setup: dict, runs: list[dict]) -> list[str]:
             compute = [next(iter(found.values()))["relative_compute"] for found in (mine, other)]
             lines.append(f"**{own}, against {rival}** (equal steps, compute {compute[0]:.2f} and {compute[1]:.2f}): "
                          f"{said({m: last_difference(other, mine, m) for m in MEASURES})}.")  # fmt: skip
-    for more in longer_pairs(runs):
-        run = next(iter(more[0].values()))
-        lines.append(f"**With more training** ({MUTOR}, at the compute of {run['steps']} steps of next-token, "
-                     f"{passes(setup, run):.0f} passes), seeds: {len(more[0].keys() & more[1].keys())}: "
-                     f"{said({m: last_difference(*more, m) for m in MEASURES})}.")  # fmt: skip
+    if longer_pairs(runs):
+        lengths = []
+        for pair in longer_pairs(runs):
+            run = next(iter(pair[0].values()))
+            lengths.append(f"at {run['steps']} steps of next-token ({passes(setup, run):.0f} passes), seeds: "
+                           f"{len(pair[0].keys() & pair[1].keys())}: "
+                           f"{said({m: last_difference(*pair, m) for m in MEASURES})}")  # fmt: skip
+        lines.append(f"**With more training** ({MUTOR}, against next-token at equal compute): {'. '.join(lengths)}.")
+        opening += f" **After {passes(setup, run):.0f} passes: {said({'loss': last_difference(*pair, 'loss')})}.**"
     lines += regimes_answer(runs)
     found = [(name, differences) for name, differences in ablation_differences(runs) if len(differences) > 1]
     changed = [f"{name} {interval(d, 3).strip('*')}" for name, d in found if judged(d, "loss")]
