@@ -113,6 +113,9 @@ class TransformerConfig:
                 f"model.dim {self.dim} over model.heads {self.heads} is {self.dim / self.heads:g} a head, expected a "
                 "multiple of 4 (2D rotary embedding)"
             )
+        for name in ("token_dropout", "residual_dropout", "ffn_dropout", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}, expected at least 0 and below 1")
 
 
 @dataclass(frozen=True)

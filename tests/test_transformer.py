@@ -226,3 +226,10 @@ def test_a_cache_can_be_rolled_back(random_model):
 def test_a_width_that_the_rotary_embedding_cannot_split_is_refused():
     with pytest.raises(UserError, match="multiple of 4"):
         TransformerConfig(layers=1, heads=3, dim=64)
+
+
+@pytest.mark.parametrize("name", ["token_dropout", "residual_dropout", "ffn_dropout", "drop_path"])
+@pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
+def test_a_rate_that_would_drop_everything_is_refused(name, rate):
+    with pytest.raises(UserError, match=f"model.{name} is"):
+        TransformerConfig(**{name: rate})
