@@ -125,7 +125,7 @@ def answer(setup: dict, runs: list[dict]) -> list[str]:
         lengths = []
         for pair in longer_pairs(runs):
             run = next(iter(pair[0].values()))
-            lengths.append(f"at {run['steps']} steps of next-token ({passes(setup, run):.0f} passes), seeds: "
+            lengths.append(f"At {run['steps']} steps of next-token ({passes(setup, run):.0f} passes), seeds: "
                            f"{len(pair[0].keys() & pair[1].keys())}: "
                            f"{said({m: last_difference(*pair, m) for m in MEASURES})}")  # fmt: skip
         lines.append(f"**With more training** ({MUTOR}, against next-token at equal compute): {'. '.join(lengths)}.")
@@ -435,22 +435,25 @@ def positions(runs: list[dict], figures: str) -> list[str]:
 
 def limits(setup: dict, runs: list[dict]) -> list[str]:
     run, lines = runs[0], []
-    baseline = ([pair[0] for pair in longer_pairs(runs)] or [select(runs, block="headline", method=BASELINE)])[-1]
-    if baseline:
-        early, late = (t_interval([run["validation"][str(step(run))] for run in baseline.values()])[0]
+    baseline = select(runs, block="headline", method=BASELINE)
+    longest = ([pair[0] for pair in longer_pairs(runs)] or [baseline])[-1]
+    if longest:
+        early, late = (t_interval([run["validation"][str(step(run))] for run in longest.values()])[0]
                        for step in (lambda run: run["steps"] // 2, last))  # fmt: skip
-        seen = passes(setup, next(iter(baseline.values())))
+        seen = passes(setup, next(iter(longest.values())))
         change = f"falls by {early - late:.3f}" if early > late else f"rises by {late - early:.3f}"
         lines.append(
             f"The length: the longest runs see each image {seen:.1f} times, and in the second half next-token's loss "
             f"{change} nats. The paper's models see it 288 times, in two views."
         )
-        chance, found = 100 / setup["classes"], list(values(baseline, last, "accuracy").values())
-        if np.mean(found) < 2 * chance:
-            lines.append(f"The class: next-token's samples are taken for their class in {np.mean(found):.1f} % of "
-                         f"cases, {chance:.1f} % being chance. These models have hardly learned what a class is, so "
-                         "class "
-                         "accuracy and guidance tell little here.")  # fmt: skip
+    chance = 100 / setup["classes"]
+    found, later = (np.mean([*values(found, last, "accuracy").values()] or 0) for found in (baseline, longest))
+    if baseline and found < 2 * chance:
+        lines.append(
+            f"The class: samples of next-token in the main comparison are taken for their class in {found:.1f} % of "
+            f"cases, {chance:.1f} % being chance, and after the longest training in {later:.1f} %. Where it is near "
+            "chance, models have hardly learned what a class is, and class accuracy and guidance tell little."
+        )
     return [
         "## What this does not settle",
         bullets(lines + [
