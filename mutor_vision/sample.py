@@ -34,7 +34,9 @@ from mutor_vision.transformer import Transformer
 
 LABEL_PLANS = ("balanced", "random")
 COMPILE = ("auto", "on", "off")
-DECODED_AT_ONCE = 16  # images; the decoder's activations are what takes memory, and more at once are not faster
+# Images in one call of the tokenizer's decoder, whose activations are what takes memory. One on a CPU, where the last
+# bit of a pixel depends on their number, and an image of a set must not.
+DECODED_AT_ONCE = {"cpu": 1, "cuda": 16}
 LARGEST_BATCH = {"cuda": 256, "cpu": 32}  # images; by then the matrix products are as fast as they get
 
 
@@ -136,7 +138,7 @@ def _launch(loaded, labels, indices, settings, seed) -> tuple[Tensor, torch.cuda
             loaded.transformer, to_device(labels, device), settings, seed=seed, indices=np.asarray(indices),
             static=loaded.static,
         )  # fmt: skip
-    decoded = torch.cat([_decode(loaded, part) for part in codes.split(DECODED_AT_ONCE)])
+    decoded = torch.cat([_decode(loaded, part) for part in codes.split(DECODED_AT_ONCE[device.type])])
     if device.type != "cuda":
         return decoded, None
     host = torch.empty(decoded.shape, dtype=decoded.dtype, pin_memory=True)
@@ -207,7 +209,7 @@ def sample_in_order(
 def default_batch_size(loaded: LoadedModel) -> int:
     """Collective: images at once and process, the same on all: what half of the free memory holds, a power of two."""
     runtime = loaded.runtime
-    memory = free_bytes(runtime.device) / 2 - DECODED_AT_ONCE * decoder_bytes(loaded)
+    memory = free_bytes(runtime.device) / 2 - DECODED_AT_ONCE[runtime.device.type] * decoder_bytes(loaded)
     fitting = max(1, int(memory / bytes_per_image(loaded)))
     fitting = runtime.gather(torch.tensor([fitting], device=runtime.device)).min().item()
     return min(LARGEST_BATCH[runtime.device.type], 2 ** (fitting.bit_length() - 1))

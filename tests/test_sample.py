@@ -112,9 +112,9 @@ def test_on_a_gpu_the_next_batch_is_launched_before_the_last_is_fetched(trained_
 
 def test_the_batch_follows_from_free_memory(trained_run, monkeypatch):
     loaded = sample.load(trained_run, ALONE)
-    decoder, image = sample.DECODED_AT_ONCE * sample.decoder_bytes(loaded), sample.bytes_per_image(loaded)
+    decoder, image = sample.DECODED_AT_ONCE["cpu"] * sample.decoder_bytes(loaded), sample.bytes_per_image(loaded)
     # 2 layers of 32, 16 tokens, keys and values of two streams; 36 bytes for each of 32 codes. Six activations.
-    assert image == 2 * 2 * 2 * 16 * 32 * 4 + 32 * 36 and decoder == 16 * 6 * 8 * 16 * 16 * 4
+    assert image == 2 * 2 * 2 * 16 * 32 * 4 + 32 * 36 and decoder == 6 * 8 * 16 * 16 * 4
     for free, expected in ((0, 1), (2 * (decoder + 9 * image), 8), (2**60, 32)):
         monkeypatch.setattr(sample, "free_bytes", lambda device, free=free: free)
         assert sample.default_batch_size(loaded) == expected
@@ -215,3 +215,18 @@ def test_no_command_or_a_wrong_one_is_one_line(mutor):
     for arguments in ([], ["smaple"]):
         code, _, err = mutor(*arguments)
         assert code == 2 and len(err.strip().splitlines()) == 1
+
+
+def test_pixels_do_not_depend_on_how_many_images_are_drawn_with_them(trained_run, monkeypatch):
+    """With many images and the codes given: a pixel near a half shows the last bit of a decoder's kernel."""
+    loaded = sample.load(trained_run, ALONE)
+    config = loaded.transformer.config
+    codes = torch.randint(config.vocab_size, (400, *config.grid), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(sample, "generate", lambda model, labels, settings, *, seed, indices, static: codes[indices])
+
+    def drawn(size):
+        parts = np.split(np.arange(400), range(size, 400, size))
+        return torch.cat([sample.sample_images(loaded, torch.zeros(len(part), dtype=torch.int64), part,
+                                               SampleSettings(), 0) for part in parts])  # fmt: skip
+
+    assert torch.equal(drawn(400), drawn(3))
