@@ -41,8 +41,8 @@ def curve(run: dict) -> tuple[np.ndarray, np.ndarray]:
     return steps * run["relative_compute"], np.array(list(run["validation"].values()))
 
 
-def band(axis, x: np.ndarray, rows: list[np.ndarray], color: str, label: str, style: str = "-") -> None:
-    axis.plot(x, np.mean(rows, 0), style, color=color, label=label, linewidth=1.6)
+def band(axis, x: np.ndarray, rows: list[np.ndarray], color: str, label: str) -> None:
+    axis.plot(x, np.mean(rows, 0), color=color, label=label, linewidth=1.6)
     if len(rows) > 1:
         axis.fill_between(x, np.min(rows, 0), np.max(rows, 0), color=color, alpha=0.13, linewidth=0)
 
@@ -71,9 +71,10 @@ def draw_curves(plt, runs: list[dict]):
 
 
 def draw_longer(plt, runs: list[dict]):
-    if not longer_pairs(runs):
+    pairs = longer_pairs(runs)
+    if not pairs:
         return None
-    baseline, mutor = longer_pairs(runs)[-1]
+    baseline, mutor = pairs[-1]
     both = [(curve(baseline[seed]), curve(mutor[seed])) for seed in sorted(baseline.keys() & mutor.keys())]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     x, other_x = both[0][0][0], both[0][1][0]

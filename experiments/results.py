@@ -104,12 +104,12 @@ def bullets(lines: list[str]) -> str:
 
 def answer(setup: dict, runs: list[dict]) -> list[str]:
     """The first lines: what the intervals say, by rule."""
-    lines, baseline = [], select(runs, block="headline", method=BASELINE)
+    lines, images, baseline = [], setup["train_images"], select(runs, block="headline", method=BASELINE)
     mutor = select(runs, block="headline", method=MUTOR)
     opening = ""
     if baseline.keys() & mutor.keys():
         fair = {m: equal_compute(baseline, mutor, m) for m in MEASURES}
-        seen = passes(setup, next(iter(baseline.values())))
+        seen = passes(next(iter(baseline.values())), images)
         where = f"at this scale, in the first {seen:.1f} passes over plentiful images, and at equal compute"
         opening = opening_line(fair, where)
         lines.append(f"**{MUTOR}, against next-token at equal compute**, seeds: {len(baseline.keys() & mutor.keys())}: "
@@ -125,11 +125,11 @@ def answer(setup: dict, runs: list[dict]) -> list[str]:
         lengths = []
         for pair in longer_pairs(runs):
             run = next(iter(pair[0].values()))
-            lengths.append(f"At {run['steps']} steps of next-token ({passes(setup, run):.0f} passes), seeds: "
+            lengths.append(f"At {run['steps']} steps of next-token ({passes(run, images):.0f} passes), seeds: "
                            f"{len(pair[0].keys() & pair[1].keys())}: "
                            f"{said({m: last_difference(*pair, m) for m in MEASURES})}")  # fmt: skip
         lines.append(f"**With more training** ({MUTOR}, against next-token at equal compute): {'. '.join(lengths)}.")
-        opening += f" **After {passes(setup, run):.0f} passes: {said({'loss': last_difference(*pair, 'loss')})}.**"
+        opening += f" **After {passes(run, images):.0f} passes: {said({'loss': last_difference(*pair, 'loss')})}.**"
     lines += regimes_answer(runs)
     found = [(name, differences) for name, differences in ablation_differences(runs) if len(differences) > 1]
     changed = [f"{name} {interval(d, 3).strip('*')}" for name, d in found if judged(d, "loss")]
@@ -230,17 +230,17 @@ def headline(runs: list[dict], figures: str) -> list[str]:
     ]  # fmt: skip
 
 
-def passes(setup: dict, run: dict) -> float:
-    return run["steps"] * run["batch_size"] / setup["train_images"]
+def passes(run: dict, images: int) -> float:
+    return run["steps"] * run["batch_size"] / images
 
 
 def longer(setup: dict, runs: list[dict], figures: str) -> list[str]:
-    rows = []
+    rows, images = [], setup["train_images"]
     for pair in longer_pairs(runs):
         for name, found in zip((BASELINE, MUTOR), pair, strict=True):
             run = next(iter(found.values()))
             cells = [spread(list(values(found, last, m).values()), MEASURES[m][1]) for m in MEASURES]
-            rows.append([name, f"{run['steps']} ({passes(setup, run):.1f})", f"{len(found)}",
+            rows.append([name, f"{run['steps']} ({passes(run, images):.1f})", f"{len(found)}",
                          f"{np.mean([run['best'] for run in found.values()]):.0f}",
                          spread(list(values(found, best, "loss").values()), 3), *cells])  # fmt: skip
         differences = [interval(last_difference(*pair, m), MEASURES[m][1]) for m in MEASURES]
@@ -275,8 +275,8 @@ def regimes(runs: list[dict], figures: str) -> list[str]:
             found = both[name] = select(runs, block="regimes", method=name, per_class=per_class, dropout=dropout)
             if found:
                 first = next(iter(found.values()))
-                passes = first["steps"] * first["batch_size"] / (per_class * setup_classes(runs))
-                row = [f"{per_class}", f"{dropout:g}", name, f"{len(found)}", f"{first['steps']} ({passes:.0f})",
+                seen = passes(first, per_class * setup_classes(runs))
+                row = [f"{per_class}", f"{dropout:g}", name, f"{len(found)}", f"{first['steps']} ({seen:.0f})",
                        f"{np.mean([run['best'] for run in found.values()]):.0f}"]  # fmt: skip
                 for m in MEASURES:
                     row += [spread(list(values(found, step, m).values()), MEASURES[m][1]) for step in (best, last)]
@@ -440,7 +440,7 @@ def limits(setup: dict, runs: list[dict]) -> list[str]:
     if longest:
         early, late = (t_interval([run["validation"][str(step(run))] for run in longest.values()])[0]
                        for step in (lambda run: run["steps"] // 2, last))  # fmt: skip
-        seen = passes(setup, next(iter(longest.values())))
+        seen = passes(next(iter(longest.values())), setup["train_images"])
         change = f"falls by {early - late:.3f}" if early > late else f"rises by {late - early:.3f}"
         lines.append(
             f"The length: the longest runs see each image {seen:.1f} times, and in the second half next-token's loss "
