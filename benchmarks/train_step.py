@@ -38,7 +38,9 @@ class NaiveObjective(Objective):
 
     def forward(self, labels, sequence):
         n = sequence.num_regular
-        with patch("mutor_vision.transformer.SplitAttention", lambda p: partial(dense_attention, mask=p.dense_mask())):
+        with patch(
+            "mutor_vision.transformer.SplitAttention", lambda p, dtype: partial(dense_attention, mask=p.dense_mask())
+        ):
             logits = self.transformer(sequence.tokens, labels, sequence.positions, sequence.pattern)
         both = [(logits[:, :n], sequence.targets[:, :n]), (logits[:, n:], sequence.targets[:, n:])]
         return LossSums(*(F.cross_entropy(x.flatten(0, 1), t.flatten(), reduction="sum") for x, t in both))

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mutor_vision import fast_paths
+
 
 @dataclass(frozen=True)
 class AttentionPattern:
@@ -58,12 +60,13 @@ class SplitAttention:
     """The same in two parts: causal inputs exactly as if no private input existed (to the last bit, and without paying
     for a mask), then the private ones. Made once for all layers, which share its masks."""
 
-    def __init__(self, pattern: AttentionPattern):
+    def __init__(self, pattern: AttentionPattern, dtype: torch.dtype):
+        """dtype: of the queries, keys and values that will come."""
         self.num_causal = pattern.num_causal
-        # What is fastest where it could be measured. On CUDA the masked call is correct, and not yet compared.
-        self.merged = pattern.sees_itself and pattern.last_visible.device.type == "cpu"
+        on_cpu = pattern.last_visible.device.type == "cpu"
+        self.merged = pattern.sees_itself and on_cpu and fast_paths.prefix_attention()
         if not self.merged:
-            self.mask = pattern.private_mask()
+            self.mask = additive_mask(pattern.private_mask(), dtype)
         elif _is_one_per_slot(pattern):
             self.mask = None
         else:
@@ -80,8 +83,12 @@ class SplitAttention:
         return torch.cat([regular, private], dim=2)
 
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """(..., T) bool -> 0 where True, -inf where False. CUDA's kernels read such a mask as it is when its rows begin at
+    multiples of 8 numbers; a boolean mask, or other rows, they would copy in every layer."""
+    width = mask.shape[-1]
+    padded = mask.new_zeros(*mask.shape[:-1], -(-width // 8) * 8, dtype=dtype)[..., :width]
+    return padded.masked_fill_(~mask, -torch.inf)
 
 
 class _MergedAttention(torch.autograd.Function):
@@ -99,9 +106,9 @@ class _MergedAttention(torch.autograd.Function):
             mask = mask.to(torch.promote_types(q.dtype, mask.dtype))  # float64 with a float32 mask comes out wrong
         out = q.new_empty(*q.transpose(1, 2).shape).transpose(1, 2)  # as the projection after it reads it
         prefix = k[:, :, :n], v[:, :, :n]
-        out[:, :, :n], lse = _forward(q[:, :, :n], *prefix, 0.0, True)
+        out[:, :, :n], lse = fast_paths.prefix_attention_forward(q[:, :, :n], *prefix, True)
         own_q, own_k, own_v = q[:, :, n:], k[:, :, n:], v[:, :, n:]
-        private, prefix_lse = _forward(own_q, *prefix, 0.0, mask is None, attn_mask=mask)
+        private, prefix_lse = fast_paths.prefix_attention_forward(own_q, *prefix, mask is None, mask)
         s = (own_q * own_k).sum(-1, dtype=prefix_lse.dtype) * q.shape[-1] ** -0.5
         merged = torch.logaddexp(prefix_lse, s, out=torch.empty_like(prefix_lse))  # in the kernel's own layout
         own_share = (s - merged).exp_()
@@ -115,11 +122,10 @@ class _MergedAttention(torch.autograd.Function):
         q, k, v, mask, out, lse, merged, own_share = ctx.saved_tensors
         n = ctx.n
         prefix = k[:, :, :n], v[:, :, :n]
-        grad_q, grad_k, grad_v = _backward(grad[:, :, :n], q[:, :, :n], *prefix, out[:, :, :n], lse, 0.0, True)
+        backward = fast_paths.prefix_attention_backward
+        grad_q, grad_k, grad_v = backward(grad[:, :, :n], q[:, :, :n], *prefix, out[:, :, :n], lse, True)
         grad, out, own_q, own_k, own_v = (tensor[:, :, n:] for tensor in (grad, out, q, k, v))
-        private_q, private_k, private_v = _backward(
-            grad, own_q, *prefix, out, merged, 0.0, mask is None, attn_mask=mask
-        )
+        private_q, private_k, private_v = backward(grad, own_q, *prefix, out, merged, mask is None, mask)
         share = own_share[..., None].to(grad.dtype)
         grad_s = share * (grad * (own_v - out)).sum(-1, keepdim=True) * q.shape[-1] ** -0.5
         grad_q = torch.cat([grad_q, private_q.add_(grad_s * own_k)], dim=2)

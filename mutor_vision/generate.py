@@ -6,7 +6,6 @@ Legend: B images, N = h * w tokens, V codebook size.
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import uniforms
-from mutor_vision.runtime import to_device
-from mutor_vision.transformer import KVCache, StaticStep, Transformer
+from mutor_vision.runtime import float64_device, to_device
+from mutor_vision.transformer import KVCache, Transformer, compute_dtype
 
 CFG_SCHEDULES = ("constant", "linear", "power-cosine")
 
@@ -70,7 +69,7 @@ def filtered_probabilities(logits: Tensor, settings: SampleSettings) -> Tensor:
     """logits (B, V) -> float32 probabilities after temperature, top-k (ties kept) and top-p, in LlamaGen's order."""
     logits = logits.float()
     if settings.temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+        return torch.zeros_like(logits).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
     logits = logits / settings.temperature
     if 0 < settings.top_k < logits.shape[-1]:
         smallest = logits.topk(settings.top_k).values[:, -1:]
@@ -86,10 +85,10 @@ def filtered_probabilities(logits: Tensor, settings: SampleSettings) -> Tensor:
 
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """Invert the distribution function: probabilities (B, V), uniform (B,) float64 in [0, 1) -> (B,) int64. A token of
-    probability 0 is never drawn."""
-    cumulative = probabilities.double().cumsum(-1)
+    probability 0 is never drawn. Computed where `uniform` is, since a device may lack float64."""
+    cumulative = probabilities.to(uniform.device).double().cumsum(-1)
     drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    return drawn.clamp(max=probabilities.shape[-1] - 1)
+    return drawn.clamp(max=probabilities.shape[-1] - 1).to(probabilities.device)
 
 
 @torch.no_grad()
@@ -100,34 +99,37 @@ def generate(
     *,
     seed: int,
     indices: np.ndarray,
-    static: "StaticSteps | None" = None,
+    static=None,
     num_tokens: int = 0,
 ) -> Tensor:
     """labels (B,) int64 in [0, num_classes) -> codes (B, h, w) int64 in [0, V).
 
-    indices (B,): number of each image in the run. Image i is drawn from the uniforms of (seed, i) alone, so it depends
-    on no batch size, order or number of processes. The two streams of guidance share a batch and part after the last
-    guided token. static: steps of static shape made for this model. num_tokens above 0 stops after as many, for
-    benchmarks, and gives codes (B, num_tokens).
+    indices (B,): number of each image in the run. Image i is drawn from the uniforms of (seed, i) alone. That makes it
+    the same in every batch, order and number of processes as far as the logits are: a model that inference.prepare has
+    packed for the CPU computes a row alike in every batch; any other may round differently (a batch of one takes
+    another kernel than a batch of twelve, and then about 3 of 1,000 tokens differ at V = 16384).
+
+    The two streams of guidance share a batch and part after the last guided token. static: steps of static shape made
+    for this model. num_tokens above 0 stops after as many, for benchmarks, and gives codes (B, num_tokens).
     """
     config = model.config
     if settings.top_k > config.vocab_size:
         raise UserError(f"top_k is {settings.top_k}, expected at most the codebook's {config.vocab_size}; 0 = all")
     n = config.num_tokens
-    uniform = to_device(torch.from_numpy(uniforms(seed, "sample", indices, n)), labels.device)
+    uniform = to_device(torch.from_numpy(uniforms(seed, "sample", indices, n)), float64_device(labels.device))
     scales = guidance_scales(settings, n)
-    decode = _decode if static is None else static.decode
-    codes = decode(model, labels, uniform, scales, settings, num_tokens or n)
+    decoder = decode if static is None else static.decode
+    codes = decoder(model, labels, uniform, scales, settings, num_tokens or n)
     return codes if num_tokens else codes.unflatten(1, config.grid)
 
 
-def _decode(
+def decode(
     model: Transformer, labels: Tensor, uniform: Tensor, scales: list[float], settings: SampleSettings, count: int
 ) -> Tensor:
     """labels (B,), uniform (B, N) -> the first `count` codes (B, count), one after another in shapes that grow."""
-    batch, num_guided = len(labels), _num_guided(scales)
-    rows = _streams(model, labels, num_guided)
-    cache = KVCache(model.config, len(rows), device=labels.device, dtype=_compute_dtype(model))
+    batch, num_guided = len(labels), num_guided_tokens(scales)
+    rows = streams(model, labels, num_guided)
+    cache = KVCache(model.config, len(rows), device=labels.device, dtype=compute_dtype(model.token_embedding.weight))
     slots = torch.arange(len(scales), device=labels.device)[None]
     codes = torch.empty(batch, count, dtype=torch.int64, device=labels.device)
     tokens, first_labels = rows.new_empty(len(rows), 0), rows
@@ -136,14 +138,15 @@ def _decode(
         if i == num_guided > 0:
             cache = cache.rows(batch)
         scale = scales[i] if guided else None
-        codes[:, i] = _next(model, tokens, first_labels, slots[:, i : i + 1], cache, scale, uniform[:, i], settings)
+        slot = slots[:, i : i + 1]
+        codes[:, i] = next_codes(model, tokens, first_labels, slot, cache, scale, uniform[:, i], settings)
         tokens, first_labels = codes[:, i : i + 1], None
         if i + 1 < num_guided:
             tokens = tokens.repeat(2, 1)
     return codes
 
 
-def _next(model, tokens, labels, positions, cache, scale, uniform, settings) -> Tensor:
+def next_codes(model, tokens, labels, positions, cache, scale, uniform, settings) -> Tensor:
     """One step: the inputs of Transformer.forward, guidance `scale` or None, uniform (B,) -> codes (B,)."""
     logits = model(tokens, labels, positions, cache=cache)[:, -1]
     if scale is not None:
@@ -152,106 +155,13 @@ def _next(model, tokens, labels, positions, cache, scale, uniform, settings) -> 
     return draw(filtered_probabilities(logits, settings), uniform)
 
 
-class StaticSteps:
-    """The same decoding in steps of static shape, on CUDA recorded as graphs and replayed without Python: one graph for
-    each number of cache slots read (multiples of REACH) and of streams. Memory and graphs are kept for the batches that
-    follow, smaller ones included; a larger batch or other settings replace them."""
-
-    REACH = 64
-
-    def __init__(self, backend: str = ""):
-        """backend: torch.compile's for each step; '' = none; 'inductor' fuses the small kernels, at the price of some
-        minutes of compilation."""
-        self._step = _static_step
-        if backend:
-            import torch._dynamo
-
-            # The default of 8 shapes would send those after it through Python again.
-            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-            self._step = torch.compile(_static_step, backend=backend, dynamic=False, fullgraph=True)
-        self._made_for = None
-
-    def decode(self, model, labels, uniform, scales, settings, count) -> Tensor:
-        """As _decode."""
-        batch, num_guided = len(labels), _num_guided(scales)
-        self._prepare(model, batch, uniform, scales, settings)
-        size = len(self._codes)
-        self._uniform[:batch] = uniform
-        rows = _streams(model, torch.nn.functional.pad(labels, (0, size - batch)), num_guided)
-        self._cache.length = 0
-        first, empty = self._position.zero_()[None], rows.new_empty(len(rows), 0)
-        scale = scales[0] if num_guided else None
-        self._codes[:, 0] = _next(model, empty, rows, first, self._cache, scale, self._uniform[:, 0], settings)
-        for i in range(1, count):
-            self._position.fill_(i)
-            reach = min(len(scales), -(-(i + 1) // self.REACH) * self.REACH)
-            self._recorded(model, settings, reach, i < num_guided)()
-        return self._codes[:batch, :count].clone()
-
-    def _prepare(self, model, batch: int, uniform: Tensor, scales: list[float], settings: SampleSettings) -> None:
-        device, dtype = uniform.device, _compute_dtype(model)
-        made_for = (model, settings, dtype)
-        if self._made_for == made_for and batch <= len(self._codes):
-            return
-        self._made_for, self._steps = made_for, {}
-        num_streams = 2 if _num_guided(scales) else 1
-        self._cache = KVCache(model.config, num_streams * batch, device=device, dtype=dtype)
-        self._codes = torch.zeros(batch, len(scales), dtype=torch.int64, device=device)
-        self._uniform = torch.zeros(batch, len(scales), dtype=torch.float64, device=device)
-        self._scales = torch.tensor(scales, device=device)
-        self._position = torch.zeros(1, dtype=torch.int64, device=device)
-
-    def _recorded(self, model, settings, reach: int, guided: bool):
-        if (reach, guided) not in self._steps:
-            cache = self._cache if guided else self._cache.rows(len(self._codes))
-            scales = self._scales if guided else None
-            tensors = self._codes, self._uniform, scales, self._position
-            step = partial(self._step, model, cache, *tensors, reach, settings)
-            self._steps[reach, guided] = _graph(step) if self._codes.device.type == "cuda" else step
-        return self._steps[reach, guided]
-
-
-def _static_step(model, cache, codes, uniform, scales, position, reach, settings) -> None:
-    """Code `position` (1,) of codes (B, N) from the ones before it. Doing it twice changes nothing."""
-    tokens = codes.index_select(1, position - 1)
-    if scales is not None:
-        tokens = tokens.repeat(2, 1)
-    scale = None if scales is None else scales[position]
-    drawn = _next(
-        model, tokens, None, position[None], StaticStep(cache, position, reach), scale,
-        uniform.index_select(1, position)[:, 0], settings,
-    )  # fmt: skip
-    codes.index_copy_(1, position, drawn[:, None])
-
-
-def _graph(step):
-    """A function on CUDA tensors that stay where they are -> the same as a graph to replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # kernels are compiled, chosen and warmed up outside the recording
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-def _num_guided(scales: list[float]) -> int:
+def num_guided_tokens(scales: list[float]) -> int:
     """The tokens up to the last guided one. The null class's stream must see all of them, so it ends only there."""
     return max((i + 1 for i, scale in enumerate(scales) if scale != 1), default=0)
 
 
-def _streams(model: Transformer, labels: Tensor, num_guided: int) -> Tensor:
+def streams(model: Transformer, labels: Tensor, num_guided: int) -> Tensor:
     return torch.cat([labels, torch.full_like(labels, model.null_class)]) if num_guided else labels
-
-
-def _compute_dtype(model: Transformer) -> torch.dtype:
-    weight = model.token_embedding.weight
-    if torch.is_autocast_enabled(weight.device.type):
-        return torch.get_autocast_dtype(weight.device.type)
-    return weight.dtype
 
 
 def _is_interval(interval: tuple[int, ...]) -> bool:

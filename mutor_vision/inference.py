@@ -4,6 +4,7 @@ CPU's kernels, or as int8. In place; it cannot be trained or saved afterwards.""
 import torch
 from torch import Tensor, nn
 
+from mutor_vision import fast_paths
 from mutor_vision.errors import UserError
 from mutor_vision.transformer import Transformer
 
@@ -18,14 +19,14 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)  # 32 rows: a hint, any number is right
+        self.packed = fast_paths.pack(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the weight's type."""
         rows = x.to(self.dtype).reshape(-1, self.in_features)
         # A single row would take another kernel, which rounds differently.
         padded = rows.expand(2, -1) if len(rows) == 1 else rows
-        y = torch.ops.mkldnn._linear_pointwise(padded, self.packed, None, "none", [], "")
+        y = fast_paths.packed_product(padded, self.packed)
         return y[: len(rows)].view(*x.shape[:-1], self.out_features)
 
 
@@ -41,14 +42,15 @@ def prepare(model: Transformer, dtype: torch.dtype | None, quantize: str = "none
                 module.to(dtype)
     if quantize == "int8":
         _quantize(model.blocks)
-    if model.head.weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if model.head.weight.device.type == "cpu":
         _pack(model)
     return model
 
 
 def _pack(module: nn.Module) -> None:
     for name, child in module.named_children():
-        if type(child) is nn.Linear and child.bias is None and type(child.weight) is nn.Parameter:
+        plain = type(child) is nn.Linear and child.bias is None and type(child.weight) is nn.Parameter
+        if plain and fast_paths.packed_products(child.weight.dtype):
             setattr(module, name, PackedLinear(child.weight.detach()))
         else:
             _pack(child)

@@ -92,11 +92,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head, targets, needs_gradient):
+        needs_head_gradient = needs_gradient and ctx.needs_input_grad[1]  # an adapter leaves the head as it is
         device, wide = hidden.device, torch.promote_types(hidden.dtype, torch.float32)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
         total = torch.zeros((), dtype=wide, device=device)
         if needs_gradient:
-            grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=wide)
+            grad_hidden = torch.empty_like(hidden)
+        grad_head = torch.zeros_like(head, dtype=wide) if needs_head_gradient else None
         with torch.autocast(device.type, enabled=False):
             x, weight = hidden.to(dtype), head.to(dtype)
             rows = chunk_rows(*head.shape)
@@ -114,6 +116,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     p.scatter_add_(1, target, p.new_full((), -1.0).expand(target.shape))
                     p = p.to(dtype)
                     grad_hidden[start : start + rows] = torch.mm(p, weight)
+                    if grad_head is None:
+                        continue
                     if dtype == wide:
                         grad_head.addmm_(p.t(), part)  # without a second matrix of its size
                     else:
@@ -125,4 +129,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden.mul_(upstream), grad_head.mul_(upstream), None, None
+        if grad_head is not None:
+            grad_head.mul_(upstream)
+        return grad_hidden.mul_(upstream), grad_head, None, None

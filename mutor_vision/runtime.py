@@ -13,6 +13,7 @@ import torch.distributed as dist
 from mutor_vision.errors import UserError
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,11 @@ class Runtime:
     world_size: int
     device: torch.device
     autocast_dtype: torch.dtype | None
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """Of long sums on the device: float64 where it has that."""
+        return torch.float64 if float64_device(self.device) == self.device else torch.float32
 
     @property
     def is_main(self) -> bool:
@@ -61,24 +67,32 @@ class Runtime:
             raise UserError(f"rank {self.rank} stops because {failed} other rank(s) failed; see their message")
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Where float64 numbers that belong to `device` are kept: Apple's GPUs have none, so theirs stay on the CPU."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor on `device`, without waiting for what the device is doing."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """The tensor on `device`, without waiting for what the device is doing; itself where it is there already."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def start(precision: str = "auto", device: str = "auto") -> Runtime:
     """Join the process group that torchrun describes in the environment, or run alone.
 
-    precision: 'auto' (bfloat16 autocast on CUDA, float32 elsewhere), 'float32' or 'bfloat16'.
-    device: 'auto' (CUDA when present), 'cpu' or 'cuda'.
+    precision: 'auto' (bfloat16 autocast on CUDA cards that have it, float32 elsewhere), 'float32' or 'bfloat16'.
+    device: 'auto' (CUDA or else Apple's MPS when present, else the CPU), 'cpu', 'cuda' or 'mps'.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision is '{precision}', expected one of {', '.join(PRECISIONS)}")
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device is '{device}', expected auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is 'cuda', but no CUDA device is visible; use cpu or auto")
-    kind = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in DEVICES:
+        raise UserError(f"device is '{device}', expected one of {', '.join(DEVICES)}")
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device != "auto" and not present[device]:
+        raise UserError(f"device is '{device}', but no {device.upper()} device is visible; use cpu or auto")
+    kind = device if device != "auto" else next(kind for kind in present if present[kind])
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -91,10 +105,14 @@ def start(precision: str = "auto", device: str = "auto") -> Runtime:
                 "lower --nproc-per-node"
             )
         torch.cuda.set_device(local_rank)
-    where = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "mps" and world_size > 1:
+        raise UserError(f"{world_size} processes on one MPS device; start one process, or use --device cpu")
+    where = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=30))
-    dtype = torch.bfloat16 if precision == "bfloat16" or (precision == "auto" and kind == "cuda") else None
+    # Cards before Ampere emulate bfloat16, slower than they compute in float32.
+    has_bfloat16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if precision == "bfloat16" or (precision == "auto" and has_bfloat16) else None
     return Runtime(rank=rank, world_size=world_size, device=where, autocast_dtype=dtype)
 
 

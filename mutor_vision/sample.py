@@ -25,10 +25,11 @@ import mutor_vision
 from mutor_vision import checkpoint, images
 from mutor_vision.config import TrainConfig
 from mutor_vision.errors import UserError
-from mutor_vision.generate import CFG_SCHEDULES, SampleSettings, StaticSteps, generate
+from mutor_vision.generate import CFG_SCHEDULES, SampleSettings, generate
 from mutor_vision.inference import QUANTIZATIONS, prepare
 from mutor_vision.keyed_random import permutation, uniforms
 from mutor_vision.runtime import Runtime, finish, start, to_device
+from mutor_vision.static_steps import StaticSteps
 from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer
 from mutor_vision.transformer import Transformer
 

@@ -32,7 +32,10 @@ def parallelize(objective: Objective, ema: nn.Module | None, kind: str, runtime:
         return objective
     if kind == "ddp":
         devices = [runtime.device.index] if runtime.device.index is not None else None
-        return DistributedDataParallel(objective, device_ids=devices, gradient_as_bucket_view=True)  # no second copy
+        # No second copy of the gradients; and the buffers, rotary tables, are constants that need no broadcast.
+        return DistributedDataParallel(
+            objective, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
     _shard(objective, runtime)
     if ema is not None:
         _shard(Objective(ema), runtime)
@@ -49,6 +52,9 @@ def _shard(objective: Objective, runtime: Runtime) -> None:
         param_dtype=runtime.autocast_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for block in objective.transformer.blocks:
+        # As under autocast, norms keep float32 weights. In bfloat16 they would be rounded, and with float32 inputs the
+        # fused kernel refuses them.
+        fully_shard([block.attention_norm, block.ffn_norm], mesh=mesh)
         fully_shard(block, mesh=mesh, mp_policy=precision)
     fully_shard(objective, mesh=mesh)
 

@@ -14,7 +14,7 @@ from timm.layers import DropPath, SwiGLU
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mutor_vision.attention import AttentionPattern, SplitAttention, causal_attention
+from mutor_vision.attention import AttentionPattern, SplitAttention, additive_mask, causal_attention
 from mutor_vision.config import TransformerConfig
 from mutor_vision.rope import apply_rope, rope_table
 
@@ -58,7 +58,8 @@ class StaticStep:
         self.cache = cache
         self.position = position
         self.reach = reach
-        self.mask = (torch.arange(reach, device=position.device) <= position)[None, None, None]  # (1, 1, 1, reach)
+        seen = torch.arange(reach, device=position.device) <= position
+        self.mask = additive_mask(seen[None, None, None], cache.keys[0].dtype)  # (1, 1, 1, reach)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As KVCache.attend, for M = 1."""
@@ -80,9 +81,12 @@ def recomputed(function, *inputs: Tensor) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """With a mask of one byte for each number, where F.dropout on a CPU keeps four and takes longer to draw them."""
+    """On a CPU with a mask of one byte for each number, where F.dropout keeps four and takes longer to draw them. Other
+    devices have a fused kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
         if not self.training or self.p == 0:
             return x
         keep = torch.rand_like(x, dtype=torch.float32) >= self.p
@@ -184,7 +188,7 @@ class Transformer(nn.Module):
             x = torch.cat([self.class_embedding(labels)[:, None], x], dim=1)  # (B, T, C)
         x = self.token_dropout(x)
         sin, cos = self.rope[:, positions][:, :, None]  # each (B or 1, 1, T, D)
-        attend = causal_attention if pattern is None else SplitAttention(pattern)
+        attend = causal_attention if pattern is None else SplitAttention(pattern, compute_dtype(x))
         for layer, block in enumerate(self.blocks):
             if cache is not None:
                 attend = partial(cache.attend, layer)
@@ -199,6 +203,13 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> float32 logits (..., V)."""
         return self.head(hidden).float()
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type in which a linear layer multiplies x: autocast's where it is on, else x's own."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 def num_parameters(module: nn.Module) -> int:

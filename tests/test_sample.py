@@ -13,10 +13,11 @@ from PIL import Image
 from mutor_vision import checkpoint, sample
 from mutor_vision.cli import main
 from mutor_vision.config import TrainConfig
-from mutor_vision.generate import SampleSettings, StaticSteps
+from mutor_vision.generate import SampleSettings
 from mutor_vision.metrics.sources import RunImages
 from mutor_vision.runtime import Runtime
 from mutor_vision.sample import label_plan, parse_classes
+from mutor_vision.static_steps import StaticSteps
 
 ALONE = Runtime(0, 1, torch.device("cpu"), None)
 
@@ -158,7 +159,7 @@ def test_class_names_and_ids():
         (["--seed", "-1"], "--seed is -1"),
         (["--weights", "best-ever"], "it has ema, model"),
         (["--batch-size", "-4"], "--batch-size is -4"),
-        (["--device", "cuda:9"], "expected auto, cpu or cuda"),
+        (["--device", "cuda:9"], "expected one of auto, cpu, cuda"),
         (["--cfg", "2"], "unrecognized arguments: --cfg"),
         (["--quantize", "int3"], "quantize is 'int3', expected one of none, int8"),
         (["--compile", "maybe"], "compile is 'maybe', expected one of auto, on, off"),

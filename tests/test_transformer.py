@@ -153,7 +153,7 @@ def test_split_attention_equals_the_dense_reference_in_values_and_gradients(num_
     upstream = torch.randn(2, 3, n + r, 8, dtype=dtype)
     reference = dense_attention(*tensors, pattern.dense_mask())
     expected = torch.autograd.grad(reference, tensors, upstream)
-    output = SplitAttention(pattern)(*tensors)
+    output = SplitAttention(pattern, tensors[0].dtype)(*tensors)
     assert torch.allclose(output, reference, atol=tolerance)
     for got, want in zip(torch.autograd.grad(output, tensors, upstream), expected, strict=True):
         assert torch.allclose(got, want, atol=tolerance, rtol=tolerance)
@@ -164,7 +164,7 @@ def test_split_attention_in_bfloat16_is_as_near_as_the_reference_in_bfloat16():
     pattern = AttentionPattern(16, torch.stack([torch.randperm(16)[:5].sort().values for _ in range(2)]))
     exact = [torch.randn(2, 3, 21, 8).bfloat16().float().requires_grad_() for _ in range(3)]
     rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
-    output = SplitAttention(pattern)(*rounded)
+    output = SplitAttention(pattern, rounded[0].dtype)(*rounded)
     reference = dense_attention(*exact, pattern.dense_mask())
     assert output.dtype == torch.bfloat16 and torch.allclose(output.float(), reference, atol=0.03)
     gradients = torch.autograd.grad(output.float().square().sum(), rounded)
