@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from unittest.mock import patch
 
 import numpy as np
@@ -26,10 +27,11 @@ from report import machine, measure, medians, table, write
 
 from mutor_vision.attention import dense_attention
 from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig
-from mutor_vision.loss import LossSums, Objective, total_loss
+from mutor_vision.data import Batch
+from mutor_vision.loss import LossSums, Objective
 from mutor_vision.optim import build_optimizer
-from mutor_vision.registers import add_registers
 from mutor_vision.runtime import start
+from mutor_vision.train_step import train_step
 from mutor_vision.transformer import Transformer
 
 
@@ -54,7 +56,7 @@ def our_step(options, registers: int, naive: bool = False) -> Callable[[], None]
         model=TransformerConfig(
             layers, heads, dim, options.vocab, 1000, (options.grid, options.grid), *[options.dropout] * 3
         ),
-        registers=RegisterConfig("2d", registers) if registers else RegisterConfig(),
+        registers=RegisterConfig("2d", registers) if registers else RegisterConfig(), batch_size=options.batch,
     )  # fmt: skip
     torch.manual_seed(0)
     model = Transformer(config.model).to(runtime.device)
@@ -64,20 +66,12 @@ def our_step(options, registers: int, naive: bool = False) -> Callable[[], None]
             block.compile(dynamic=False)
     optimizer = build_optimizer(model, config)
     codes, labels = _data(options)
-    sample_index = np.arange(options.batch)
+    sums = torch.zeros(4, dtype=runtime.sum_dtype, device=runtime.device)
+    number = count()
 
     def step() -> None:
-        nonlocal sample_index
-        sample_index = sample_index + options.batch
-        sequence = add_registers(codes, config.registers, register_token=model.register_token, seed=0,
-                                 sample_index=sample_index)  # fmt: skip
-        with runtime.autocast():
-            sums = objective(labels, sequence)
-        counts = torch.tensor([sequence.num_next_token_targets, sequence.num_register_targets])
-        total_loss(sums, counts[0], counts[1] if registers else None, 0.5).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        batch = Batch(codes, labels, next(number) * options.batch + np.arange(options.batch))
+        train_step(objective, objective, optimizer, batch, config, runtime, step=0, sums=sums)
 
     return step
 
@@ -126,10 +120,10 @@ def _data(options):
 
 def sides(options) -> dict[str, Callable[[], Callable[[], None]]]:
     found = {"next-token": lambda: our_step(options, 0)}
-    for count in filter(None, options.registers):
-        found[f"{count} registers"] = lambda count=count: our_step(options, count)
+    for number in filter(None, options.registers):
+        found[f"{number} registers"] = lambda number=number: our_step(options, number)
         if options.naive:
-            found[f"{count} registers, naive"] = lambda count=count: our_step(options, count, naive=True)
+            found[f"{number} registers, naive"] = lambda number=number: our_step(options, number, naive=True)
     if options.llamagen:
         found["next-token, LlamaGen"] = lambda: llamagen_step(options)
     return found

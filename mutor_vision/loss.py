@@ -64,7 +64,7 @@ def register_weight(config: RegisterConfig, step: int, steps: int) -> float:
     return config.weight * (1 - step / max(1, steps - 1))
 
 
-def total_loss(sums: LossSums, num_next_token: Tensor, num_register: Tensor | None, weight: float) -> Tensor:
+def total_loss(sums: LossSums, num_next_token: Tensor, num_register: Tensor | None, weight: float | None) -> Tensor:
     """Weigh sums by the numbers of targets of the whole batch; num_register None = next-token only, weight unused."""
     if num_register is None:
         return sums.next_token / num_next_token

@@ -22,13 +22,14 @@ from mutor_vision.data import SampleOrder, read_batch, split
 from mutor_vision.errors import MismatchError, UserError
 from mutor_vision.fine_tuning import RECORD, check_tokenizer, load_base, open_base, with_sizes_of_base
 from mutor_vision.keyed_random import derived_seed
-from mutor_vision.loss import Objective, register_weight, total_loss
-from mutor_vision.optim import build_optimizer, check_schedule, learning_rate
+from mutor_vision.loss import Objective
+from mutor_vision.optim import build_optimizer, check_schedule
 from mutor_vision.parallel_heads import ParallelHeads
 from mutor_vision.registers import add_registers, place_registers
 from mutor_vision.run_log import RunLog
 from mutor_vision.runtime import Runtime, start, to_device
 from mutor_vision.token_set import TokenSet
+from mutor_vision.train_step import forward_batch, other_weight, train_step
 from mutor_vision.transformer import Transformer, num_parameters
 
 # What may change when a run is continued: how long it lasts and what it reports. The rest would be another experiment.
@@ -94,11 +95,7 @@ def train(config: TrainConfig, out: Path) -> None:
     log.status("running", step)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
-    registers = config.registers
-    has_others = registers.count > 0 or heads is not None  # other targets than the next token
-    local_batch = config.batch_size // runtime.world_size
-    micro_batch = config.micro_batch or local_batch
-    sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)  # see below; since the last log line
+    sums = torch.zeros(4, dtype=runtime.sum_dtype, device=runtime.device)  # of train_step, since the last log line
     since, last = time.perf_counter(), step
     bar = tqdm(total=config.steps * config.batch_size, initial=step * config.batch_size, unit=" images",
                unit_scale=True, desc=out.name, disable=not runtime.is_main, dynamic_ncols=True)  # fmt: skip
@@ -108,33 +105,7 @@ def train(config: TrainConfig, out: Path) -> None:
         batch = read_batch(token_set, order, step=step, batch_size=config.batch_size, rank=runtime.rank,
                            world_size=runtime.world_size, label_dropout=config.label_dropout,
                            device=runtime.device)  # fmt: skip
-        parts = [slice(i, i + micro_batch) for i in range(0, local_batch, micro_batch)]
-        sequences = [
-            add_registers(batch.codes[part], registers, register_token=model.register_token, seed=config.seed,
-                          sample_index=batch.sample_index[part], step=step)
-            for part in parts
-        ]  # fmt: skip
-        # The means are over the targets of the whole batch, of which each process has its own number.
-        counts = [sum(s.num_next_token_targets for s in sequences), sum(map(objective.num_other_targets, sequences))]
-        num_next_token, num_register = runtime.all_reduce(to_device(torch.tensor(counts), runtime.device))
-        weight = register_weight(registers, step, config.steps)
-        for part, sequence in zip(parts, sequences, strict=True):
-            with sharding.gradients_of(parallel, last_part=part is parts[-1]):
-                with runtime.autocast():
-                    terms = parallel(batch.labels[part], sequence)
-                loss = total_loss(terms, num_next_token, num_register if has_others else None, weight)
-                (loss * runtime.world_size).backward()  # data parallelism averages over processes
-            sums[0] += terms.next_token.detach()
-            sums[2] += terms.register.detach()
-        sums[1] += num_next_token / runtime.world_size
-        sums[3] += num_register / runtime.world_size
-        gradient_norm = sharding.clip_gradients(objective, config.clip or float("inf"))
-        lr = learning_rate(step, schedule=config.schedule, lr=config.lr, steps=config.steps,
-                           warmup_steps=config.warmup_steps, min_lr=config.min_lr)  # fmt: skip
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        gradient_norm, lr = train_step(parallel, objective, optimizer, batch, config, runtime, step=step, sums=sums)
         step += 1
         if ema:
             ema.update(model, step=step)
@@ -142,7 +113,8 @@ def train(config: TrainConfig, out: Path) -> None:
 
         # --- report ---
         if _due(step, config.log_every, config.steps):
-            means = _means(runtime.all_reduce(sums), "heads" if heads else "register", weight if has_others else None)
+            weight = other_weight(objective, config, step - 1)
+            means = _means(runtime.all_reduce(sums), "heads" if heads else "register", weight)
             seconds = time.perf_counter() - since
             if not np.isfinite(means["loss"]) or not torch.isfinite(gradient_norm):
                 reason = f"loss {means['loss']:.4g}, gradient norm {gradient_norm:.4g} at step {step}"
@@ -155,7 +127,7 @@ def train(config: TrainConfig, out: Path) -> None:
             sums.zero_()
             since, last = time.perf_counter(), step
         if len(val_images) and _due(step, config.val_every, config.steps):
-            score = lambda m: validate(sharding.whole(m), val_set, val_images, config, micro_batch, runtime)  # noqa: E731
+            score = lambda m: validate(sharding.whole(m), val_set, val_images, config, runtime)  # noqa: E731
             scores = {f"val_{name}": value for name, value in score(model).items()}
             if ema:
                 scores |= {f"val_{name}_ema": value for name, value in score(ema.module).items()}
@@ -213,24 +185,26 @@ def distance_measure(config: TrainConfig, runtime: Runtime) -> Callable[[Transfo
 
 @torch.no_grad()
 def validate(
-    model: Transformer, token_set: TokenSet, images: np.ndarray, config: TrainConfig, batch: int, runtime: Runtime
+    model: Transformer, token_set: TokenSet, images: np.ndarray, config: TrainConfig, runtime: Runtime
 ) -> dict[str, float]:
     """Mean cross-entropies in nats per token on the first view of `images`, with the same registers every time."""
     training = model.training
     objective = Objective(model.eval())
-    sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)
-    mine = images[runtime.rank :: runtime.world_size]
+    sums = torch.zeros(4, dtype=runtime.sum_dtype, device=runtime.device)
+    mine, batch = images[runtime.rank :: runtime.world_size], forward_batch(config, runtime)
     for i in range(0, len(mine), batch):
         ids = mine[i : i + batch]
         first_view = torch.zeros(len(ids), dtype=torch.int64)
-        codes = token_set.take(torch.from_numpy(ids), first_view).to(runtime.device)
-        labels = token_set.labels[torch.from_numpy(ids)].to(runtime.device)
+        codes = to_device(token_set.take(torch.from_numpy(ids), first_view), runtime.device)
+        labels = to_device(token_set.labels[torch.from_numpy(ids)], runtime.device)
         sequence = add_registers(codes, config.registers, register_token=model.register_token,
                                  seed=derived_seed(0, "validation"), sample_index=ids)  # fmt: skip
         with runtime.autocast():
             terms = objective(labels, sequence)
-        sums += torch.stack([terms.next_token, terms.next_token.new_tensor(sequence.num_next_token_targets),
-                             terms.register, terms.register.new_tensor(sequence.num_register_targets)])  # fmt: skip
+        sums[0] += terms.next_token
+        sums[1] += sequence.num_next_token_targets
+        sums[2] += terms.register
+        sums[3] += sequence.num_register_targets
     model.train(training)
     return _means(runtime.all_reduce(sums), "register", config.registers.weight if config.registers.count else None)
 
