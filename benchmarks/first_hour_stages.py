@@ -37,7 +37,7 @@ def train(options) -> dict:
     rows, kernels = [], {}
     for registers in counts:
         arguments = argparse.Namespace(
-            size=size, grid=grid, vocab=vocab, batch=batch, dropout=0.1, precision="auto", device=str(device),
+            size=size, grid=grid, vocab=vocab, batch=batch, dropout=0.1, precision="auto", device=device.type,
             compile=cuda,
         )  # fmt: skip
         if cuda:
