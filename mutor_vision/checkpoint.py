@@ -6,8 +6,9 @@
     RUN/tokenizer/                      a copy of the tokenizer, so that a run samples by itself
 
 A checkpoint is written under another name, hashed into its MANIFEST.json, flushed to the disk and then renamed, so
-one that can be seen is whole. Weights are safetensors; training.pt holds tensors and numbers only and is read with
-weights_only=True.
+one that can be seen is whole; an old one is renamed before it is deleted. Older checkpoints go only when as many newer
+ones as are kept have been read again and verify. Weights are safetensors; training.pt holds tensors and numbers only
+and is read with weights_only=True.
 """
 
 import hashlib
@@ -23,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mutor_vision
-from mutor_vision.config import from_dict, to_dict
+from mutor_vision.config import FORMAT, from_dict, to_dict
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
+from mutor_vision.runtime import Runtime
 
 OPTIMIZER = "optimizer"  # folder of a checkpoint: the shards of a sharded training's moments
 _STEP = re.compile(r"^step-(\d{7})$")
@@ -44,7 +46,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise IntegrityError(f"{path} is not complete JSON ({error}); restore it or make it anew") from None
 
 
@@ -56,28 +58,68 @@ def sha256(path: Path) -> str:
 def write_config(folder: Path, kind: str, config: Any) -> None:
     """config.json of a run, checkpoint or exported model. kind: 'tokenizer' or 'transformer'."""
     folder.mkdir(parents=True, exist_ok=True)
-    values = {"format": 1, "kind": kind, "mutor_vision": mutor_vision.__version__, "config": to_dict(config)}
+    values = {"format": FORMAT, "kind": kind, "mutor_vision": mutor_vision.__version__, "config": to_dict(config)}
     write_json(folder / "config.json", values)
 
 
 def read_config(folder: Path, kind: str, config_type: type) -> Any:
-    """The configuration in folder/config.json, which must be of `kind`."""
+    """The configuration in folder/config.json, which must be of `kind`; older formats are migrated."""
+    path = folder / "config.json"
+    values = _read_kind(folder, kind)
+    written = values.get("format")
+    if written not in range(1, FORMAT + 1):
+        raise MismatchError(f"{path} has format {written}, this version reads up to {FORMAT}; upgrade mutor_vision")
+    try:
+        return from_dict(config_type, values.get("config"), written)
+    except UserError as error:
+        raise IntegrityError(f"{path}: {error}") from None
+
+
+def _read_kind(folder: Path, kind: str) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} has no config.json; expected a {kind} run, or one of its checkpoints")
     values = read_json(path)
-    if values.get("kind") != kind:
-        raise MismatchError(f"{folder} holds a {values.get('kind')}, expected a {kind}")
-    if values.get("format") != 1:
-        raise MismatchError(f"{path} has format {values.get('format')}, this version reads 1; upgrade mutor_vision")
-    return from_dict(config_type, values["config"])
+    if not isinstance(values, dict) or "kind" not in values:
+        raise UserError(f"{path} names no kind of model; expected a {kind} run, or one of its checkpoints")
+    if values["kind"] != kind:
+        raise MismatchError(f"{folder} holds a {values['kind']}, expected a {kind}")
+    return values
+
+
+def open_run(out: Path, kind: str) -> Path | None:
+    """The checkpoint with which training in the run directory `out` goes on, None where training begins. Nothing but an
+    empty folder, or a run of this kind that has saved nothing yet, is begun in.
+
+    Raises UserError for a path that is something else, MismatchError for a run of another kind, and IntegrityError for
+    a run whose checkpoints are all damaged or gone."""
+    if not out.exists():
+        return None
+    if not out.is_dir():
+        raise UserError(f"{out} is a file, expected a run directory, new or to be continued")
+    found = newest(out)
+    if found is not None:
+        _read_kind(found, kind)
+        return found
+    if all(path.name.startswith(".") for path in out.iterdir()):  # also what a process killed at its start has left
+        return None
+    if not (out / "config.json").is_file():
+        raise UserError(f"{out} is not empty and no {kind} run; give a new --out")
+    _read_kind(out, kind)
+    if (out / "model.safetensors").is_file():
+        raise UserError(f"{out} is a checkpoint or an exported model, expected a run directory; give a new --out")
+    status = read_json(out / "status.json") if (out / "status.json").is_file() else {}
+    if isinstance(status, dict) and status.get("state") in ("running", "done") and status.get("step"):
+        raise IntegrityError(f"{out} had a checkpoint of step {status['step']} and has none now; restore "
+                             f"{out / 'checkpoints'}, or give a new --out")  # fmt: skip
+    return None
 
 
 def save(
     run: Path, step: int, kind: str, config: Any, weights: dict[str, dict[str, Tensor] | Path], state: dict, keep: int,
     shards: Path | None = None,
 ) -> Path:  # fmt: skip
-    """Commit RUN/checkpoints/step-<step> and remove all but the newest `keep`. Call on one rank.
+    """Commit RUN/checkpoints/step-<step> and remove what is older than the newest `keep` that verify. Call on one rank.
 
     weights: file stem ('model', 'ema', ...) -> state dict, or a finished safetensors file, which is moved; state:
     tensors, numbers, strings, lists and dicts; shards: finished folder of optimizer shards, which is moved.
@@ -85,7 +127,7 @@ def save(
     """
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob("step-*.partial"):
+    for leftover in [*folder.glob("step-*.partial"), *folder.glob("step-*.removed")]:
         shutil.rmtree(leftover)
     final = folder / f"step-{step:07d}"
     partial = folder / f"{final.name}.partial"
@@ -109,13 +151,52 @@ def save(
     for path in partial.rglob("*"):
         _fsync(path)
     _fsync(partial)
-    if final.exists():  # this very step again, after a resume that fell back: the new one is verified, the old was not
-        shutil.rmtree(final)
+    if final.exists():  # the same step was saved before but failed verification; replace it
+        _remove(final)
     partial.rename(final)
     _fsync(folder)
-    for old in sorted(_steps(run))[:-keep]:
-        shutil.rmtree(_steps(run)[old])
+    _prune(run, final, keep)
     return final
+
+
+def _prune(run: Path, written: Path, keep: int) -> None:
+    """Remove what is older than the newest `keep` checkpoints that verify; `written` was hashed a moment ago."""
+    steps, whole = _steps(run), 0
+    if len(steps) <= keep:
+        return  # nothing would go, so nothing has to be read
+    for _, path in sorted(steps.items(), reverse=True):
+        if whole >= keep and path != written:
+            _remove(path)
+        elif path == written or _verifies(path):
+            whole += 1
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint. A process killed in the middle leaves no part of it under a checkpoint's name."""
+    removed = folder.with_name(f"{folder.name}.removed")
+    folder.rename(removed)
+    shutil.rmtree(removed)
+
+
+def check_finite(
+    weights: dict[str, dict[str, Tensor]], optimizers: list[torch.optim.Optimizer], step: int, runtime: Runtime
+) -> None:
+    """Collective: raise UserError on every rank if a weight or a moment of any rank is not finite. To be called before
+    anything is saved or sampled from; takes one reduction and waits once for the device. weights: as for save; every
+    rank gives what it holds, of a sharded model its shards."""
+    tensors = {f"{name}: {key}": tensor for name, state in weights.items() for key, tensor in state.items()}
+    for optimizer in optimizers:
+        tensors |= {f"{name} of the optimizer, parameter {number}": tensor
+                    for number, state in enumerate(optimizer.state.values()) for name, tensor in state.items()
+                    if isinstance(tensor, Tensor) and tensor.dim()}  # fmt: skip
+    local = {name: tensor.to_local() if hasattr(tensor, "to_local") else tensor  # DTensor takes long to import
+             for name, tensor in tensors.items() if tensor.is_floating_point()}  # fmt: skip
+    damaged = torch.stack([~torch.isfinite(tensor.detach()).all() for tensor in local.values()])
+    if runtime.all_reduce(damaged.any().long()).item():
+        named = [name for name, bad in zip(local, damaged.tolist(), strict=True) if bad]
+        where = f"'{named[0]}' ({len(named)} tensor(s))" if named else "a tensor of another rank"
+        raise UserError(f"{where} is not finite at step {step} and was not saved, older checkpoints are as they were; "
+                        "start again with a lower lr, or with clip above 0")  # fmt: skip
 
 
 def verify(checkpoint: Path) -> None:
@@ -123,25 +204,46 @@ def verify(checkpoint: Path) -> None:
     manifest = checkpoint / "MANIFEST.json"
     if not manifest.is_file():
         raise IntegrityError(f"{checkpoint} has no MANIFEST.json; it is not a complete checkpoint")
-    for name, expected in read_json(manifest)["files"].items():
+    files = read_json(manifest)
+    files = files.get("files") if isinstance(files, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(x, dict) and {"bytes", "sha256"} <= x.keys()
+                                              for x in files.values()):  # fmt: skip
+        raise IntegrityError(f"{manifest} lists no files with their bytes and sha256; use an older checkpoint")
+    for name, expected in files.items():
         path = checkpoint / name
         if not path.is_file():
             raise IntegrityError(f"{path} is missing; use an older checkpoint")
         if path.stat().st_size != expected["bytes"]:
             raise IntegrityError(f"{path} has {path.stat().st_size} bytes, expected {expected['bytes']}")
-        if (got := sha256(path)) != expected["sha256"]:
-            raise IntegrityError(f"{path} is damaged: sha256 {got[:12]}, expected {expected['sha256'][:12]}")
+        try:
+            got = sha256(path)
+        except OSError as error:
+            raise IntegrityError(f"{path} cannot be read ({error.strerror}); use an older checkpoint") from None
+        if got != expected["sha256"]:
+            raise IntegrityError(f"{path} is damaged: sha256 {got[:12]}, expected {str(expected['sha256'])[:12]}")
 
 
 def newest(run: Path) -> Path | None:
-    """The newest checkpoint of a run that verifies, or None; a damaged one is stepped over with a warning."""
-    for _, path in sorted(_steps(run).items(), reverse=True):
-        try:
-            verify(path)
+    """The newest checkpoint of a run that verifies, None where a run has none. A damaged one is stepped over with a
+    warning; where all are damaged, raises IntegrityError."""
+    steps = sorted(_steps(run).items(), reverse=True)
+    for _, path in steps:
+        if _verifies(path):
             return path
-        except IntegrityError as error:
-            print(f"warning: stepping over a damaged checkpoint: {error}", flush=True)
+    if steps:
+        raise IntegrityError(f"{run}: no checkpoint is whole, {len(steps)} damaged (the warnings name the files); "
+                             "restore one of them, or begin again in another run directory")  # fmt: skip
     return None
+
+
+def _verifies(checkpoint: Path) -> bool:
+    """verify, with a warning in place of the error."""
+    try:
+        verify(checkpoint)
+    except IntegrityError as error:
+        print(f"warning: stepping over a damaged checkpoint: {error}", flush=True)
+        return False
+    return True
 
 
 def resolve(path: str | Path) -> Path:

@@ -1,26 +1,91 @@
-"""The command `mutor`, and what every command shares: one line for a user's mistake, and its exit code."""
+"""The command `mutor`, and what every command shares: one line for a user's mistake and its exit code, output whose
+reader may leave, and the settings of a training run from a preset, --set and flags."""
 
 import argparse
+import dataclasses
+import io
+import json
 import os
+import stat
 import sys
+import time
 from collections.abc import Callable
+from typing import Any
 
+from mutor_vision.config import Config, override, preset
 from mutor_vision.errors import UserError
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command: a UserError becomes one line on stderr and its exit code; MUTOR_DEBUG=1 keeps the traceback."""
+    """Run a command: a UserError becomes one line on stderr and its exit code; MUTOR_DEBUG=1 keeps the traceback. Under
+    torchrun the error is also what its summary shows as root cause. A closed pipe (`| head`) is no error: the command
+    goes on to its end, and what it prints is lost."""
+    sys.stdout, sys.stderr = _unbreakable(sys.stdout, sys.__stdout__), _unbreakable(sys.stderr, sys.__stderr__)
     try:
-        main()
+        _recorded(main)()
     except UserError as error:
         if os.environ.get("MUTOR_DEBUG") == "1":
             raise
-        rank = os.environ.get("RANK")
-        where = f"error [rank {rank}]" if rank and os.environ.get("WORLD_SIZE", "1") != "1" else "error"
-        print(f"{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(_one_line(error), file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.exit(1)  # the reader of a pipe has gone, as with `| head`
+
+
+def choose_settings(presets: dict[str, Config], name: str, settings: list[str], **flags: Any) -> Config:
+    """The preset `name` with the user's changes, as config.override takes them. A run shorter than the preset's warm-up
+    gets a shorter one, and a line says so."""
+    config = override(preset(presets, name), settings, **flags)
+    asked = any(setting.startswith("warmup_steps=") for setting in settings)
+    if config.warmup_steps > config.steps and not asked:
+        if os.environ.get("RANK", "0") == "0":  # on stderr: stdout may be JSON
+            print(f"warm-up shortened from {config.warmup_steps} steps to all {config.steps}", file=sys.stderr)
+        config = dataclasses.replace(config, warmup_steps=config.steps)
+    return config
+
+
+def _one_line(error: UserError) -> str:
+    rank = os.environ.get("RANK")
+    where = f"error [rank {rank}]" if rank and os.environ.get("WORLD_SIZE", "1") != "1" else "error"
+    return f"{where}: {' '.join(str(error).split())}"
+
+
+def _recorded(main: Callable[[], None]) -> Callable[[], None]:
+    """main, which under torchrun leaves its error where torchrun looks for the root cause: a UserError as one line,
+    anything else with its traceback."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return main  # without importing torch
+    from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
+
+    class OneLine(ErrorHandler):
+        def record_exception(self, error: BaseException) -> None:
+            path = self._get_error_file_path()
+            if not isinstance(error, UserError) or path is None:
+                return super().record_exception(error)
+            message = {"message": _one_line(error), "extraInfo": {"timestamp": str(int(time.time()))}}
+            self._write_error_file(path, json.dumps({"message": message}))
+
+    return record(main, OneLine())
+
+
+class _Discarding(io.FileIO):
+    """A file descriptor that takes everything, also when nobody reads it any more."""
+
+    def write(self, data) -> int | None:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
+
+
+def _unbreakable(stream, original):
+    """Standard output or error as it is, unless it is a pipe: then one whose closing is no error."""
+    if stream is None or stream is not original or not stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode):
+        return stream
+    stream.flush()
+    raw = _Discarding(stream.fileno(), "wb", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,19 +1,59 @@
 """Every setting, as frozen dataclasses: a unit and an off value on each field. The resolved configuration is written
-beside the weights as JSON and is the only thing that later commands read."""
+beside the weights as JSON and is the only thing that later commands read.
+
+A configuration refuses itself when it is made, whether from a file, from --set or by its constructor: values of another
+type, values out of range, and values that contradict each other. What needs a token set or the number of processes is
+checked by the training loops.
+"""
 
 import dataclasses
 import difflib
+import functools
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from mutor_vision.errors import UserError
 
 Config = TypeVar("Config")
+FORMAT = 2  # of config.json; see _ABSENT_IN_FORMAT_1
+
+
+class _Settings:
+    """Base of every configuration: refuses values that are not of their field's type."""
+
+    _prefix = ""  # what --set writes before the names of these fields
+
+    def __post_init__(self) -> None:
+        for name, hint in _hints(type(self)).items():
+            self._require(name, lambda value, hint=hint: _is_of(value, hint), _described(hint))
+
+    def _require(self, names: str, holds: Callable[[Any], bool], expected: str) -> None:
+        """Raise UserError for the first of the names, separated by blanks, whose value does not hold."""
+        for name in names.split():
+            if not holds(value := getattr(self, name)):
+                raise UserError(f"{self._prefix}{name} is {_shown(value)}, expected {expected}")
+
+    def _require_one_of(self, name: str, *choices: str) -> None:
+        self._require(name, choices.__contains__, f"{', '.join(choices[:-1])} or {choices[-1]}")
+
+    def _require_positive(self, names: str) -> None:
+        self._require(names, lambda value: value > 0, "more than 0")
+
+    def _require_not_negative(self, names: str) -> None:
+        self._require(names, lambda value: value >= 0, "0 or more")
+
+    def _require_share(self, names: str) -> None:
+        self._require(names, lambda value: 0 <= value < 1, "at least 0 and below 1")
+
+    def _require_betas(self) -> None:
+        self._require("betas", lambda betas: all(0 <= beta < 1 for beta in betas), "two numbers of at least 0, below 1")
 
 
 @dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(_Settings):
     """VQ autoencoder. Defaults: LlamaGen's VQ-16 (arXiv 2406.06525)."""
 
     image_size: int = 256  # pixels, square; the size it is trained on
@@ -26,6 +66,8 @@ class TokenizerConfig:
     norm_groups: int = 32  # GroupNorm groups; every channel count must be a multiple
     l2_norm: bool = True  # compare unit vectors (LlamaGen); False: plain vectors (taming-transformers)
 
+    _prefix = "model."
+
     @property
     def downsample(self) -> int:
         """Pixels per code along each side."""
@@ -37,9 +79,20 @@ class TokenizerConfig:
         side = self.image_size // self.downsample
         return side, side
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("image_size layers_per_block latent_channels code_dim codebook_size norm_groups")
+        if odd := [channels for channels in self.channels if channels < 1 or channels % self.norm_groups]:
+            raise UserError(f"model.channels has {odd[0]}, expected multiples of model.norm_groups {self.norm_groups}")
+        if self.image_size % self.downsample:
+            raise UserError(
+                f"model.image_size is {self.image_size}, expected a multiple of {self.downsample} "
+                f"({len(self.channels)} levels of channels)"
+            )
+
 
 @dataclass(frozen=True)
-class TokenizerTrainConfig:
+class TokenizerTrainConfig(_Settings):
     """A tokenizer training run. Defaults: LlamaGen's recipe for VQ-16."""
 
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -76,9 +129,27 @@ class TokenizerTrainConfig:
     save_every: int = 1000  # steps, 0 = only at the end
     keep: int = 2  # checkpoints kept, at least 2
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("steps batch_size lr")
+        self._require_not_negative(
+            "l1_weight l2_weight lpips_weight codebook_weight commitment_weight entropy_weight adversarial_weight clip "
+            "workers dead_code_steps quantize_after adversarial_start warmup_steps val_images log_every val_every "
+            "sample_every save_every"
+        )
+        self._require_betas()
+        self._require("val_fraction", lambda share: 0 <= share <= 0.99, "0 to 0.99")
+        self._require("min_crop_scale", lambda scale: 0.05 <= scale <= 1, "0.05 to 1")
+        self._require("ema_decay", lambda decay: 0 <= decay <= 0.999999, "0 to 0.999999")
+        self._require("keep", lambda keep: keep >= 2, "2 or more: the newest checkpoint may turn out damaged")
+        self._require_one_of("schedule", "constant", "cosine")
+        self._require_one_of("precision", "auto", "float32", "bfloat16")
+        if self.adversarial_weight > 0 and self.model.image_size < 24:
+            raise UserError(f"adversarial_weight needs 24 pixels or more, image_size is {self.model.image_size}")
+
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(_Settings):
     """LlamaGen's class-conditional transformer. vocab_size, num_classes and grid of 0 are taken from the token set."""
 
     layers: int = 12
@@ -92,6 +163,8 @@ class TransformerConfig:
     ffn_dropout: float = 0.1  # after the feed-forward's output projection
     drop_path: float = 0.0  # stochastic depth of the last layer, rising linearly from 0
     rope_base: float = 10000.0
+
+    _prefix = "model."
 
     @property
     def num_tokens(self) -> int:
@@ -108,18 +181,20 @@ class TransformerConfig:
         return -(-int(8 * self.dim / 3) // 256) * 256
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("layers heads dim rope_base")
+        self._require_not_negative("vocab_size num_classes")
+        self._require("grid", lambda grid: min(grid) > 0 or grid == (0, 0), "two positive numbers, or 0,0")
+        self._require_share("token_dropout residual_dropout ffn_dropout drop_path")
         if self.dim % self.heads or self.head_dim % 4:
             raise UserError(
                 f"model.dim {self.dim} over model.heads {self.heads} is {self.dim / self.heads:g} a head, expected a "
                 "multiple of 4 (2D rotary embedding)"
             )
-        for name in ("token_dropout", "residual_dropout", "ffn_dropout", "drop_path"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}, expected at least 0 and below 1")
 
 
 @dataclass(frozen=True)
-class RegisterConfig:
+class RegisterConfig(_Settings):
     """MuToR's registers (arXiv 2505.10518, sections 3.2 and 3.4). Defaults: the paper's best, where it says; each
     question that the paper leaves open is one field here."""
 
@@ -136,16 +211,15 @@ class RegisterConfig:
     class_slot: bool = True  # a register may sit at the class token
     self_attention: bool = True  # a register sees itself
 
+    _prefix = "registers."
+
     def __post_init__(self) -> None:
-        for name, value, choices in (
-            ("kind", self.kind, ("none", "1d", "2d")),
-            ("offset_per", self.offset_per, ("sequence", "register", "batch")),
-            ("edge", self.edge, ("wrap", "ignore")),
-            ("placement", self.placement, ("valid", "all")),
-            ("weight_schedule", self.weight_schedule, ("constant", "linear")),
-        ):
-            if value not in choices:
-                raise UserError(f"registers.{name} is '{value}', expected one of {', '.join(choices)}")
+        super().__post_init__()
+        self._require_one_of("kind", "none", "1d", "2d")
+        self._require_one_of("offset_per", "sequence", "register", "batch")
+        self._require_one_of("edge", "wrap", "ignore")
+        self._require_one_of("placement", "valid", "all")
+        self._require_one_of("weight_schedule", "constant", "linear")
         if (self.kind == "none") != (self.count == 0):
             raise UserError(
                 f"registers.kind is '{self.kind}' with registers.count {self.count}; "
@@ -153,8 +227,7 @@ class RegisterConfig:
             )
         if self.count < 0 or self.max_offset < 1:
             raise UserError(f"registers.count {self.count} and max_offset {self.max_offset} must not be negative or 0")
-        if not 0 <= self.weight <= 1:
-            raise UserError(f"registers.weight is {self.weight}, expected 0 to 1")
+        self._require("weight", lambda weight: 0 <= weight <= 1, "0 to 1")
         if self.min_offset_w > self.max_offset or (self.kind != "2d" and self.min_offset_w != 1):
             raise UserError(
                 f"registers.min_offset_w is {self.min_offset_w}; only 2d registers have it, at most max_offset"
@@ -166,7 +239,7 @@ class RegisterConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Settings):
     """A transformer training run. Defaults: the paper's recipe (section B.2) on LlamaGen-B."""
 
     model: TransformerConfig = field(default_factory=TransformerConfig)
@@ -209,22 +282,59 @@ class TrainConfig:
     save_every: int = 5000  # steps, 0 = only at the end
     keep: int = 2  # checkpoints kept, at least 2
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("steps batch_size lr parallel_heads lora_alpha sample_classes eval_images")
+        self._require_not_negative(
+            "micro_batch lora_rank weight_decay clip warmup_steps min_lr val_images log_every val_every sample_every "
+            "eval_every save_every"
+        )
+        self._require_betas()
+        self._require_share("label_dropout val_fraction ema_decay")
+        self._require("keep", lambda keep: keep >= 2, "2 or more: the newest checkpoint may turn out damaged")
+        self._require_one_of("schedule", "constant", "cosine")
+        self._require_one_of("precision", "auto", "float32", "bfloat16")
+        self._require_one_of("compile", "auto", "on", "off")
+        self._require_one_of("parallel", "ddp", "fsdp")
+        if self.parallel == "fsdp" and self.lora_rank:
+            raise UserError("parallel is fsdp and lora_rank is set, which do not go together; an adapter has so little "
+                            "to train that ddp will do: set parallel=ddp")  # fmt: skip
+        if self.lora_rank and not self.init:
+            raise UserError(f"lora_rank is {self.lora_rank} and init is ''; an adapter needs --init RUN to be trained "
+                            "on")  # fmt: skip
+        if self.parallel_heads > 1 and (self.registers.count or self.lora_rank or self.parallel == "fsdp"):
+            raise UserError(f"parallel_heads is {self.parallel_heads}, expected 1 (none) with registers, lora_rank or "
+                            "fsdp")  # fmt: skip
+        if self.eval_every and not self.eval_reference:
+            raise UserError("eval_every needs eval_reference, a file of statistics made by eval/reference.py")
 
-def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
-    """JSON object -> dataclass, strictly: unknown and missing fields are errors."""
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    for name in values:
-        if name not in known:
-            raise UserError(f"unknown setting '{name}'; {_nearest(name, list(known))}")
-    hints = get_type_hints(kind)
-    resolved = {}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]):
-            value = from_dict(hints[name], value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        resolved[name] = value
-    return kind(**resolved)
+
+# Files of format 1 were written while fields were still being added. What a file does not have was the value here when
+# its weights were trained; a default that changes later must not change it. Format 2 has every field.
+_ABSENT_IN_FORMAT_1: dict[type, dict[str, Any]] = {
+    TokenizerTrainConfig: {"val_images": 2000, "quantize_after": 0},
+    TrainConfig: {
+        "registers.weight_schedule": "constant", "parallel_heads": 1, "init": "", "lora_rank": 0, "lora_alpha": 16.0,
+        "activation_checkpointing": False, "parallel": "ddp", "compile": "auto", "eval_every": 0, "eval_reference": "",
+        "eval_features": "inception", "eval_weights": "", "eval_images": 5000,
+    },
+}  # fmt: skip
+
+
+def from_dict(kind: type[Config], values: Any, format: int = FORMAT) -> Config:
+    """JSON object -> dataclass, strictly: unknown and missing fields are errors. format: of the file it comes from;
+    what an older one did not have yet is filled in with what it meant then."""
+    if not isinstance(values, dict):
+        raise UserError(f"the settings are {_shown(values)}, expected an object with a value for each name")
+    given, hints = _flat(values), _leaves(kind)
+    for name in given:
+        if name not in hints:
+            raise UserError(f"unknown setting '{name}'; {_nearest(name, list(hints))}")
+    if format == 1:
+        given = _ABSENT_IN_FORMAT_1.get(kind, {}) | given
+    if missing := [name for name in hints if name not in given]:
+        raise UserError(f"setting '{missing[0]}' is missing ({len(missing)} of {len(hints)}); restore the file")
+    return _build(kind, {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -232,18 +342,27 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def override(config: Config, settings: list[str]) -> Config:
-    """Apply 'name=value' strings, dotted for nested fields ('registers.count=80'); values are read by the field's type.
-    Raises UserError for an unknown name (naming the nearest) and for a value of another type."""
+def override(config: Config, settings: list[str], **flags: Any) -> Config:
+    """Apply 'name=value' strings, dotted for nested fields ('registers.count=80'), whose values are read by the field's
+    type, and flags, each the value of the setting of its name, None = not given. All are applied at once, so that
+    settings which belong together may come in any order; of two strings with one name the later counts.
+
+    Raises UserError for an unknown name (naming the nearest), for a value of another type, and for a flag and a string
+    that contradict each other."""
+    values, hints, strings = _flat(dataclasses.asdict(config)), _leaves(type(config)), {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
             raise UserError(f"setting '{setting}' has no '='; write --set name=value")
-        names = setting_names(config)
-        if name not in names:
-            raise UserError(f"unknown setting '{name}'; {_nearest(name, names)}")
-        config = _replace(config, name.split("."), text, name)
-    return config
+        if name not in hints:
+            raise UserError(f"unknown setting '{name}'; {_nearest(name, list(hints))}")
+        strings[name] = _parse(text, hints[name])
+    flags = {name: value for name, value in flags.items() if value is not None}
+    for name, value in flags.items():
+        if strings.get(name, value) != value:
+            raise UserError(f"--{name.replace('_', '-')} {value} and --set {name}={strings[name]} contradict each "
+                            "other; give one of them")  # fmt: skip
+    return _build(type(config), values | strings | flags)
 
 
 def preset(presets: dict[str, Config], name: str) -> Config:
@@ -253,27 +372,11 @@ def preset(presets: dict[str, Config], name: str) -> Config:
     return presets[name]
 
 
-def setting_names(config: Any, prefix: str = "") -> list[str]:
-    """Dotted names of every field that `override` accepts."""
-    names = []
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        names += setting_names(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else [prefix + f.name]
-    return names
-
-
 def differences(old: Any, new: Any) -> list[str]:
     """'name: old -> new' for every field in which two configurations of one type differ."""
     old_values, new_values = _flat(to_dict(old)), _flat(to_dict(new))
     return [f"{name}: {old_values[name]} -> {new_values[name]}" for name in old_values
             if old_values[name] != new_values[name]]  # fmt: skip
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """Raise UserError for the first named field that is not above 0."""
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise UserError(f"{name} is {getattr(config, name)}, expected more than 0")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -283,35 +386,66 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _replace(config: Any, path: list[str], text: str, name: str) -> Any:
-    current = getattr(config, path[0])
-    if len(path) > 1:
-        value = _replace(current, path[1:], text, name)
-    else:
-        value = _parse(text, current, name)
-    return dataclasses.replace(config, **{path[0]: value})
+def _build(kind: type[Config], values: dict[str, Any], prefix: str = "") -> Config:
+    """Dataclass of the values under dotted names, one for each."""
+    return kind(**{
+        name: _build(hint, values, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else values[prefix + name]
+        for name, hint in _hints(kind).items()
+    })  # fmt: skip
 
 
-def _parse(text: str, current: Any, name: str) -> Any:
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Name -> type of each field."""
+    hints = get_type_hints(kind)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+
+
+def _leaves(kind: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> type of every field that holds a value, nested ones too."""
+    found = {}
+    for name, hint in _hints(kind).items():
+        found |= _leaves(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {prefix + name: hint}
+    return found
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type. A truth value is no number, a whole number is a float, nan is nothing."""
+    if get_origin(hint) is tuple:
+        kinds = get_args(hint)
+        if not isinstance(value, tuple) or not value:
+            return False
+        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
+        return len(kinds) == len(value) and all(map(_is_of, value, kinds))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _described(hint: Any) -> str:
+    if get_origin(hint) is tuple:
+        kinds = get_args(hint)
+        whole = "whole " if kinds[0] is int else ""
+        return f"{whole}numbers with commas" + ("" if kinds[-1] is Ellipsis else f", {len(kinds)} of them")
+    words = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+    return words.get(hint) or f"a {getattr(hint, '__name__', hint)}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _parse(text: str, hint: Any) -> Any:
+    """A --set value of the field's type, or the text itself where it is none, which the configuration then refuses."""
     try:
-        if isinstance(current, bool):
+        if hint is bool:
             return {"true": True, "false": False}[text.lower()]
-        if isinstance(current, int):
-            return int(text)
-        if isinstance(current, float):
-            value = float(text)
-            if value != value or value in (float("inf"), float("-inf")):
-                raise ValueError
-            return value
-        if isinstance(current, tuple):
-            parts = tuple(type(current[0])(part) for part in text.strip("()[]").split(",") if part.strip())
-            if not parts:
-                raise ValueError
-            return parts
-        return text
+        if get_origin(hint) is tuple:
+            return tuple(get_args(hint)[0](part) for part in text.strip("()[]").split(",") if part.strip())
+        return hint(text)
     except (ValueError, KeyError):
-        kind = {bool: "true or false", int: "a whole number", float: "a finite number", tuple: "numbers with commas"}
-        raise UserError(f"setting {name} is '{text}', expected {kind[type(current)]}") from None
+        return text
 
 
 def _nearest(name: str, names: list[str]) -> str:

@@ -39,6 +39,12 @@ def permutation(seed: int, purpose: str, epoch: int, n: int) -> np.ndarray:
     return np.argsort(draws, kind="stable")
 
 
+def choose(seed: int, purpose: str, n: int, count: int) -> np.ndarray:
+    """(at most count,) sorted int64: numbers of range(n) chosen by (seed, purpose) alone, each equally likely. What is
+    listed class by class must be chosen so: the first `count` would be of the first classes."""
+    return np.sort(permutation(seed, purpose, 0, n)[:count])
+
+
 def derived_seed(seed: int, purpose: str, *index: int) -> int:
     """A 63-bit seed for a library generator (dropout, say), from (seed, purpose, index...)."""
     purpose = "/".join([purpose, *map(str, index)])

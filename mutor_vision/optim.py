@@ -1,4 +1,4 @@
-"""AdamW with LlamaGen's parameter groups, and the learning rate by step."""
+"""AdamW with LlamaGen's parameter groups, the learning rate by step, and what is done every so many steps."""
 
 import math
 
@@ -31,9 +31,13 @@ def learning_rate(
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def check_schedule(schedule: str, steps: int, warmup_steps: int) -> None:
-    """Raise UserError for settings that name no schedule."""
-    if schedule not in ("constant", "cosine"):
-        raise UserError(f"schedule is '{schedule}', expected constant or cosine")
-    if not 0 <= warmup_steps <= steps:
+def check_warmup(steps: int, warmup_steps: int) -> None:
+    """Raise UserError for a warm-up that training would not leave."""
+    if warmup_steps > steps:
         raise UserError(f"warmup_steps is {warmup_steps}, expected 0 to steps ({steps})")
+
+
+def due(step: int, every: int, steps: int) -> bool:
+    """Whether something is done after optimizer step `step` (1-based) of `steps`: after every `every`-th and after the
+    last; every 0 = never."""
+    return every > 0 and (step % every == 0 or step == steps)

@@ -43,6 +43,10 @@ class RunLog:
             status = {"state": state, "step": step, "steps": self.steps, "reason": reason}
             write_json(self.run / "status.json", status)
 
+    def failed(self, step: int, error: BaseException) -> None:
+        """status.json: an error ended the run at `step`."""
+        self.status("failed", step, " ".join(f"{type(error).__name__}: {error}".split())[:300])
+
     def close(self) -> None:
         if self.active:
             self.file.close()

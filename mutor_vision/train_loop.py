@@ -17,13 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mutor_vision import checkpoint, lora, sharding
-from mutor_vision.config import TrainConfig, check_positive, differences
+from mutor_vision.config import TrainConfig, differences
 from mutor_vision.data import SampleOrder, read_batch, split
 from mutor_vision.errors import MismatchError, UserError
 from mutor_vision.fine_tuning import RECORD, check_tokenizer, load_base, open_base, with_sizes_of_base
-from mutor_vision.keyed_random import derived_seed
+from mutor_vision.keyed_random import choose, derived_seed
 from mutor_vision.loss import Objective
-from mutor_vision.optim import build_optimizer, check_schedule
+from mutor_vision.optim import build_optimizer, check_warmup, due
 from mutor_vision.parallel_heads import ParallelHeads
 from mutor_vision.registers import add_registers, place_registers
 from mutor_vision.run_log import RunLog
@@ -48,7 +48,8 @@ def train(config: TrainConfig, out: Path) -> None:
     config = resolve(config, token_set)
     val_set = TokenSet.open(config.val_codes) if config.val_codes else token_set
     train_images, held_out = split(token_set, 0.0 if config.val_codes else config.val_fraction)
-    val_images = (np.arange(val_set.num_images) if config.val_codes else held_out)[: config.val_images]
+    held_out = np.arange(val_set.num_images) if config.val_codes else held_out
+    val_images = held_out[choose(0, "validation images", len(held_out), config.val_images)]  # whatever the run's seed
     check(config, token_set, val_set, len(train_images), runtime)
     order = SampleOrder(train_images, config.seed)
     measure = distance_measure(config, runtime) if config.eval_every else None
@@ -100,67 +101,79 @@ def train(config: TrainConfig, out: Path) -> None:
     bar = tqdm(total=config.steps * config.batch_size, initial=step * config.batch_size, unit=" images",
                unit_scale=True, desc=out.name, disable=not runtime.is_main, dynamic_ncols=True)  # fmt: skip
     model.train()
-    while step < config.steps:
-        torch.manual_seed(derived_seed(config.seed, "dropout", step, runtime.rank))
-        batch = read_batch(token_set, order, step=step, batch_size=config.batch_size, rank=runtime.rank,
-                           world_size=runtime.world_size, label_dropout=config.label_dropout,
-                           device=runtime.device)  # fmt: skip
-        gradient_norm, lr = train_step(parallel, objective, optimizer, batch, config, runtime, step=step, sums=sums)
-        step += 1
-        if ema:
-            ema.update(model, step=step)
-        bar.update(config.batch_size)
-
-        # --- report ---
-        if _due(step, config.log_every, config.steps):
-            weight = other_weight(objective, config, step - 1)
-            means = _means(runtime.all_reduce(sums), "heads" if heads else "register", weight)
-            seconds = time.perf_counter() - since
-            if not np.isfinite(means["loss"]) or not torch.isfinite(gradient_norm):
-                reason = f"loss {means['loss']:.4g}, gradient norm {gradient_norm:.4g} at step {step}"
-                log.status("failed", step, reason)
-                raise UserError(f"training diverged: {reason}; continue from the last checkpoint with a lower lr")
-            speed = (step - last) * config.batch_size / seconds
-            log.write(step, images=step * config.batch_size, **means, lr=lr, gradient_norm=gradient_norm.item(),
-                      images_per_second=round(speed, 2))  # fmt: skip
-            bar.set_postfix(loss=f"{means['loss']:.3f}")
-            sums.zero_()
-            since, last = time.perf_counter(), step
-        if len(val_images) and _due(step, config.val_every, config.steps):
-            score = lambda m: validate(sharding.whole(m), val_set, val_images, config, runtime)  # noqa: E731
-            scores = {f"val_{name}": value for name, value in score(model).items()}
+    try:
+        while step < config.steps:
+            torch.manual_seed(derived_seed(config.seed, "dropout", step, runtime.rank))
+            batch = read_batch(token_set, order, step=step, batch_size=config.batch_size, rank=runtime.rank,
+                               world_size=runtime.world_size, label_dropout=config.label_dropout,
+                               device=runtime.device)  # fmt: skip
+            gradient_norm, lr = train_step(parallel, objective, optimizer, batch, config, runtime, step=step, sums=sums)
+            step += 1
             if ema:
-                scores |= {f"val_{name}_ema": value for name, value in score(ema.module).items()}
-            log.write(step, **scores)
-            if runtime.is_main:
-                bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-        if config.sample_every and _due(step, config.sample_every, config.steps):
-            sampled = sharding.whole(ema.module if ema else model)
-            if runtime.is_main:
-                from mutor_vision.sample import save_training_grid  # imports the tokenizer's libraries
+                ema.update(model, step=step)
+            bar.update(config.batch_size)
 
-                with uncompiled():
-                    save_training_grid(sampled, out, step, config, runtime)
-                model.train()
-        if measure and _due(step, config.eval_every, config.steps):
-            with uncompiled():
-                scores = measure(sharding.whole(ema.module if ema else model), out)
-            model.train()
-            log.write(step, **scores)
-            if runtime.is_main:
-                bar.write(f"step {step}: Frechet distance {scores['fd']:.4f} of {scores['fd_images']} samples")
-        if _due(step, config.save_every, config.steps) or step == config.steps:
-            modules = {"model": model} | ({"ema": ema.module} if ema else {})
-            weights = {name: sharding.gather(kept(module), runtime.is_main) for name, module in modules.items()}
-            shards = sharding.save_optimizer(optimizer, model, out, runtime)
-            if runtime.is_main:
+            # --- report ---
+            if due(step, config.log_every, config.steps):
+                other = "heads" if heads else "register"
+                means = _means(runtime.all_reduce(sums), other, other_weight(objective, config, step - 1))
+                seconds = time.perf_counter() - since
+                if not np.isfinite(means["loss"]) or not torch.isfinite(gradient_norm):
+                    reason = f"loss {means['loss']:.4g}, gradient norm {gradient_norm:.4g} at step {step}"
+                    raise UserError(f"training diverged: {reason}; start again with a lower lr; --init {out} begins "
+                                    "with its last checkpoint")  # fmt: skip
+                speed = (step - last) * config.batch_size / seconds
+                log.write(step, images=step * config.batch_size, **means, lr=lr, gradient_norm=gradient_norm.item(),
+                          images_per_second=round(speed, 2))  # fmt: skip
+                bar.set_postfix(loss=f"{means['loss']:.3f}")
+                sums.zero_()
+                since, last = time.perf_counter(), step
+            saved = due(step, config.save_every, config.steps) or step == config.steps
+            sampled = due(step, config.sample_every, config.steps)
+            measured = due(step, config.eval_every, config.steps)
+            if saved or sampled or measured:
+                modules = {"model": model} | ({"ema": ema.module} if ema else {})
+                weights = {name: kept(module) for name, module in modules.items()}
                 weights |= {"heads": heads.state_dict()} if heads else {}
-                state = {"step": step} | ({} if shards else {"optimizer": optimizer.state_dict()})
-                checkpoint.save(out, step, _kind(config), config, weights, state, config.keep, shards)
-            runtime.barrier()
-    bar.close()
-    log.status("done", step)
-    log.close()
+                checkpoint.check_finite(weights, [optimizer], step, runtime)
+            if len(val_images) and due(step, config.val_every, config.steps):
+                score = lambda m: validate(sharding.whole(m), val_set, val_images, config, runtime)  # noqa: E731
+                scores = {f"val_{name}": value for name, value in score(model).items()}
+                if ema:
+                    scores |= {f"val_{name}_ema": value for name, value in score(ema.module).items()}
+                log.write(step, **scores)
+                if runtime.is_main:
+                    bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+            if sampled:
+                whole = sharding.whole(ema.module if ema else model)
+                if runtime.is_main:
+                    from mutor_vision.sample import save_training_grid  # imports the tokenizer's libraries
+
+                    with uncompiled():
+                        save_training_grid(whole, out, step, config, runtime)
+                    model.train()
+            if measured:
+                with uncompiled():
+                    scores = measure(sharding.whole(ema.module if ema else model), out)
+                model.train()
+                log.write(step, **scores)
+                if runtime.is_main:
+                    bar.write(f"step {step}: Frechet distance {scores['fd']:.4f} of {scores['fd_images']} samples")
+            if saved:
+                weights = {name: sharding.gather(tensors, runtime.is_main) for name, tensors in weights.items()}
+                shards = sharding.save_optimizer(optimizer, model, out, runtime)
+                if runtime.is_main:
+                    state = {"step": step} | ({} if shards else {"optimizer": optimizer.state_dict()})
+                    checkpoint.save(out, step, _kind(config), config, weights, state, config.keep, shards)
+                    log.status("running", step)
+                runtime.barrier()
+        log.status("done", step)
+    except BaseException as error:
+        log.failed(step, error)
+        raise
+    finally:
+        bar.close()
+        log.close()
 
 
 def distance_measure(config: TrainConfig, runtime: Runtime) -> Callable[[Transformer, Path], dict[str, float]]:
@@ -169,8 +182,6 @@ def distance_measure(config: TrainConfig, runtime: Runtime) -> Callable[[Transfo
     from mutor_vision.metrics import features, in_training  # imports the metrics' libraries
     from mutor_vision.sample import default_batch_size, label_plan, sample_stream, settings_in_training, training_model
 
-    if not config.eval_reference:
-        raise UserError("eval_every needs eval_reference, a file of statistics made by eval/reference.py")
     extractor = features.load_extractor(config.eval_features, config.eval_weights or None).to(runtime.device)
     reference = in_training.load_reference(config.eval_reference, extractor, runtime)
     labels = label_plan(config.eval_images, config.model.num_classes)
@@ -232,38 +243,19 @@ def resolve(config: TrainConfig, token_set: TokenSet) -> TrainConfig:
 
 def check(config: TrainConfig, token_set: TokenSet, val_set: TokenSet, num_images: int, runtime: Runtime) -> None:
     """Raise UserError for the first setting that cannot work, before anything expensive is built."""
-    check_positive(config, "steps", "batch_size", "lr")
-    check_schedule(config.schedule, config.steps, config.warmup_steps)
+    check_warmup(config.steps, config.warmup_steps)
     world = runtime.world_size
     if config.batch_size % world:
         raise UserError(f"batch_size {config.batch_size} cannot be split over {world} processes; use a multiple")
     if config.batch_size > num_images:
         raise UserError(f"batch_size is {config.batch_size}, but there are {num_images} training images; lower it")
-    if not 0 <= config.micro_batch <= config.batch_size // world:
+    if config.micro_batch > config.batch_size // world:
         raise UserError(f"micro_batch is {config.micro_batch}, expected 0 to batch_size / processes")
-    if config.compile not in ("auto", "on", "off"):
-        raise UserError(f"compile is '{config.compile}', expected auto, on or off")
-    if not 0 <= config.label_dropout < 1 or not 0 <= config.val_fraction < 1 or not 0 <= config.ema_decay < 1:
-        raise UserError("label_dropout, val_fraction and ema_decay must be at least 0 and below 1")
-    if config.keep < 2:
-        raise UserError(f"keep is {config.keep}, expected 2 or more: the newest checkpoint may turn out damaged")
     if val_set.tokenizer_identity != token_set.tokenizer_identity or val_set.class_names != token_set.class_names:
         raise MismatchError(
             f"{config.val_codes} and {config.codes} differ in tokenizer or classes; "
             "encode both with the same tokenizer and class folders"
         )
-    if config.parallel not in ("ddp", "fsdp"):
-        raise UserError(f"parallel is '{config.parallel}', expected ddp or fsdp")
-    if config.parallel == "fsdp" and config.lora_rank:
-        raise UserError("parallel is fsdp and lora_rank is set, which do not go together; an adapter has so little to "
-                        "train that ddp will do: set parallel=ddp")  # fmt: skip
-    if config.lora_rank < 0 or config.lora_alpha <= 0 or (config.lora_rank and not config.init):
-        raise UserError(f"lora_rank is {config.lora_rank}, lora_alpha {config.lora_alpha}, init '{config.init}'; an "
-                        "adapter needs a positive rank and alpha, and --init RUN to be trained on")  # fmt: skip
-    alone = not (config.registers.count or config.lora_rank or config.parallel == "fsdp")
-    if config.parallel_heads < 1 or (config.parallel_heads > 1 and not alone):
-        raise UserError(f"parallel_heads is {config.parallel_heads}, expected 1 (none) or more, and more only without "
-                        "registers, lora_rank and fsdp")  # fmt: skip
     if config.registers.count:
         place_registers(config.registers, config.model.grid, seed=0, sample_index=np.zeros(1, dtype=np.int64))
 
@@ -272,8 +264,9 @@ def resume(
     out: Path, config: TrainConfig, token_set: TokenSet, base, model, ema, heads, runtime: Runtime
 ) -> Path | None:
     """Load the weights of the newest checkpoint of `out` and return it, or start the run directory and return None.
-    Raises MismatchError when the run was started with other settings, another token set or another base."""
-    found = checkpoint.newest(out)
+    Raises MismatchError when the run was started with other settings, another token set or another base, and what
+    checkpoint.open_run raises."""
+    found = checkpoint.open_run(out, _kind(config))
     record = base.record() if base else None
     load = lora.load_adapter if config.lora_rank else checkpoint.load_strictly
     if found is not None:
@@ -293,7 +286,7 @@ def resume(
             load(ema.module, checkpoint.read_weights(found, "ema"), found / "ema.safetensors")
         if heads:
             checkpoint.load_strictly(heads, checkpoint.read_weights(found, "heads"), found / "heads.safetensors")
-        runtime.barrier()
+    runtime.barrier()  # every rank has looked at the folder before rank 0 writes to it
     if runtime.is_main:
         checkpoint.write_config(out, _kind(config), config)
         if found is None:
@@ -316,10 +309,6 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def _due(step: int, every: int, steps: int) -> bool:
-    return every > 0 and (step % every == 0 or step == steps)
 
 
 def _means(sums: Tensor, other: str, weight: float | None) -> dict[str, float]:

@@ -6,16 +6,15 @@
 Fine-tuning: --init RUN starts from any checkpoint and takes its sizes, --set lora_rank=8 trains an adapter on it.
 
 Run the same command again to continue. Any setting can be changed with --set name=value, for example
---set registers.count=128 --set lr=1e-4; --dry-run prints them all. Presets, their hardware and their scores are in
-mutor_vision/presets.py.
+--set registers.count=128 --set lr=1e-4; --dry-run prints them all. A flag and a --set that contradict each other are an
+error. Presets, their hardware and their scores are in mutor_vision/presets.py.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 
-from mutor_vision.cli import Parser, run_command
-from mutor_vision.config import override, preset, to_dict
+from mutor_vision.cli import Parser, choose_settings, run_command
+from mutor_vision.config import to_dict
 from mutor_vision.presets import TRANSFORMERS
 
 
@@ -23,19 +22,18 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--preset", required=True, metavar="NAME", help=", ".join(TRANSFORMERS))
     parser.add_argument("--codes", required=True, help="token set made by tokenizers/encode.py")
-    parser.add_argument("--val-codes", default="", help="held-out token set; without it the preset's share is held out")
-    parser.add_argument("--init", default="", help="run to start from instead of random weights; decides the sizes")
+    parser.add_argument("--val-codes", help="held-out token set; without it the preset's share is held out")
+    parser.add_argument("--init", help="run to start from instead of random weights; decides the sizes")
     parser.add_argument("--out", required=True, help="run directory, new or to be continued")
     parser.add_argument("--steps", type=int, help="optimizer steps in all")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     arguments = parser.parse_args()
 
-    config = override(preset(TRANSFORMERS, arguments.preset), arguments.set)
-    config = dataclasses.replace(config, codes=arguments.codes, val_codes=arguments.val_codes)
-    config = dataclasses.replace(config, init=arguments.init or config.init)
-    if arguments.steps is not None:
-        config = dataclasses.replace(config, steps=arguments.steps)
+    config = choose_settings(
+        TRANSFORMERS, arguments.preset, arguments.set, codes=arguments.codes, val_codes=arguments.val_codes,
+        init=arguments.init, steps=arguments.steps,
+    )  # fmt: skip
 
     from mutor_vision.runtime import finish  # after the cheap mistakes: importing torch takes seconds
     from mutor_vision.token_set import TokenSet

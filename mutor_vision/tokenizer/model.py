@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mutor_vision import checkpoint
-from mutor_vision.config import TokenizerConfig, TokenizerTrainConfig, check_positive
+from mutor_vision.config import TokenizerConfig, TokenizerTrainConfig
 from mutor_vision.errors import UserError
 from mutor_vision.tokenizer.quantizer import Quantized, VectorQuantizer
 
@@ -30,7 +30,6 @@ class VQTokenizer(nn.Module):
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        _check(config)
         from diffusers.models.autoencoders.vae import Decoder, Encoder  # here, because it takes seconds to import
 
         self.config = config
@@ -113,16 +112,3 @@ def tokenizer_folder(path: str | Path) -> Path:
     if path.suffix in (".pt", ".pth", ".ckpt"):
         raise UserError(f"{path} is a PyTorch file of another project; `mutor convert` makes a tokenizer of it")
     return path.parent if path.name == "model.safetensors" else path
-
-
-def _check(config: TokenizerConfig) -> None:
-    check_positive(
-        config, "image_size", "layers_per_block", "latent_channels", "code_dim", "codebook_size", "norm_groups"
-    )
-    if odd := [channels for channels in config.channels if channels < 1 or channels % config.norm_groups]:
-        raise UserError(f"model.channels has {odd[0]}, expected multiples of model.norm_groups {config.norm_groups}")
-    if config.image_size % config.downsample:
-        raise UserError(
-            f"model.image_size is {config.image_size}, expected a multiple of {config.downsample} "
-            f"({len(config.channels)} levels of channels)"
-        )

@@ -12,12 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from mutor_vision import checkpoint
-from mutor_vision.config import TokenizerTrainConfig, check_positive, differences
+from mutor_vision.config import TokenizerTrainConfig, differences
 from mutor_vision.errors import MismatchError, UserError
 from mutor_vision.image_folder import ImageFolder, TrainingCrops, Views, batched, check_apart, read_batches
 from mutor_vision.images import center, save_png, to_float
 from mutor_vision.keyed_random import permutation, uniforms
-from mutor_vision.optim import check_schedule, learning_rate
+from mutor_vision.optim import check_warmup, due, learning_rate
 from mutor_vision.run_log import RunLog
 from mutor_vision.runtime import Runtime, start
 from mutor_vision.tokenizer import losses
@@ -25,7 +25,8 @@ from mutor_vision.tokenizer.model import VQTokenizer
 from mutor_vision.tokenizer.quantizer import count_codes, revive_dead_codes, usage
 from mutor_vision.tokenizer.reconstruction import reconstruct, score_reconstructions, side_by_side
 
-# What may differ when a run is continued. The images are compared by their file list, the rest changes no step.
+# What may differ when a run is continued, `steps` with a constant learning rate only. The images are compared by their
+# file list, the rest changes no step.
 MAY_CHANGE = {
     "data", "val_data", "val_images", "steps", "workers", "keep", "log_every", "val_every", "sample_every",
     "save_every",
@@ -34,12 +35,17 @@ MAY_CHANGE = {
 
 def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
     """Train in the run directory `out` to config.steps, continuing from its newest checkpoint if it has one; returns
-    the last checkpoint. On the CPU a continued run equals an uninterrupted one bit for bit.
+    the last checkpoint. On the CPU a continued run equals an uninterrupted one bit for bit; a run whose learning rate
+    ends at `steps` is therefore not continued to another number of steps.
 
     Raises UserError for wrong settings, DataError for images that cannot be read, and MismatchError when the run was
     begun with other settings or images."""
     runtime = start(config.precision)
-    check_settings(config, runtime)
+    check_warmup(config.steps, config.warmup_steps)
+    if config.batch_size % runtime.world_size:
+        raise UserError(f"batch_size {config.batch_size} is no multiple of the {runtime.world_size} processes")
+    if config.lpips_weight > 0 and not config.lpips_weights:  # presets leave the file to the user
+        raise UserError("lpips_weight is above 0 and needs the file lpips_weights; give it, or set lpips_weight=0")
     out, device, begun = Path(out), runtime.device, time.monotonic()
 
     # Images. k = step * batch_size + i says what is read; there is no other state of the data.
@@ -69,7 +75,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
     weights = {name: module for name, module in weights.items() if module is not None}
 
     # Begin, or continue.
-    first_step, newest = 0, _open_run(config, out)
+    first_step, newest = 0, _continued(config, out)
     if newest is not None:
         state = checkpoint.read_training_state(newest)
         if state["files"] != files:
@@ -83,7 +89,8 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
         first_step = state["step"]
     if first_step >= config.steps:
         if runtime.is_main:
-            print(f"{out} has {first_step} of {config.steps} steps already; a larger --steps goes on", flush=True)
+            more = "; a larger --steps goes on" if config.schedule == "constant" else ""
+            print(f"{out} has {first_step} of {config.steps} steps already{more}", flush=True)
         return newest
     runtime.barrier()  # every rank has looked at the folder before rank 0 writes to it
     if runtime.is_main:
@@ -147,7 +154,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
             rounds += 1
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
-            if _due(config.log_every, step, config.steps):
+            if due(step, config.log_every, config.steps):
                 means = {name: runtime.all_reduce(value).item() / rounds / runtime.world_size
                          for name, value in sums.items()}  # fmt: skip
                 if not math.isfinite(means["loss"]):
@@ -164,7 +171,12 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
 
             # Validation, pictures, checkpoints.
             paused = time.monotonic()
-            if _due(config.val_every, step, config.steps) and len(val_indices):
+            saved = due(step, config.save_every, config.steps) or step == config.steps
+            sampled = due(step, config.sample_every, config.steps)
+            if saved or sampled:
+                tensors = {name: module.state_dict() for name, module in weights.items()}
+                checkpoint.check_finite(tensors, [o for o in (optimizer, optimizer_d) if o], step, runtime)
+            if due(step, config.val_every, config.steps) and len(val_indices):
                 for name in [name for name in ("model", "ema") if name in weights]:
                     mine = list(batched(val_indices[runtime.rank :: runtime.world_size].tolist(), 32))
                     scores = score_reconstructions(
@@ -176,33 +188,32 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
                             f"step {step}: held-out images with {name} weights: {scores['psnr']:.2f} dB, "
                             f"{scores['usage']:.0%} of codes used"
                         )
-            if _due(config.sample_every, step, config.steps) and runtime.is_main:
+            if sampled and runtime.is_main:
                 views, indices = (val_views, val_indices) if len(val_indices) else (
                     Views(folder, size, center), train_indices)  # fmt: skip
                 chosen = indices[permutation(config.seed, "examples", 0, len(indices))[:16]]
                 originals = torch.cat([views[i] for i in chosen]).to(device)
                 copies, _ = reconstruct(weights.get("ema", model), originals)
                 save_png(side_by_side(originals, copies), out / "samples" / f"step-{step:07d}.png")
-            if _due(config.save_every, step, config.steps):
+            if saved:
                 state = {"step": step, "files": files, "idle_steps": idle_steps, "optimizer": optimizer.state_dict()}
                 if optimizer_d is not None:
                     state["optimizer_d"] = optimizer_d.state_dict()
                 if runtime.is_main:
-                    _check_finite(model, step)
-                    tensors = {name: module.state_dict() for name, module in weights.items()}
                     newest = checkpoint.save(out, step, "tokenizer", config, tensors, state, config.keep)
                     log.status("running", step)
                 runtime.barrier()
             clock += time.monotonic() - paused  # images/s is of training alone
     except BaseException as error:
-        log.status("failed", step, " ".join(f"{type(error).__name__}: {error}".split())[:300])
+        log.failed(step, error)
         raise
     finally:
         bar.close()
         log.close()
     log.status("done", step)
     if runtime.is_main:
-        print(f"{out}: {step} steps in {time.monotonic() - begun:.0f} s; look at {out / 'samples'}", flush=True)
+        look = f"; look at {out / 'samples'}" if config.sample_every else ""
+        print(f"{out}: {step} steps in {time.monotonic() - begun:.0f} s{look}", flush=True)
     return out / "checkpoints" / f"step-{step:07d}"
 
 
@@ -224,43 +235,17 @@ def split(config: TokenizerTrainConfig) -> tuple[ImageFolder, np.ndarray, ImageF
     return folder, train, val_folder, np.sort(held_out[: config.val_images])
 
 
-def check_settings(config: TokenizerTrainConfig, runtime: Runtime) -> None:
-    """Raise UserError for settings that cannot be trained with; model settings are checked by VQTokenizer."""
-    check_positive(config, "steps", "batch_size", "lr")
-    check_schedule(config.schedule, max(config.steps, config.warmup_steps), config.warmup_steps)
-    if config.batch_size % runtime.world_size:
-        raise UserError(f"batch_size {config.batch_size} is no multiple of the {runtime.world_size} processes")
-    for name, value, low, high in (
-        ("val_fraction", config.val_fraction, 0, 0.99),
-        ("min_crop_scale", config.min_crop_scale, 0.05, 1),
-        ("ema_decay", config.ema_decay, 0, 0.999999),
-        ("keep", config.keep, 2, math.inf),
-    ):
-        if not low <= value <= high:
-            raise UserError(f"{name} is {value}, expected {low} to {high}")
-    for name in ("l1_weight", "l2_weight", "lpips_weight", "codebook_weight", "commitment_weight", "entropy_weight",
-                 "adversarial_weight", "clip", "workers", "dead_code_steps", "quantize_after",
-                 "adversarial_start", "val_images",
-                 "log_every", "val_every", "sample_every", "save_every"):  # fmt: skip
-        if getattr(config, name) < 0:
-            raise UserError(f"{name} is {getattr(config, name)}, expected 0 (off) or more")
-    if config.adversarial_weight > 0 and config.model.image_size < 24:
-        raise UserError(f"adversarial_weight needs 24 pixels or more, image_size is {config.model.image_size}")
-    if config.lpips_weight > 0 and not config.lpips_weights:
-        raise UserError("lpips_weight is above 0 and needs the file lpips_weights; give it, or set lpips_weight=0")
-
-
-def _open_run(config: TokenizerTrainConfig, out: Path) -> Path | None:
-    """The newest checkpoint of `out`, None for a new run; refuses a folder of something else or of other settings."""
-    if not out.exists() or not any(out.iterdir()):
-        return None
-    if not (out / "config.json").is_file():
-        raise UserError(f"{out} is not empty and no tokenizer run; give a new --out")
-    begun = checkpoint.read_config(out, "tokenizer", TokenizerTrainConfig)
-    changed = [line for line in differences(begun, config) if line.split(":")[0] not in MAY_CHANGE]
-    if changed:
-        raise MismatchError(f"{out} was begun with other settings ({'; '.join(changed)}); repeat those, or a new --out")
-    return checkpoint.newest(out)
+def _continued(config: TokenizerTrainConfig, out: Path) -> Path | None:
+    """The newest checkpoint of `out`, None for a new run; refuses other settings, and what open_run refuses."""
+    found = checkpoint.open_run(out, "tokenizer")
+    if found is not None:
+        allowed = MAY_CHANGE - (set() if config.schedule == "constant" else {"steps"})
+        begun = checkpoint.read_config(found, "tokenizer", TokenizerTrainConfig)
+        if changed := [line for line in differences(begun, config) if line.split(":")[0] not in allowed]:
+            raise MismatchError(
+                f"{out} was begun with other settings ({'; '.join(changed)}); repeat those, or a new --out"
+            )
+    return found
 
 
 def _distributed(module: nn.Module, runtime: Runtime) -> nn.Module:
@@ -280,12 +265,3 @@ def _update(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, clip: f
         torch.nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.param_groups[0]["lr"] = rate
     optimizer.step()
-
-
-def _due(every: int, step: int, steps: int) -> bool:
-    return step == steps or (every > 0 and step % every == 0)
-
-
-def _check_finite(model: nn.Module, step: int) -> None:
-    if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
-        raise UserError(f"weights are not finite at step {step} and were not saved; lower lr, or set clip above 0")
