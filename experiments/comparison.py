@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from mutor_vision.checkpoint import read_json
+from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig, from_dict
 from mutor_vision.errors import UserError
+from mutor_vision.plan import flops
 
 # 97.5 % points of Student's t at 1, 2, ... degrees of freedom (any table; exact to the digits shown).
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -29,6 +31,17 @@ def read(folder: Path) -> tuple[dict, list[dict]]:
     if not runs:
         raise UserError(f"{folder} has no finished run yet; run experiments/run.py again")
     return read_json(folder / "setup.json"), runs
+
+
+def relative_compute(config: TrainConfig) -> float:
+    """FLOPs of a training step, relative to a next-token step of the same model."""
+    return round(flops(config).training / flops(TrainConfig(model=config.model)).training, 4)
+
+
+def recounted(run: dict) -> float:
+    """relative_compute of a run as it is counted today; run['relative_compute'] was counted when the run was made."""
+    model, registers = from_dict(TransformerConfig, run["model"]), from_dict(RegisterConfig, run["registers"])
+    return relative_compute(TrainConfig(model=model, registers=registers, parallel_heads=run["parallel_heads"]))
 
 
 def t_interval(values: list[float]) -> tuple[float, float]:

@@ -25,6 +25,7 @@ from mutor_vision import checkpoint
 from mutor_vision.cli import Parser, run_command
 from mutor_vision.config import RegisterConfig, TokenizerConfig, TokenizerTrainConfig, TrainConfig, TransformerConfig
 from mutor_vision.errors import UserError
+from mutor_vision.keyed_random import choose
 from mutor_vision.token_set import TokenSet
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -184,7 +185,8 @@ def floor(work: Path) -> None:
     from mutor_vision.tokenizer.model import load_tokenizer
 
     tokens, tokenizer = TokenSet.open(work / "codes/val"), load_tokenizer(work / "vq")
-    codes = tokens.codes()[:SAMPLES, 0].long().unflatten(1, tokens.grid)
+    chosen = choose(0, "floor", tokens.num_images, SAMPLES)
+    codes = tokens.codes()[chosen, 0].long().unflatten(1, tokens.grid)
     keep("reconstructions", {"fd": distance(work, (to_uint8(tokenizer.decode(part)) for part in codes.split(125)))})
 
 

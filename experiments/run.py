@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from comparison import relative_compute
 from grid import CFG_SCALE, CLASSES, FEATURE_EPOCHS, FEATURE_SIZE, GRIDS, TEST_SAMPLES, TOKENIZER, Run
 from subset import subset
 
@@ -29,6 +30,7 @@ from mutor_vision import checkpoint
 from mutor_vision.cli import Parser, run_command
 from mutor_vision.config import TrainConfig, preset
 from mutor_vision.errors import UserError
+from mutor_vision.plan import flops
 from mutor_vision.token_set import TokenSet
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -214,8 +216,8 @@ def measure(run: Run, out: Path, work: Path) -> dict:
         "block": run.block, "method": run.method, "seed": config.seed, "per_class": run.per_class,
         "dropout": config.model.ffn_dropout, "batch_size": config.batch_size, "lr": config.lr, "steps": config.steps,
         "registers": dataclasses.asdict(config.registers), "parallel_heads": config.parallel_heads,
-        "model": dataclasses.asdict(config.model), "flops_per_image": flops_per_image(config),
-        "relative_compute": round(flops_per_image(config) / flops_per_image(baseline_of(config)), 4),
+        "model": dataclasses.asdict(config.model), "flops_per_image": flops(config).training,
+        "relative_compute": relative_compute(config),
         "parameters": num_parameters(Transformer(config.model)), "best": best, "validation": validation,
         "seconds": round(sum(config.log_every * config.batch_size / line["images_per_second"]
                              for line in log if "images_per_second" in line)),
@@ -336,25 +338,6 @@ def drafts(run: Run, folder: Path, work: Path) -> dict:
                "loss": round(d.loss.mean().item(), 4), "next_token_loss": round(d.next_token_loss.mean().item(), 4)}
         for name, d in found.items()
     }  # fmt: skip
-
-
-def baseline_of(config: TrainConfig) -> TrainConfig:
-    """The same run as next-token prediction."""
-    return dataclasses.replace(config, registers=type(config.registers)(), parallel_heads=1)
-
-
-def flops_per_image(config: TrainConfig) -> int:
-    """Multiplications and additions of a training step an image: matrices of every input, attention of every visible
-    pair, the unembedding of every target; the backward pass counts twice the forward."""
-    model, n, registers = config.model, config.model.num_tokens, config.registers.count
-    matrices = 4 * model.dim**2 + 3 * model.dim * model.ffn_dim  # of a block
-    causal = n * (n + 1) // 2
-    pairs = causal + (registers * (n + 1) // 2 + registers if registers else 0)  # a register sees half on average
-    heads = config.parallel_heads - 1
-    products = model.layers * ((n + registers) * matrices + 2 * model.dim * pairs)
-    products += heads * (n * matrices + 2 * model.dim * causal)
-    targets = n + registers + sum(n - k + 1 for k in range(2, heads + 2))
-    return 3 * 2 * (products + targets * model.dim * model.vocab_size)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 built and nothing is measured.
 
 FLOPs. A product of (m, k) and (k, n) counts 2 m n k. Counted are the linear layers, the head at every input, and the
-two products of attention over the pairs that may look at each other: N (N + 1) / 2 of the causal inputs, and N + 1 for
-each register, which looks at up to N inputs and at itself. The backward pass counts twice the forward pass. Not counted
-are norms, rotary embedding, softmax, dropout, losses and the optimizer, which together are some 1 % of it. Activation
-checkpointing runs each block's forward pass once more.
+two products of attention over the pairs that are computed: N (N + 1) / 2 of the causal inputs, and N + 1 for each
+register, for which the product with all N causal inputs is computed and those after its slot are masked (with a
+register at every slot a CPU skips half of that). A parallel head counts a block over the causal inputs, and the
+unembedding of its own targets. The backward pass counts twice the forward pass. Not counted are norms, rotary
+embedding, softmax, dropout, losses and the optimizer, which together are some 1 % of it. Activation checkpointing runs
+each block's forward pass once more. The experiments count with the same function.
 
 Memory. Weights, gradients, AdamW's two moments and EMA are float32, with autocast too. Activations are what autograd
 keeps of one micro-batch for the backward pass, tensor by tensor (`saved_per_layer`), and what the peak needs on top of
@@ -98,13 +100,15 @@ class Flops:
 
 
 def flops(config: TrainConfig) -> Flops:
-    model, inputs = config.model, config.model.num_tokens + config.registers.count
-    pairs = model.num_tokens * (model.num_tokens + 1) // 2 + config.registers.count * (model.num_tokens + 1)
-    count = parameters(model)
+    """Of the transformer with its registers or parallel heads; what is compared by compute is compared by this."""
+    model, n, registers, count = config.model, config.model.num_tokens, config.registers.count, parameters(config.model)
+    heads = range(2, config.parallel_heads + 1)  # head k predicts k tokens ahead
+    causal = n * (n + 1) // 2
+    pairs = model.layers * (causal + registers * (n + 1)) + len(heads) * causal
     return Flops(
-        blocks=2 * inputs * count.blocks,
-        attention=model.layers * 2 * (2 * model.dim * pairs),
-        head=2 * inputs * count.head,
+        blocks=2 * ((n + registers) * count.blocks + len(heads) * n * (count.blocks // model.layers)),
+        attention=2 * (2 * model.dim * pairs),
+        head=2 * (n + registers + sum(n - k + 1 for k in heads)) * count.head,
     )
 
 
@@ -202,10 +206,6 @@ def plan(name: str, config: TrainConfig, gpu: str, gpus: int, mfu: float) -> dic
         raise UserError(f"mfu is {mfu}, expected a share of the peak: more than 0, at most 1")
     if gpus < 1 or config.batch_size % gpus:
         raise UserError(f"batch_size {config.batch_size} cannot be split over {gpus} GPUs; use a multiple")
-    for setting, choices in (("parallel", ("ddp", "fsdp")), ("precision", ("auto", "float32", "bfloat16")),
-                             ("compile", ("auto", "on", "off"))):  # fmt: skip
-        if getattr(config, setting) not in choices:
-            raise UserError(f"{setting} is '{getattr(config, setting)}', expected one of {', '.join(choices)}")
     if config.lora_rank:
         raise UserError("lora_rank is set: a plan counts the training of all weights only; set lora_rank=0")
     if config.parallel_heads > 1:

@@ -30,6 +30,96 @@ def test_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-0000009", "step-0000010"]
 
 
+def damage(folder, file="model.safetensors"):
+    path = folder / file
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def steps_of(run):
+    return sorted(checkpoint.step_of(path) for path in (run / "checkpoints").iterdir())
+
+
+def test_pruning_keeps_the_newest_that_verify(tmp_path):
+    save(tmp_path, 1)
+    damage(save(tmp_path, 2))
+    save(tmp_path, 3)
+    assert steps_of(tmp_path) == [1, 2, 3]  # 2 does not stand for 1
+    save(tmp_path, 4)
+    assert steps_of(tmp_path) == [3, 4]
+
+
+def test_damaged_checkpoints_of_later_steps_do_not_push_out_new_ones(tmp_path):
+    for step in (10, 11):
+        damage(save(tmp_path, step), "training.pt")
+    for step in (1, 2, 3):
+        assert save(tmp_path, step).is_dir()
+        assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints" / f"step-{step:07d}"
+    assert steps_of(tmp_path) == [2, 3, 10, 11]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_no_new_run(tmp_path):
+    damage(save(tmp_path, 1), "config.json")
+    damage(save(tmp_path, 2))
+    for look in (checkpoint.newest, checkpoint.resolve, lambda run: checkpoint.open_run(run, "transformer")):
+        with pytest.raises(IntegrityError, match="no checkpoint is whole, 2 damaged"):
+            look(tmp_path)
+
+
+def test_a_process_killed_while_it_deletes_leaves_no_part_of_a_checkpoint(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save(tmp_path, step)
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 3)
+    monkeypatch.undo()
+    for path in (tmp_path / "checkpoints").glob("step-???????"):
+        checkpoint.verify(path)
+    save(tmp_path, 4)
+    assert steps_of(tmp_path) == [3, 4]
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"files": []}', '{"files": {"model.safetensors": 3}}', "{", "[" * 9999]
+)
+def test_a_manifest_of_another_form_is_damage(tmp_path, content):
+    folder = save(tmp_path, 1)
+    (folder / "MANIFEST.json").write_text(content)
+    with pytest.raises(IntegrityError, match="MANIFEST.json"):
+        checkpoint.verify(folder)
+
+
+class Ranks:
+    """A runtime of two ranks, of which the other has `damaged` tensors."""
+
+    def __init__(self, damaged=0):
+        self.damaged, self.reductions = damaged, 0
+
+    def all_reduce(self, tensor):
+        self.reductions += 1
+        return tensor + self.damaged
+
+
+def test_what_is_not_finite_is_named_and_refused_on_every_rank():
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.0)
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    good = {"model": layer.state_dict(), "ema": {"w": torch.ones(2), "count": torch.ones(1, dtype=torch.int64)}}
+    ranks = Ranks()
+    checkpoint.check_finite(good, [optimizer], 7, ranks)
+    assert ranks.reductions == 1
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match="'ema: w' .*is not finite at step 7"):
+            checkpoint.check_finite(good | {"ema": {"w": torch.tensor([1.0, bad])}}, [], 7, Ranks())
+    with pytest.raises(UserError, match="a tensor of another rank is not finite"):
+        checkpoint.check_finite(good, [optimizer], 7, Ranks(damaged=1))
+    optimizer.state[layer.weight]["exp_avg_sq"][0, 0] = float("inf")
+    with pytest.raises(UserError, match="'exp_avg_sq of the optimizer, parameter 0'"):
+        checkpoint.check_finite(good, [optimizer], 7, Ranks())
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "training.pt", "config.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_damage_is_named_and_stepped_over(tmp_path, file, damage, capsys):
@@ -84,7 +174,7 @@ def test_another_kind_or_format_is_refused(tmp_path):
     folder = save(tmp_path, 1)
     with pytest.raises(MismatchError, match="holds a transformer, expected a tokenizer"):
         checkpoint.read_config(folder, "tokenizer", TrainConfig)
-    checkpoint.write_json(folder / "config.json", {"format": 2, "kind": "transformer", "config": {}})
+    checkpoint.write_json(folder / "config.json", {"format": 3, "kind": "transformer", "config": {}})
     with pytest.raises(MismatchError, match="upgrade"):
         checkpoint.read_config(folder, "transformer", TrainConfig)
     (folder / "config.json").write_text('{"format": ')

@@ -43,7 +43,7 @@ def test_wrong_settings_name_what_is_right(setting, message):
 
 
 def test_a_file_with_an_unknown_setting_is_refused():
-    with pytest.raises(UserError, match="unknown setting 'rope'"):
+    with pytest.raises(UserError, match="unknown setting 'model.rope'"):
         from_dict(TrainConfig, {"model": {"rope": 1}})
 
 

@@ -1,6 +1,6 @@
 import numpy as np
 
-from mutor_vision.keyed_random import derived_seed, permutation, uniforms
+from mutor_vision.keyed_random import choose, derived_seed, permutation, uniforms
 
 
 def test_a_row_depends_on_its_index_alone():
@@ -41,3 +41,13 @@ def test_a_permutation_holds_every_number_once_and_differs_by_epoch():
     for order in orders:
         assert sorted(order.tolist()) == list(range(1000))
     assert (orders[0] != orders[1]).any() and (orders[1] != orders[2]).any()
+
+
+def test_a_choice_of_a_sorted_list_is_of_all_its_classes():
+    labels = np.repeat(np.arange(100), 50)  # 5,000 images listed class by class
+    chosen = choose(0, "p", len(labels), 1000)
+    assert len(np.unique(chosen)) == 1000 and (np.diff(chosen) > 0).all()
+    assert 1 <= np.bincount(labels[chosen], minlength=100).min() and np.bincount(labels[chosen]).max() < 30
+    assert np.array_equal(chosen, choose(0, "p", len(labels), 1000))
+    assert not np.array_equal(chosen, choose(0, "q", len(labels), 1000))
+    assert len(choose(0, "p", 7, 10)) == 7 and len(choose(0, "p", 7, 0)) == 0

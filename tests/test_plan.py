@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -9,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig, override
 from mutor_vision.errors import UserError
 from mutor_vision.loss import Objective
+from mutor_vision.parallel_heads import ParallelHeads
 from mutor_vision.plan import ACCELERATORS, flops, memory, parameters, plan, saved_per_layer, table, with_token_set
 from mutor_vision.presets import TRANSFORMERS
 from mutor_vision.registers import add_registers
@@ -61,6 +63,18 @@ def test_flops_are_those_that_torch_counts(size, share):
         (q @ k.transpose(2, 3) @ v).sum().backward()
     share_of_pairs = (n * (n + 1) / 2 + r * (n + 1)) / (n + r) ** 2
     assert 3 * counted.attention == pytest.approx(config.model.layers * counter.get_total_flops() * share_of_pairs)
+
+
+def test_flops_of_parallel_heads_are_those_that_torch_counts():
+    """Each head a block over the causal inputs, and the unembedding of its own targets."""
+    config = dataclasses.replace(tiny(SIZES[0], 0), parallel_heads=3)
+    heads = ParallelHeads(config.model, config.parallel_heads)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        Objective(Transformer(config.model), heads)(torch.zeros(BATCH, dtype=torch.int64), sequence_of(config))
+    matrices = sum(n for name, n in counter.get_flop_counts()["Global"].items() if "mm" in str(name))
+    counted, alone = flops(config), flops(dataclasses.replace(config, parallel_heads=1))
+    assert BATCH * (counted.blocks + counted.head) == matrices
+    assert counted.attention == alone.attention * (config.model.layers + 2) / config.model.layers
 
 
 def test_flops_of_the_paper():
@@ -171,8 +185,8 @@ def test_every_preset_has_a_plan(name):
         ([], ("h100", 0, 0.4), "cannot be split over 0"),
         ([], ("h100", 8, 40.0), "mfu is 40.0"),
         (["micro_batch=129"], ("h100", 8, 0.4), "micro_batch is 129"),
-        (["parallel=zero"], ("h100", 8, 0.4), "parallel is 'zero', expected one of ddp, fsdp"),
-        (["lora_rank=8"], ("h100", 8, 0.4), "lora_rank is set"),
+        (["parallel=zero"], ("h100", 8, 0.4), "parallel is 'zero', expected ddp or fsdp"),
+        (["lora_rank=8", "init=base"], ("h100", 8, 0.4), "lora_rank is set"),
         (["parallel_heads=2"], ("h100", 8, 0.4), "parallel_heads is 2"),
     ],
 )

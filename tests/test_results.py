@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mutor_vision import checkpoint
-from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig
+from mutor_vision.config import RegisterConfig, TransformerConfig
 from mutor_vision.errors import MismatchError
 
 
@@ -23,20 +23,19 @@ def experiments(root):
         sys.path.remove(str(root / "experiments"))
 
 
-def invented(run, grid, module, effect) -> dict:
+def invented(run, compute, effect) -> dict:
     """A result as run.py writes it, of a run that never was: loss = 6 - log(steps) / 5 + effect + a seed's own part."""
     config, noise = run.config, 0.01 * run.config.seed
     model = dataclasses.replace(config.model, vocab_size=512, num_classes=20, grid=(8, 8))
     config = dataclasses.replace(config, model=model)
     loss = lambda step: round(6 - math.log(step) / 5 + noise + (0 if run.method == "next-token" else effect), 4)  # noqa: E731  # fmt: skip
     validation = {step: loss(step) for step in range(40, config.steps + 1, 40)}
-    compute = module.flops_per_image(config) / module.flops_per_image(module.baseline_of(config))
     score = {"fd": 3.0 + noise, "accuracy": 0.2 + noise, "loss_by_position": [4.0] * 64}
     result = {
         "block": run.block, "method": run.method, "seed": config.seed, "per_class": run.per_class,
         "dropout": model.ffn_dropout, "batch_size": 16, "lr": 3e-3, "steps": config.steps,
         "registers": dataclasses.asdict(config.registers), "parallel_heads": config.parallel_heads,
-        "model": dataclasses.asdict(model), "relative_compute": round(compute, 4), "seconds": 60, "parameters": 543648,
+        "model": dataclasses.asdict(model), "relative_compute": compute(config), "seconds": 60, "parameters": 543648,
         "best": config.steps, "validation": validation,
         "scores": {step: {"loss": loss(step), **score} for step in {config.steps, *run.also_score}},
         "command": "none",
@@ -62,7 +61,7 @@ def write(folder, experiments, effect, keep=lambda run: True):
     checkpoint.write_json(folder / "setup.json", SETUP)
     for run in filter(keep, experiments["grid"].GRIDS["main"]):
         checkpoint.write_json(folder / f"{run.name}.json",
-                              invented(run, experiments["grid"], experiments["run"], effect))  # fmt: skip
+                              invented(run, experiments["comparison"].relative_compute, effect))  # fmt: skip
     return experiments["results"].page(*experiments["comparison"].read(folder), "results")
 
 
@@ -145,30 +144,27 @@ def test_the_interval_is_students(experiments):
         assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-3)
 
 
-def test_counted_compute_is_that_of_the_matrices_torch_multiplies(experiments):
-    """Against torch's own counter, without attention, which it counts as if there were no mask."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
+def test_a_page_of_runs_whose_compute_was_counted_otherwise_says_so(tmp_path, experiments):
+    """And a page of runs that are counted as `mutor plan` counts says nothing."""
+    assert "Equal compute is not quite equal" not in write(tmp_path, experiments, 0.0)
+    for path in tmp_path.glob("headline-MuToR-2D-31*.json"):
+        checkpoint.write_json(path, checkpoint.read_json(path) | {"relative_compute": 1.313})
+    setup, runs = experiments["comparison"].read(tmp_path)
+    text = experiments["results"].page(setup, runs, "results")
+    assert "MuToR-2D, 31 %: 1.328 instead of 1.313 (+1.1%) next-token steps" in text
 
-    from mutor_vision.loss import Objective
-    from mutor_vision.parallel_heads import ParallelHeads
-    from mutor_vision.registers import add_registers
-    from mutor_vision.transformer import Transformer
 
-    model = TransformerConfig(2, 2, 32, 64, 5, (4, 4), 0.0, 0.0, 0.0)
-    for settings in ({}, {"registers": RegisterConfig("2d", 5)}, {"parallel_heads": 3}):
-        config = TrainConfig(model=model, **settings)
-        transformer = Transformer(model)
-        heads = ParallelHeads(model, config.parallel_heads) if config.parallel_heads > 1 else None
-        sequence = add_registers(torch.zeros(1, 4, 4, dtype=torch.int64), config.registers, register_token=64, seed=0,
-                                 sample_index=np.zeros(1, dtype=int))  # fmt: skip
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            Objective(transformer, heads)(torch.tensor([1]), sequence)
-        matrices = sum(n for name, n in counter.get_flop_counts()["Global"].items() if "mm" in str(name))
-        n, r = 16, config.registers.count
-        pairs = n * (n + 1) // 2
-        attention = 2 * (2 * 32 * (pairs * (2 + config.parallel_heads - 1) + 2 * (r * (n + 1) // 2 + r if r else 0)))
-        assert experiments["run"].flops_per_image(config) / 3 == matrices + attention
+def test_the_page_and_the_plan_count_the_same(experiments):
+    from mutor_vision.plan import plan
+
+    for run in experiments["grid"].GRIDS["main"][:5]:
+        model = dataclasses.replace(run.config.model, vocab_size=512, num_classes=20, grid=(8, 8))
+        config = dataclasses.replace(run.config, model=model)
+        planned = plan("", config, "h100", 1, 0.4)["flops_per_image"]["relative_to_next_token"]
+        assert experiments["comparison"].relative_compute(config) == pytest.approx(planned, abs=1e-4)
+    assert experiments["comparison"].relative_compute(
+        dataclasses.replace(config, registers=RegisterConfig("2d", 20), parallel_heads=1)
+    ) == pytest.approx(1.3276, abs=1e-4)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from mutor_vision import checkpoint
-from mutor_vision.errors import IntegrityError
+from mutor_vision.errors import IntegrityError, MismatchError, UserError
 from mutor_vision.image_folder import Views
 from mutor_vision.token_set import TokenSet
 from mutor_vision.tokenizer.model import tokenizer_identity
@@ -22,7 +23,7 @@ SMALL = {
     "model.image_size": 16, "model.channels": "8,8,8", "model.latent_channels": 8, "model.code_dim": 4,
     "model.codebook_size": 32, "model.norm_groups": 4, "model.attention": "false", "batch_size": 4, "workers": 0,
     "min_crop_scale": 0.8, "dead_code_steps": 2, "save_every": 3, "log_every": 1, "val_every": 3, "sample_every": 3,
-    "warmup_steps": 2, "quantize_after": 2,
+    "schedule": "constant", "warmup_steps": 2, "quantize_after": 2,
 }  # fmt: skip
 
 
@@ -170,6 +171,59 @@ def test_other_settings_or_images_are_refused_and_listed(root, pictures, trained
     Image.new("RGB", (20, 20)).save(tmp_path / "other" / "a" / "1.png")
     code, _, error = again(data=tmp_path / "other")
     assert code == 5 and "other images" in error
+
+
+def test_a_run_whose_learning_rate_ends_at_steps_is_not_continued_to_others(root, pictures, tmp_path):
+    """With a cosine, step 4 of 8 has another learning rate than step 4 of 4."""
+    train(root, pictures, tmp_path / "run", 4, schedule="cosine", save_every=2)
+    before = contents(tmp_path / "run")
+    with pytest.raises(MismatchError, match="steps: 4 -> 8"):
+        train(root, pictures, tmp_path / "run", 8, schedule="cosine", save_every=2)
+    assert contents(tmp_path / "run") == before
+
+
+def test_every_0_means_never_and_the_last_step_is_saved(root, pictures, tmp_path):
+    never = {"log_every": 0, "val_every": 0, "sample_every": 0, "save_every": 0}
+    train(root, pictures, tmp_path / "run", 2, **never)
+    assert log_of(tmp_path / "run") == [] and not (tmp_path / "run" / "samples").exists()
+    assert checkpoint.newest(tmp_path / "run").name == "step-0000002"
+
+
+def test_weights_that_are_not_finite_are_never_saved(root, pictures, tmp_path, monkeypatch):
+    """Nothing is logged, so that nothing but the check before saving can see it."""
+    from mutor_vision.tokenizer import train_loop
+
+    rate = train_loop.learning_rate
+    monkeypatch.setattr(train_loop, "learning_rate", lambda step, **k: 1e38 if step >= 3 else rate(step, **k))
+    settings = {"log_every": 0, "val_every": 0, "save_every": 1, "clip": 0}
+    with pytest.raises(UserError, match="not finite at step 5.*lower lr"):
+        train(root, pictures, tmp_path / "run", 6, **settings)
+    kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [path.name for path in kept] == ["step-0000003", "step-0000004"]
+    assert all(tensor.isfinite().all() for weights in weights_of(tmp_path / "run", 4).values()
+               for tensor in weights.values())  # fmt: skip
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+
+
+def test_training_does_not_begin_in_what_is_no_tokenizer_run(root, pictures, trained_run, token_set_path, trained,
+                                                             tmp_path):  # fmt: skip
+    """Nor anew where every checkpoint is damaged. Nothing there is touched."""
+    (tmp_path / "file").write_text("")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(trained, damaged)
+    for path in damaged.glob("checkpoints/*/model.safetensors"):
+        path.write_bytes(path.read_bytes()[:-3])
+    for out, message in (
+        (trained_run, "holds a transformer, expected a tokenizer"),
+        (token_set_path, "not empty and no tokenizer run"),
+        (token_set_path / "tokenizer", "an exported model, expected a run directory"),
+        (tmp_path / "file", "is a file, expected a run directory"),
+        (damaged, "no checkpoint is whole, 2 damaged"),
+    ):
+        before = contents(out)
+        with pytest.raises(UserError, match=message):
+            train(root, pictures, out, 6)
+        assert contents(out) == before
 
 
 def test_two_processes_train_as_one(root, pictures, trained, tmp_path):

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from mutor_vision import checkpoint
 from mutor_vision.config import RegisterConfig, TransformerConfig
 from mutor_vision.data import SampleOrder, read_batch, split
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
-from mutor_vision.optim import learning_rate
+from mutor_vision.optim import due, learning_rate
 from mutor_vision.run_log import read_log
 from mutor_vision.token_set import TokenSet
 from mutor_vision.train_loop import train
@@ -143,6 +144,31 @@ def test_held_out_images_are_never_trained_on(token_set_path):
     assert len(held_out) == 12 and not set(training) & set(held_out) and len(training) == 48
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_validation_is_of_all_classes_and_the_same_for_every_seed(tmp_path, train_config, token_set_path, monkeypatch,
+                                                                  seed):  # fmt: skip
+    """Real sets are listed class by class: the first images would be of the first class."""
+    from mutor_vision import train_loop
+
+    scored = []
+    monkeypatch.setattr(train_loop, "validate", lambda model, codes, images, *rest: scored.append(images) or {})
+    config = dataclasses.replace(train_config, val_codes=str(token_set_path), val_fraction=0.0, val_images=30, steps=1,
+                                 seed=seed)  # fmt: skip
+    train(config, tmp_path / "run")
+    labels = TokenSet.open(token_set_path).labels.numpy()
+    assert len(np.unique(scored[0])) == 30 and np.array_equal(scored[0], scored[1])
+    share = np.bincount(labels[scored[0]], minlength=5) / np.bincount(labels)
+    assert (share > 0.2).all() and (share < 0.8).all()
+    train(dataclasses.replace(config, seed=7), tmp_path / "another seed")
+    assert np.array_equal(scored[0], scored[2])
+
+
+def test_due_is_every_so_many_steps_and_the_last_and_0_is_never():
+    assert [step for step in range(1, 11) if due(step, 4, 10)] == [4, 8, 10]
+    assert [step for step in range(1, 11) if due(step, 20, 10)] == [10]
+    assert not any(due(step, 0, 10) for step in range(1, 11))
+
+
 def test_learning_rate_schedules():
     constant = [learning_rate(s, schedule="constant", lr=1.0, steps=10, warmup_steps=4) for s in range(6)]
     assert constant == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
@@ -217,6 +243,90 @@ def test_a_diverging_run_stops_and_says_so(tmp_path, train_config):
         train(dataclasses.replace(train_config, lr=1e30, clip=0.0), tmp_path / "run")
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
     assert checkpoint.newest(tmp_path / "run") is None
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, train_config, monkeypatch):
+    """Nothing is logged, so that nothing but the check before saving can see it."""
+    from mutor_vision import train_loop
+
+    rate = train_loop.learning_rate
+    monkeypatch.setattr(train_loop, "learning_rate", lambda step, **k: 1e38 if step >= 4 else rate(step, **k))
+    config = dataclasses.replace(train_config, save_every=1, log_every=0, val_every=0, clip=0.0)
+    with pytest.raises(UserError, match="not finite at step .*lower lr"):
+        train(config, tmp_path / "run")
+    kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert len(kept) == 2 and all(tensor.isfinite().all() for tensor in state_of(tmp_path / "run").values())
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed" and status["step"] == checkpoint.step_of(kept[-1]) + 1
+
+
+def test_whatever_ends_a_run_is_in_its_status(tmp_path, train_config, monkeypatch):
+    from mutor_vision import train_loop
+
+    def broken(*arguments, **settings):
+        raise RuntimeError("the cable\nwas pulled")
+
+    monkeypatch.setattr(train_loop, "validate", broken)
+    with pytest.raises(RuntimeError):
+        train(train_config, tmp_path / "run")
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 5)
+    assert status["reason"] == "RuntimeError: the cable was pulled"
+
+
+def files_of(path):
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_stops_and_keeps_its_log(tmp_path, train_config, trained_run):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    for path in run.glob("checkpoints/*/ema.safetensors"):
+        path.write_bytes(path.read_bytes()[:-3])
+    before = files_of(run)
+    with pytest.raises(IntegrityError, match="no checkpoint is whole, 2 damaged"):
+        train(train_config, run)
+    assert files_of(run) == before
+    shutil.rmtree(run / "checkpoints")
+    before = files_of(run)
+    with pytest.raises(IntegrityError, match="had a checkpoint of step 10 and has none now"):
+        train(train_config, run)
+    assert files_of(run) == before
+
+
+def test_training_does_not_begin_in_what_is_no_run(tmp_path, train_config, trained_run, token_set_path,
+                                                   tiny_tokenizer_path):  # fmt: skip
+    (tmp_path / "file").write_text("")
+    (tmp_path / "pictures" / "ant").mkdir(parents=True)
+    (tmp_path / "pictures" / "ant" / "0.png").write_text("")
+    checkpoint.export(trained_run, tmp_path / "exported")
+    shutil.copytree(checkpoint.newest(trained_run), tmp_path / "step-0000010")
+    for out, message in (
+        (token_set_path, "not empty and no transformer run"),
+        (tiny_tokenizer_path, "holds a tokenizer, expected a transformer"),
+        (token_set_path / "tokenizer", "holds a tokenizer, expected a transformer"),
+        (tmp_path / "pictures", "not empty and no transformer run"),
+        (tmp_path / "exported", "an exported model, expected a run directory"),
+        (tmp_path / "step-0000010", "a checkpoint or an exported model"),
+        (tmp_path / "file", "is a file, expected a run directory"),
+    ):
+        before = files_of(out)
+        with pytest.raises(UserError, match=message):
+            train(dataclasses.replace(train_config, steps=1), out)
+        assert files_of(out) == before and out.exists()
+
+
+def test_a_start_that_was_killed_is_started_again(tmp_path, train_config):
+    """A process killed in its first moments leaves an empty folder, a half-written file, or a configuration."""
+    for name, file in (("empty", None), ("partial", ".config.json.partial"), ("begun", "config.json")):
+        out = tmp_path / name
+        out.mkdir()
+        if name == "begun":
+            checkpoint.write_config(out, "transformer", train_config)
+        elif file:
+            (out / file).write_text("{")
+        train(dataclasses.replace(train_config, steps=1), out)
+        assert checkpoint.newest(out).name == "step-0000001"
 
 
 def test_two_checkpoints_are_kept(tmp_path, train_config):
