@@ -14,6 +14,14 @@ class DataError(UserError):
     exit_code = 3
 
 
+class ImageError(DataError):
+    """One image file that cannot be used; `path` names it, so that a repair of it can be told from other images."""
+
+    def __init__(self, message: str, path: object = ""):
+        super().__init__(message)
+        self.path = str(path)
+
+
 class IntegrityError(UserError):
     """A file that is incomplete, damaged, or not what it should be."""
 
