@@ -6,10 +6,17 @@ import sys
 from collections.abc import Callable
 
 from mutor_vision.errors import UserError
+from mutor_vision.names import printable
 
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command: a UserError becomes one line on stderr and its exit code; MUTOR_DEBUG=1 keeps the traceback."""
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a name may hold what the terminal's encoding, or any, has no character for
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
@@ -17,7 +24,7 @@ def run_command(main: Callable[[], None]) -> None:
             raise
         rank = os.environ.get("RANK")
         where = f"error [rank {rank}]" if rank and os.environ.get("WORLD_SIZE", "1") != "1" else "error"
-        print(f"{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"{where}: {printable(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(1)  # the reader of a pipe has gone, as with `| head`

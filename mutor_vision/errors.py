@@ -15,11 +15,11 @@ class DataError(UserError):
 
 
 class ImageError(DataError):
-    """One image file that cannot be used; `path` names it, so that a repair of it can be told from other images."""
+    """Image files that cannot be used; `paths` are they, so that their repair can be told from other images."""
 
-    def __init__(self, message: str, path: object = ""):
+    def __init__(self, message: str, *paths: object):
         super().__init__(message)
-        self.path = str(path)
+        self.paths = tuple(map(str, paths))
 
 
 class IntegrityError(UserError):

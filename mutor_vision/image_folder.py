@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from tqdm import tqdm
 
 from mutor_vision.errors import DataError, ImageError, UserError
-from mutor_vision.images import EXTENSIONS, center_crop, check_image, random_crop, read_image, to_tensor
+from mutor_vision.images import EXTENSIONS, Header, center_crop, check_image, random_crop, read_image, to_tensor
 from mutor_vision.keyed_random import permutation, uniforms
 from mutor_vision.listing import Listing, list_folders, list_images, say_left_out
 from mutor_vision.names import printable
@@ -97,28 +98,44 @@ class ImageFolder:
         return [self.fingerprint(range(end - count, end))[:16] for end, count in zip(ends, self.counts(), strict=True)]
 
     def check(self, numbers: Sequence[int]) -> None:
-        """Look at these images by images.check_image, without decoding the usual ones (0.1 to 0.3 ms each). Raises one
-        DataError that names all that cannot be used, or the first of many."""
-        with ThreadPoolExecutor(READERS) as pool:
-            errors = [error for error in pool.map(self._error_of, numbers) if error]
-        if len(errors) == 1:
-            raise errors[0]
-        if errors:
-            shown = "; ".join(str(error) for error in errors[:SHOWN])
-            more = f"; and {len(errors) - SHOWN:,} more" if len(errors) > SHOWN else ""
-            raise DataError(f"{len(errors):,} of {len(numbers):,} images cannot be used: {shown}{more}")
-
-    def _error_of(self, number: int) -> ImageError | None:
-        try:
-            check_image(self.root / self.paths[number])
-        except ImageError as error:
-            return error
+        """Raise one ImageError that names those of these images that images.check_image refuses."""
+        check_images([self.root / self.paths[number] for number in numbers])
 
     def _size(self, path: str) -> int:
         try:
             return (self.root / path).stat().st_size
         except OSError as error:
             raise DataError(f"{printable(str(self.root / path))} cannot be read ({error.strerror})") from None
+
+
+def check_images(paths: Sequence[Path]) -> list[Header]:
+    """images.check_image of every path, by threads (0.1 to 0.3 ms each from a fast disk). Raises one ImageError for all
+    that cannot be used; its message names the first SHOWN."""
+    headers, errors = [], []
+
+    def look(part: Sequence[Path]) -> list[Header | ImageError]:
+        return [_header_or_error(path) for path in part]
+
+    with ThreadPoolExecutor(READERS) as pool:
+        parts = tqdm(pool.map(look, batched(paths, 200)), desc="looking at images", total=-(-len(paths) // 200),
+                     delay=5, leave=False, dynamic_ncols=True, disable=os.environ.get("RANK", "0") != "0")  # fmt: skip
+        for found in (found for part in parts for found in part):
+            (errors if isinstance(found, ImageError) else headers).append(found)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        shown = "; ".join(str(error) for error in errors[:SHOWN])
+        more = f"; and {len(errors) - SHOWN:,} more" if len(errors) > SHOWN else ""
+        bad = [path for error in errors for path in error.paths]
+        raise ImageError(f"{len(errors):,} of {len(paths):,} images cannot be used: {shown}{more}", *bad)
+    return headers
+
+
+def _header_or_error(path: Path) -> Header | ImageError:
+    try:
+        return check_image(path)
+    except ImageError as error:
+        return error
 
 
 class TrainingCrops(Dataset):

@@ -28,7 +28,7 @@ EXTENSIONS = (
 )  # fmt: skip
 MAX_PIXELS = 89_000_000  # read from the header, before anything is decoded; from where Pillow itself warns
 MAX_ASPECT = 50  # long side over short side; a strip of 10000x1 would be enlarged to gigabytes before it is cropped
-_LOSSY = {"JPEG", "MPO", "WEBP"}
+_LOSSY = {"JPEG", "WEBP"}
 _LOSSY_TIFF = {"jpeg", "tiff_jpeg", "webp"}
 _MODES_8_BIT = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LA", "PA", "La", "RGBA", "RGBa"}
 
@@ -62,23 +62,18 @@ def read_image(path: str | Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def read_header(path: str | Path) -> Header:
-    """Header of a file that read_image would take as far as can be told without decoding; raises ImageError."""
-    with _opened(path, header=True) as image:
-        compression = image.info.get("compression") if image.format == "TIFF" else ""
-        lossy = image.format in _LOSSY or compression in _LOSSY_TIFF
-        return Header(image.format, image.mode, image.size, lossy)
-
-
-def check_image(path: str | Path) -> None:
+def check_image(path: str | Path) -> Header:
     """Raise ImageError for a file that read_image refuses, at the cost of reading its header and, for JPEG, PNG and
     WEBP, of finding its end; only what looks cut short, and files of the rarer formats, are decoded. Damage inside of
     a file whose end is there shows when it is decoded, in training or encoding."""
-    read_header(path)
+    with _opened(path, header=True) as image:
+        compression = image.info.get("compression") if image.format == "TIFF" else ""
+        header = Header(image.format, image.mode, image.size, image.format in _LOSSY or compression in _LOSSY_TIFF)
     with open(path, "rb") as file:
         complete = looks_complete(file)
     if not complete:
         read_image(path)
+    return header
 
 
 @contextmanager
