@@ -14,12 +14,16 @@ from typing import Any
 
 from mutor_vision.config import Config, override, preset
 from mutor_vision.errors import UserError
+from mutor_vision.names import printable
 
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command: a UserError becomes one line on stderr and its exit code; MUTOR_DEBUG=1 keeps the traceback. Under
     torchrun the error is also what its summary shows as root cause. A closed pipe (`| head`) is no error: the command
     goes on to its end, and what it prints is lost."""
+    for stream in (sys.stdout, sys.stderr):  # a name may hold what the terminal's encoding has no character for
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = _unbreakable(sys.stdout, sys.__stdout__), _unbreakable(sys.stderr, sys.__stderr__)
     try:
         _recorded(main)()
@@ -45,7 +49,7 @@ def choose_settings(presets: dict[str, Config], name: str, settings: list[str], 
 def _one_line(error: UserError) -> str:
     rank = os.environ.get("RANK")
     where = f"error [rank {rank}]" if rank and os.environ.get("WORLD_SIZE", "1") != "1" else "error"
-    return f"{where}: {' '.join(str(error).split())}"
+    return f"{where}: {printable(' '.join(str(error).split()))}"
 
 
 def _recorded(main: Callable[[], None]) -> Callable[[], None]:

@@ -17,6 +17,8 @@ from mutor_vision.config import RegisterConfig, TokenizerConfig, TokenizerTrainC
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
 from mutor_vision.foreign_checkpoint import ForeignCheckpoint
 from mutor_vision.keyed_random import derived_seed
+from mutor_vision.names import read_names
+from mutor_vision.outputs import check_out_file
 from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer, tokenizer_folder, tokenizer_identity
 from mutor_vision.transformer import Transformer
 
@@ -236,8 +238,9 @@ def _finish_run(run: Path, kind: str, config, source: Path) -> None:
 
 
 def _check_new(target: Path) -> None:
-    if target.exists():
+    if os.path.lexists(target):
         raise UserError(f"{target} exists already; remove it or give another name")
+    check_out_file(target)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -261,7 +264,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.to == "llamagen":
         convert_back(source, arguments.target, arguments.weights or "best")
         return
-    names = read_class_names(Path(arguments.class_names)) if arguments.class_names else None
+    names = read_names(arguments.class_names) if arguments.class_names else None
     from mutor_vision.llamagen_codes import import_codes, is_codes_folder
 
     if is_codes_folder(source):
@@ -284,16 +287,3 @@ def parse_grid(text: str | None) -> tuple[int, int] | None:
     if len(parts) != 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
         raise UserError(f"--grid is '{text}', expected rows,columns such as 16,16")
     return int(parts[0]), int(parts[1])
-
-
-def read_class_names(path: Path) -> list[str]:
-    """A name a line, in the order of the ids."""
-    try:
-        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} cannot be read as class names ({error}); expected a text file, a name a line"
-        ) from None
-    if len(set(names)) != len(names):
-        raise UserError(f"{path} names a class twice; expected a name a line, each once")
-    return names

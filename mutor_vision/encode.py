@@ -14,9 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mutor_vision import checkpoint
-from mutor_vision.errors import MismatchError, UserError
+from mutor_vision.errors import ImageError, MismatchError, UserError
 from mutor_vision.image_folder import ImageFolder, Views, batched, check_apart, read_batches
 from mutor_vision.images import to_float, views_named
+from mutor_vision.keyed_random import permutation
+from mutor_vision.outputs import check_out_folder
+from mutor_vision.repairs import forget_bad, only_repaired, recall_bad, record_bad
 from mutor_vision.runtime import Runtime
 from mutor_vision.token_set import (
     FORMAT,
@@ -37,6 +40,9 @@ VIEW_NAMES = {
     "ten-crop": _CORNERS + [f"{name}-flip" for name in _CORNERS],
 }
 PRECISIONS = ("float32", "bfloat16")
+# What of a plan follows from the images; the rest are settings.
+_OF_IMAGES = ("num_images", "num_shards", "files_sha256", "files_of_classes", "files_of_shards", "images_per_class",
+              "left_out", "ignored", "repaired")  # fmt: skip
 _COMPARED = 32  # crops that are encoded in float32 as well, to say how many codes another precision changes
 
 
@@ -58,8 +64,12 @@ def encode_folder(
 ) -> TokenSet:  # fmt: skip
     """Encode every image of folder `data` into the token set `out`, and return it opened and verified.
 
-    Run again to continue: settings, tokenizer and file list must be those of the first time (MismatchError). Raises
-    DataError naming the image when one cannot be read; finished shards stay, and there is no manifest."""
+    Run again to continue: settings, tokenizer and images must be those of the first time (MismatchError), but for
+    images that could not be used and were replaced or removed: then finished shards whose images are the same are
+    kept, and the manifest lists what was repaired.
+
+    Every file is looked at before the first is encoded (images.check_image), and ImageError names all that cannot be
+    used; damage that only decoding shows stops at that image. Finished shards stay, and there is no manifest."""
     out = Path(out)
     if settings.batch_size < 0:
         raise UserError(f"batch_size is {settings.batch_size}, expected 1 or more, or 0 to choose by device")
@@ -68,17 +78,22 @@ def encode_folder(
     if settings.precision not in PRECISIONS:
         raise UserError(f"precision is '{settings.precision}', expected one of {', '.join(PRECISIONS)}")
     check_apart(data, out)
+    check_out_folder(out)
     crops = views_named(settings.views)
     folder = ImageFolder.open(data)
     tokenizer = load_tokenizer(tokenizer_path, runtime.device, settings.weights)
     plan = _plan(tokenizer, folder, settings, runtime)
-    _begin(out, plan, tokenizer_path, settings.weights, runtime)
+    plan = _begin(out, plan, folder, tokenizer_path, settings.weights, runtime)
     if not (out / "manifest.json").is_file():
         views = Views(folder, plan["image_size"], crops)
         if runtime.device.type == "cpu":
             tokenizer.to(memory_format=torch.channels_last)  # a tenth faster on VQ-16; not measured on CUDA
-        measured = _agreement(tokenizer, views, plan, runtime) if runtime.is_main else {}
-        _encode_shards(tokenizer, views, out, plan, runtime, workers)
+        try:
+            measured = _agreement(tokenizer, views, plan, runtime) if runtime.is_main else {}
+            _encode_shards(tokenizer, views, out, plan, runtime, workers)
+        except ImageError as error:
+            record_bad(out, folder, error, runtime.rank)
+            raise
         runtime.barrier()
         if runtime.is_main:
             write_manifest(out, plan | measured, [len(_images_of(shard, plan)) for shard in range(plan["num_shards"])])
@@ -137,17 +152,19 @@ def _encode(tokenizer: VQTokenizer, crops: Tensor, precision: str, runtime: Runt
 
 
 def _agreement(tokenizer: VQTokenizer, views: Views, plan: dict[str, Any], runtime: Runtime) -> dict[str, float]:
-    """For the manifest: which share of codes of the first crops is the same in float32. Nothing in float32 itself."""
+    """For the manifest: which share of the codes of some crops is the same in float32. {} when encoding in float32."""
     if plan["precision"] == "float32":
         return {}
-    few = range(min(_COMPARED, plan["num_images"]))
-    crops = torch.cat([views[i] for i in few])[:_COMPARED]
+    # Drawn from all images: the first are of one class.
+    drawn = permutation(0, "agreement", 0, plan["num_images"])[: -(-_COMPARED // len(plan["views"]))]
+    crops = torch.cat([views[i] for i in sorted(drawn.tolist())])[:_COMPARED]
     codes, expected = (
         torch.cat([_encode(tokenizer, part, precision, runtime) for part in crops.split(plan["batch_size"])])
         for precision in (plan["precision"], "float32")
     )
     share = (codes == expected).double().mean().item()
-    print(f"{plan['precision']}: {share:.1%} of the codes of the first {len(crops)} crops are those of float32")
+    said = f"{share:.1%} of the codes of {len(crops)} crops, drawn from all images, are those of float32"
+    print(f"{plan['precision']}: {said}")
     return {"float32_agreement": round(share, 4)}
 
 
@@ -160,7 +177,8 @@ def _plan(tokenizer: VQTokenizer, folder: ImageFolder, settings: EncodeSettings,
     side = tokenizer.config.downsample
     if image_size < side or image_size % side:
         raise UserError(f"image_size is {image_size}, expected a multiple of {side}, the tokenizer's pixels per code")
-    return {
+    shards = -(-len(folder) // settings.shard_size)
+    plan = {
         "format": FORMAT,
         "tokenizer_sha256": tokenizer_identity(tokenizer),
         "codebook_size": tokenizer.config.codebook_size,
@@ -171,13 +189,17 @@ def _plan(tokenizer: VQTokenizer, folder: ImageFolder, settings: EncodeSettings,
         "batch_size": settings.batch_size or _default_batch_size(image_size, runtime),
         "precision": settings.precision,
         "num_images": len(folder),
-        "num_shards": -(-len(folder) // settings.shard_size),
+        "num_shards": shards,
         "shard_size": settings.shard_size,
         "source": folder.root.resolve().name,
         "files_sha256": folder.fingerprint(),
         "class_names": folder.class_names,
         "images_per_class": folder.counts(),
+        "left_out": folder.listing.left_out,
+        "ignored": folder.listing.ignored,
+        "files_of_classes": folder.fingerprints_of_classes(),
     }
+    return plan | {"files_of_shards": [folder.fingerprint(_images_of(shard, plan))[:16] for shard in range(shards)]}
 
 
 def _default_batch_size(image_size: int, runtime: Runtime) -> int:
@@ -186,32 +208,67 @@ def _default_batch_size(image_size: int, runtime: Runtime) -> int:
     return 32 if runtime.device.type == "cuda" else max(1, min(32, 64 * 64 // image_size**2))
 
 
-def _begin(out: Path, plan: dict[str, Any], tokenizer_path: str | Path, weights: str, runtime: Runtime) -> None:
-    """Create the folder and its plan, or check that they are those of this encoding."""
+def _begin(
+    out: Path, plan: dict[str, Any], folder: ImageFolder, tokenizer_path: str | Path, weights: str, runtime: Runtime
+) -> dict[str, Any]:
+    """Collective. Create the folder and its plan, or see that they are those of this encoding and remove the shards
+    whose images were repaired; before that, look at every image that is still to be encoded. Returns the plan."""
     error = None
     if runtime.is_main:
         try:
-            if (out / PLAN).is_file():
-                _check_same(out, plan)
-            elif out.exists() and any(out.iterdir()):
+            begun = checkpoint.read_json(out / PLAN) if (out / PLAN).is_file() else {}
+            if not begun and out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
                 raise UserError(f"{out} is not empty and no token set; give a new folder")
+            stale = _stale_shards(out, begun, plan)
+            if repaired := sorted({*begun.get("repaired", []), *(recall_bad(out) if stale else [])}):
+                plan = plan | {"repaired": repaired}
+            if not (out / "manifest.json").is_file():
+                _look_at_images(out, plan, folder, stale)
+            # What was said of the folder's images counts from here: first what does not fit goes, then the plan comes.
+            for name in (name for shard in stale for name in reversed(shard_names(shard))):
+                (out / name).unlink(missing_ok=True)
             out.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(out / PLAN, plan)
+            forget_bad(out)
             if not (out / "tokenizer").is_dir():
                 checkpoint.export(tokenizer_folder(tokenizer_path), out / "tokenizer", weights)
-            checkpoint.write_json(out / PLAN, plan)
         except UserError as raised:
             error = raised
     runtime.raise_together(error)
+    return plan if runtime.is_main else checkpoint.read_json(out / PLAN)
 
 
-def _check_same(out: Path, plan: dict[str, Any]) -> None:
-    begun = checkpoint.read_json(out / PLAN)
-    changed = [key for key in plan if begun.get(key) != plan[key]]
+def _look_at_images(out: Path, plan: dict[str, Any], folder: ImageFolder, stale: list[int]) -> None:
+    done = {shard for shard in range(plan["num_shards"]) if _is_there(out, shard)} - set(stale)
+    numbers = [i for shard in range(plan["num_shards"]) if shard not in done for i in _images_of(shard, plan)]
+    try:
+        folder.check(numbers)
+    except ImageError as error:
+        if (out / PLAN).is_file():
+            record_bad(out, folder, error)
+        raise
+
+
+def _stale_shards(out: Path, begun: dict[str, Any], plan: dict[str, Any]) -> list[int]:
+    """Finished shards of an encoding that was begun with other images and may continue with these. Raises MismatchError
+    when it was begun with other settings, or with images that differ by more than repairs."""
+    changed = [key for key in plan if key not in _OF_IMAGES and begun and begun.get(key) != plan[key]]
     if changed:
         shown = [f"{key}: {_short(begun.get(key))} -> {_short(plan[key])}" for key in changed]
         raise MismatchError(
             f"{out} was begun with other settings ({'; '.join(shown)}); repeat those, or give a new folder"
         )
+    finished = [shard for shard in range(begun.get("num_shards", 0)) if _is_there(out, shard)]
+    if not finished or begun["files_sha256"] == plan["files_sha256"]:
+        return []
+    before, now = begun.get("files_of_classes", []), plan["files_of_classes"]
+    if (out / "manifest.json").is_file() or not only_repaired(recall_bad(out), before, now, plan["class_names"]):
+        raise MismatchError(
+            f"{out} was begun with other images ({begun['num_images']:,} of them, now {plan['num_images']:,}); restore "
+            "them, or give a new folder"
+        )
+    before, now = begun["files_of_shards"], plan["files_of_shards"]
+    return [shard for shard in finished if shard >= len(now) or before[shard] != now[shard]]
 
 
 def _short(value: Any) -> str:
@@ -219,10 +276,14 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:16]}..."
 
 
+def _is_there(out: Path, shard: int) -> bool:
+    return all((out / name).is_file() for name in shard_names(shard))
+
+
 def _has_shard(out: Path, shard: int, plan: dict[str, Any]) -> bool:
     images = len(_images_of(shard, plan))
     codes, labels = (out / name for name in shard_names(shard))
-    if not (codes.is_file() and labels.is_file()):
+    if not _is_there(out, shard):
         return False
     shape = (images, len(plan["views"]), plan["grid"][0] * plan["grid"][1])
     load_array(codes, code_dtype(plan["codebook_size"]), shape)

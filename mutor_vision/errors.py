@@ -14,6 +14,14 @@ class DataError(UserError):
     exit_code = 3
 
 
+class ImageError(DataError):
+    """Image files that cannot be used; `paths` are they, so that their repair can be told from other images."""
+
+    def __init__(self, message: str, *paths: object):
+        super().__init__(message)
+        self.paths = tuple(map(str, paths))
+
+
 class IntegrityError(UserError):
     """A file that is incomplete, damaged, or not what it should be."""
 

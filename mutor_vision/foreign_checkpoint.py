@@ -20,9 +20,30 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
 
-ENTRIES = ("model", "module", "state_dict", "ema")  # under which a file may keep its weights
-_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")  # what DDP, torch.compile and FSDP put before each name
+# Under which a file may keep its weights: LlamaGen, DDP and DeepSpeed, Lightning, timm, BasicSR, Fabric.
+ENTRIES = (
+    "model", "module", "state_dict", "ema", "model_state_dict", "model_state", "model_ema", "ema_state_dict",
+    "state_dict_ema", "params", "params_ema", "weights", "net",
+)  # fmt: skip
+FILES = ("consolidated.pth", "model.safetensors", "pytorch_model.bin")  # in a folder: FSDP's trainer, Hugging Face
+
+# Parts of names, anywhere: DDP, torch.compile, FSDP, activation checkpointing, DeepSpeed, fairscale's FSDP.
+_WRAPPERS = {
+    "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_fpw_module",
+}  # fmt: skip
+# Single numbers that averages (torch, lucidrains, LitEma) and profilers (thop) keep beside weights, by their last part.
+_COUNTERS = {
+    "n_averaged",
+    "num_updates",
+    "initted",
+    "step",
+    "decay",
+    "total_ops",
+    "total_params",
+    "num_batches_tracked",
+}
 _POSITIONS = {"freqs_cis", "causal_mask"}  # tables that follow from the sizes; some forks store them
+_CACHE = "kv_cache"  # what LlamaGen's sampler leaves in a model
 
 
 @dataclass(frozen=True)
@@ -58,20 +79,19 @@ def read(path: str | Path, weights: str = "") -> ForeignCheckpoint:
     if path.is_dir():
         if (path / ".metadata").exists():
             raise IntegrityError(f"{path} is a distributed checkpoint, whose index is a pickle; give consolidated.pth")
-        path = path / "consolidated.pth"
+        path = next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
     if not path.is_file():
-        raise UserError(f"{path} does not exist; expected a checkpoint file, or a folder with consolidated.pth")
+        raise UserError(f"{path} does not exist; expected a checkpoint file, or a folder with {' or '.join(FILES)}")
     with open(path, "rb") as file:
         _check_start(path, file.read(512))
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    tensors, layout = _choose(path, content, weights)
+    tensors, layout, weights = _choose(path, content, weights)
     arguments = content.get("args")
     arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
-    tensors, prefix = _without_wrappers(tensors)
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in _POSITIONS}
+    tensors, taken_off = _unwrapped(path, tensors, weights, layout)
     for name, tensor in tensors.items():
         _check_tensor(path, name, tensor)
-    return ForeignCheckpoint(path, tensors, layout + (f", prefix '{prefix}' taken off" if prefix else ""), arguments)
+    return ForeignCheckpoint(path, tensors, layout + taken_off, arguments)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -138,30 +158,88 @@ def _check_zip(path: Path) -> None:
         raise IntegrityError(f"{path} is damaged: the checksum of its entry '{damaged}' is wrong; download it again")
 
 
-def _choose(path: Path, content: dict[str, Any], weights: str) -> tuple[dict[str, Any], str]:
-    found = [name for name in ENTRIES if isinstance(content.get(name), dict)]
+def _choose(path: Path, content: dict[str, Any], weights: str) -> tuple[dict[str, Any], str, str]:
+    """The entry of a file that holds its weights, what it is for a person, and `weights` unless that named it."""
+    found = [name for name in ENTRIES if _holds_tensors(content.get(name))]
     if not found:
-        if weights:
-            raise UserError(f"{path} holds one set of weights only; drop --weights {weights}")
         if not any(isinstance(value, Tensor) for value in content.values()):
             raise MismatchError(f"{path} holds no weights: its entries are {', '.join(map(str, list(content)[:6]))}")
-        return content, "bare tensors"
-    if weights and weights not in found:
-        raise UserError(f"{path} has no '{weights}' weights; it has {', '.join(found)}")
-    if len(found) > 1 and not weights:
+        return content, "bare tensors", weights
+    if len(found) > 1 and weights not in found:
+        if weights:
+            raise UserError(f"{path} has no '{weights}' weights; it has {', '.join(found)}")
         raise UserError(
             f"{path} holds the weights {' and '.join(found)}; choose one, such as --weights {found[0]}"
             + (", which LlamaGen's samplers load" if found[0] == "model" else "")
         )
-    name = weights or found[0]
-    return content[name], f"entry '{name}'"
+    name = weights if weights in found else found[0]
+    inner, weights = content[name], weights if weights != name else ""
+    if not any(isinstance(value, Tensor) for value in inner.values()):  # an entry within an entry
+        inner, layout, weights = _choose(path, inner, weights)
+        return inner, f"entry '{name}', {layout}", weights
+    return inner, f"entry '{name}'", weights
 
 
-def _without_wrappers(tensors: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    removed = ""
-    while prefix := next((p for p in _WRAPPERS if tensors and all(str(n).startswith(p) for n in tensors)), None):
-        tensors, removed = {name[len(prefix) :]: value for name, value in tensors.items()}, removed + prefix
-    return tensors, removed
+def _holds_tensors(entry: Any, depth: int = 3) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    return any(isinstance(value, Tensor) or (depth and _holds_tensors(value, depth - 1)) for value in entry.values())
+
+
+def _unwrapped(path: Path, tensors: dict[str, Any], weights: str, layout: str) -> tuple[dict[str, Any], str]:
+    """Without what training frameworks add to a network's tensors: parts of names, and tensors beside it.
+
+    weights: which of several networks, by the first part of their names; '' where it needs no choice. Raises
+    MismatchError where two names become one."""
+    named = {}
+    for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise MismatchError(f"{path}: '{name}' is a {type(name).__name__}, expected the name of a tensor")
+        parts = tuple(part for part in name.split(".") if part not in _WRAPPERS)
+        if parts and not _is_beside(parts, tensor, tensors):
+            _put(path, named, parts, name, tensor)
+    prefix = ()
+    while named:
+        groups = {}
+        for parts, (name, tensor) in named.items():
+            groups.setdefault(parts[0], {})[parts[1:]] = (name, tensor)
+        if () in set().union(*groups.values()) and weights not in groups:
+            break  # a name of one part: no prefix is left
+        if len(groups) > 1 and weights not in groups:
+            same = len({frozenset(group) for group in groups.values()}) == 1
+            if not same or all(len(parts) == 1 for parts in groups[next(iter(groups))]):
+                break  # the parts of one network, not several networks
+            if "ema" not in layout or "ema_model" not in groups:
+                raise UserError(f"{path} holds the weights {' and '.join(groups)}; choose one, such as --weights "
+                                f"{next(iter(groups))}")  # fmt: skip
+            weights = "ema_model"  # what an average is kept for
+        root, weights = (weights, "") if weights in groups else (next(iter(groups)), weights)
+        prefix, named = (*prefix, root), groups[root]
+    if weights:
+        raise UserError(f"{path} has no '{weights}' weights, and one set only; drop --weights")
+    if any(parts[-1] == "SCB" for parts in named):
+        raise MismatchError(f"{path} holds weights in int8 with their scales (SCB); give the file before quantisation")
+    removed = sorted({part for name in tensors for part in name.split(".") if part in _WRAPPERS})
+    said = [f"prefix '{'.'.join(prefix)}.'"] if prefix else []
+    said += [f"'{part}'" for part in removed]
+    said += [f"{count} tensors beside the network"] if (count := len(tensors) - len(named)) and not removed else []
+    return {".".join(parts): tensor for parts, (_, tensor) in named.items()}, (
+        f", {', '.join(said)} taken off" if said else ""
+    )
+
+
+def _put(path: Path, named: dict, parts: tuple[str, ...], name: str, tensor: Any) -> None:
+    if parts in named:
+        raise MismatchError(f"{path}: '{named[parts][0]}' and '{name}' both name {'.'.join(parts)}; it is ambiguous")
+    named[parts] = (name, tensor)
+
+
+def _is_beside(parts: tuple[str, ...], tensor: Any, tensors: dict[str, Any]) -> bool:
+    """Whether this is no tensor of the network: a counter, a table of positions, a cache, or LitEma's copy, which
+    latent-diffusion's models carry under names without dots."""
+    single = not isinstance(tensor, Tensor) or tensor.numel() == 1
+    is_copy = parts[0] == "model_ema" and len(parts) == 2 and "model_ema.num_updates" in tensors
+    return (parts[-1] in _COUNTERS and single) or parts[-1] in _POSITIONS or _CACHE in parts or is_copy
 
 
 def _check_tensor(path: Path, name: Any, tensor: Any) -> None:

@@ -1,58 +1,82 @@
 """Folders of images, one sub-folder a class: listing them, and reading them in worker processes."""
 
+import dataclasses
 import hashlib
 import os
+import signal
+import threading
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from tqdm import tqdm
 
-from mutor_vision.errors import DataError, UserError
-from mutor_vision.images import EXTENSIONS, center_crop, random_crop, read_image, to_tensor
+from mutor_vision.errors import DataError, ImageError, UserError
+from mutor_vision.images import EXTENSIONS, Header, center_crop, check_image, random_crop, read_image, to_tensor
 from mutor_vision.keyed_random import permutation, uniforms
+from mutor_vision.listing import Listing, list_folders, list_images, say_left_out
+from mutor_vision.names import printable
 
-ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
+READERS = 8  # threads that look at images
+SHOWN = 10  # bad images that one message names
+PATIENCE = 600  # seconds that a batch may take to be read
+OUTSIDE = "images outside of the class folders"
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """root/<class>/**/*.{jpg,jpeg,png,webp}, in an order that depends on the names alone. Labels number the class
-    folders in sorted order, as torchvision's ImageFolder does."""
+    """root/<class>/**/<image>, in an order that depends on the names alone. Labels number the class folders in sorted
+    order, as torchvision's ImageFolder does; names are compared in their composed Unicode form, so that a copy that
+    macOS made has the same classes."""
 
     root: Path
     paths: list[str]  # relative to root, with '/'
     labels: list[int]  # of each path, in [0, len(class_names))
-    class_names: list[str]  # names of the class folders
+    class_names: list[str]  # names of the class folders, composed (NFC)
+    listing: Listing = field(compare=False)  # with what was left out
 
     @classmethod
     def open(cls, root: str | Path) -> "ImageFolder":
-        """List a folder without opening an image. Names that begin with a dot are ignored, as are other extensions.
-        Raises DataError when it is missing, a file, without class folders, or has a class without an image."""
+        """List a folder without opening an image, and say in one line what is not taken for one (`listing`). Raises
+        DataError when it is missing, a file, without class folders, or has a class without an image."""
         root = Path(root)
-        _check_root(root)
-        class_names = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
-        if not class_names:
-            loose = any(e.name.lower().endswith(EXTENSIONS) for e in os.scandir(root))
+        folders, listing = list_folders(root), list_images(root)
+        loose = sum("/" not in path for path in listing.paths)
+        if not folders:
             found = "images directly in it and no class folders" if loose else "no class folders"
             raise DataError(f"{root} has {found}; expected one sub-folder of images for each class")
-        paths, labels = [], []
-        for label, name in enumerate(class_names):
-            images = _images_below(root / name, name, (os.path.realpath(root),))
-            paths += images
-            labels += [label] * len(images)
-        if not paths:
-            raise DataError(f"{root} holds no image; expected files ending in {', '.join(EXTENSIONS)}")
-        if empty := sorted(set(range(len(class_names))) - set(labels)):
+        if loose:
+            listing = dataclasses.replace(listing, left_out=listing.left_out | {OUTSIDE: loose})
+        say_left_out(root, listing)
+        names = {folder: unicodedata.normalize("NFC", folder) for folder in folders}
+        class_names = sorted(set(names.values()))
+        if len(class_names) < len(folders):
+            twice = next(name for name in class_names if list(names.values()).count(name) > 1)
             raise DataError(
-                f"class folder {root / class_names[empty[0]]} holds no image ({', '.join(EXTENSIONS)}); "
+                f"{root} has two class folders named '{printable(twice)}' in two forms of Unicode; make one of them"
+            )
+        number = {name: label for label, name in enumerate(class_names)}
+        number = {folder: number[name] for folder, name in names.items()}
+        of_class = [[] for _ in class_names]
+        for path in listing.paths:
+            if "/" in path:
+                of_class[number[path.partition("/")[0]]].append(path)
+        if not any(of_class):
+            raise DataError(f"{root} holds no image; expected files ending in {', '.join(EXTENSIONS)}")
+        if empty := [folder for folder in folders if not of_class[number[folder]]]:
+            raise DataError(
+                f"class folder {printable(str(root / empty[0]))} holds no image ({', '.join(EXTENSIONS)}); "
                 "fill it or remove it"
             )
-        return cls(root, paths, labels, class_names)
+        labels = [label for label, paths in enumerate(of_class) for _ in paths]
+        return cls(root, [path for paths in of_class for path in paths], labels, class_names, listing)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -61,12 +85,57 @@ class ImageFolder:
         """Images of each class."""
         return np.bincount(self.labels, minlength=len(self.class_names)).tolist()
 
-    def fingerprint(self) -> str:
-        """sha256 (hex) over every relative path and its size in bytes."""
+    def fingerprint(self, numbers: Sequence[int] | None = None) -> str:
+        """sha256 (hex) over the relative path and size in bytes of every image, or of those numbers."""
         digest = hashlib.sha256()
-        for path in self.paths:
-            digest.update(os.fsencode(f"{path}\0{(self.root / path).stat().st_size}\n"))
+        for path in self.paths if numbers is None else [self.paths[number] for number in numbers]:
+            digest.update(os.fsencode(f"{path}\0{self._size(path)}\n"))
         return digest.hexdigest()
+
+    def fingerprints_of_classes(self) -> list[str]:
+        """The same of each class, 16 hex digits."""
+        ends = np.cumsum(self.counts())
+        return [self.fingerprint(range(end - count, end))[:16] for end, count in zip(ends, self.counts(), strict=True)]
+
+    def check(self, numbers: Sequence[int]) -> None:
+        """Raise one ImageError that names those of these images that images.check_image refuses."""
+        check_images([self.root / self.paths[number] for number in numbers])
+
+    def _size(self, path: str) -> int:
+        try:
+            return (self.root / path).stat().st_size
+        except OSError as error:
+            raise DataError(f"{printable(str(self.root / path))} cannot be read ({error.strerror})") from None
+
+
+def check_images(paths: Sequence[Path]) -> list[Header]:
+    """images.check_image of every path, by threads (0.1 to 0.3 ms each from a fast disk). Raises one ImageError for all
+    that cannot be used; its message names the first SHOWN."""
+    headers, errors = [], []
+
+    def look(part: Sequence[Path]) -> list[Header | ImageError]:
+        return [_header_or_error(path) for path in part]
+
+    with ThreadPoolExecutor(READERS) as pool:
+        parts = tqdm(pool.map(look, batched(paths, 200)), desc="looking at images", total=-(-len(paths) // 200),
+                     delay=5, leave=False, dynamic_ncols=True, disable=os.environ.get("RANK", "0") != "0")  # fmt: skip
+        for found in (found for part in parts for found in part):
+            (errors if isinstance(found, ImageError) else headers).append(found)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        shown = "; ".join(str(error) for error in errors[:SHOWN])
+        more = f"; and {len(errors) - SHOWN:,} more" if len(errors) > SHOWN else ""
+        bad = [path for error in errors for path in error.paths]
+        raise ImageError(f"{len(errors):,} of {len(paths):,} images cannot be used: {shown}{more}", *bad)
+    return headers
+
+
+def _header_or_error(path: Path) -> Header | ImageError:
+    try:
+        return check_image(path)
+    except ImageError as error:
+        return error
 
 
 class TrainingCrops(Dataset):
@@ -101,17 +170,56 @@ class Views(Dataset):
 
 def read_batches(dataset: Dataset, batches: Iterable[Iterable[int]], workers: int) -> Iterator[Tensor]:
     """The items of `dataset` at each batch's indices, stacked, in order, read ahead by `workers` processes (0 = none).
-    Raises the DataError of an unreadable image here, as one clear line, not as a worker's traceback."""
+    Raises the DataError of an unreadable image here, as one clear line, not as a worker's traceback; UserError when
+    the workers cannot be started, one dies, or none delivers for PATIENCE seconds."""
     if workers < 0:
         raise UserError(f"workers is {workers}, expected 0 or more")
     loader = DataLoader(
         _ErrorsAsItems(dataset), batch_sampler=batches, num_workers=workers, collate_fn=_stack,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_available(), timeout=PATIENCE if workers else 0,
     )  # fmt: skip
-    for batch in loader:
+    try:
+        stream = iter(loader)
+    except OSError as error:
+        raise UserError(f"{workers} reading processes cannot be started ({error}); use --workers 0") from None
+    _say_how_workers_fail()
+    while True:
+        try:
+            batch = next(stream, None)
+        except RuntimeError as error:
+            raise (_worker_failure(error) or error) from None
+        if batch is None:
+            return
         if isinstance(batch, UserError):
             raise batch
-        yield batch
+        yield torch.from_numpy(batch) if isinstance(batch, np.ndarray) else batch
+
+
+def _worker_failure(error: RuntimeError) -> UserError | None:
+    """What torch says of a worker that died or delivers nothing -> the one line of it; None for any other error."""
+    text = " ".join(str(error).split())
+    if not text.startswith(("DataLoader worker", "DataLoader timed out")):
+        return None
+    return UserError(
+        f"the processes that read images failed: {text} A killed one was often short of memory, and one that delivers "
+        "nothing waits for its disk; use fewer --workers, or --workers 0"
+    )
+
+
+def _say_how_workers_fail() -> None:
+    """torch's handler of SIGCHLD raises wherever the main thread is when a worker dies: let that be one line, too."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    if not callable(handler) or hasattr(handler, "plain") or threading.current_thread() is not threading.main_thread():
+        return
+
+    def plain(number, frame):
+        try:
+            handler(number, frame)
+        except RuntimeError as error:
+            raise (_worker_failure(error) or error) from None
+
+    plain.plain = True
+    signal.signal(signal.SIGCHLD, plain)
 
 
 def batched(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -137,36 +245,14 @@ class _ErrorsAsItems(Dataset):
             return error
 
 
-def _stack(items: list[Tensor | UserError]) -> Tensor | UserError:
+def _stack(items: list[Tensor | UserError]) -> Tensor | np.ndarray | UserError:
     errors = [item for item in items if isinstance(item, UserError)]
-    return errors[0] if errors else torch.stack(items)
-
-
-def _check_root(root: Path) -> None:
-    if root.is_dir():
-        return
-    if root.is_file():
-        archive = root.suffix.lower() in ARCHIVES
-        raise DataError(f"{root} is {'an archive: extract it first' if archive else 'a file, expected a folder'}")
-    parent = next(p for p in root.absolute().parents if p.is_dir())
-    raise DataError(f"{root} does not exist; the nearest folder that does is {parent}")
-
-
-def _images_below(folder: Path, relative: str, above: tuple[str, ...]) -> list[str]:
-    """Relative paths of the images in folder and its sub-folders. above: real paths of the folders that contain it."""
-    here = os.path.realpath(folder)
-    if here in above:
-        raise DataError(f"{folder} is a link to a folder that contains it; remove it")
-    images, folders = [], []
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            folders.append(entry.name)
-        elif entry.name.lower().endswith(EXTENSIONS):
-            if not entry.is_file():
-                raise DataError(f"{entry.path} is a broken link or not a regular file; remove it")
-            images.append(f"{relative}/{entry.name}")
-    for name in folders:
-        images += _images_below(folder / name, f"{relative}/{name}", (*above, here))
-    return images
+    if errors:
+        return errors[0]
+    batch = torch.stack(items)
+    if get_worker_info() is None:
+        return batch
+    try:
+        return batch.share_memory_()
+    except (RuntimeError, OSError):  # /dev/shm is full: a container has 64 MB. An array travels through a pipe instead
+        return batch.numpy()

@@ -3,54 +3,143 @@
 Legend: B batch, H x W pixels. uint8 images are (B, 3, H, W) in 0..255, float images the same in [-1, 1].
 """
 
+import math
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFile, ImageFont
+from PIL import Image, ImageDraw, ImageFile, ImageFont, UnidentifiedImageError
 from torch import Tensor
 
-from mutor_vision.errors import DataError, UserError
+from mutor_vision.errors import ImageError, UserError
+from mutor_vision.image_bytes import looks_complete, pixel_bytes
+from mutor_vision.names import printable
 
-FORMATS = ("JPEG", "PNG", "WEBP")  # an allow-list: Pillow's rarer decoders are an attack surface
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-MAX_PIXELS = 50_000_000  # read from the header, before anything is decoded
+# Allow-lists: Pillow's other decoders are an attack surface, or are not in every build of it (AVIF, JPEG 2000).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".ppm",
+    ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
+MAX_PIXELS = 89_000_000  # read from the header, before anything is decoded; from where Pillow itself warns
 MAX_ASPECT = 50  # long side over short side; a strip of 10000x1 would be enlarged to gigabytes before it is cropped
-LOSSY_EXTENSIONS = (".jpg", ".jpeg", ".webp")
+_LOSSY = {"JPEG", "WEBP"}
+_LOSSY_TIFF = {"jpeg", "tiff_jpeg", "webp"}
+_MODES_8_BIT = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LA", "PA", "La", "RGBA", "RGBa"}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an image file says of itself."""
+
+    format: str  # Pillow's name, such as 'PNG'
+    mode: str  # Pillow's mode, such as 'L' or 'P'
+    size: tuple[int, int]  # (width, height)
+    lossy: bool  # whether its compression may have changed pixels
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """A file -> an RGB Pillow image. Greyscale, CMYK and palette files are converted; transparency is composited on
-    white. Raises DataError naming the file when it is truncated, no image, 16-bit, animated, a strip or over 50 Mpx."""
+    """A file -> an RGB Pillow image of its pixels as they are stored.
+
+    Greyscale, bilevel, palette, CMYK (Pillow's plain formula) and YCbCr files are converted; transparency is
+    composited on white. Metadata never decides: EXIF orientation, colour profiles and gamma are ignored, as ADM,
+    LlamaGen and torchvision ignore them, and of a phone's several pictures the first counts. TIFF's own orientation
+    is how its rows are stored and is followed.
+
+    Raises ImageError naming the file when it is truncated, no image, of more than 8 bits a channel, of floats, LAB,
+    animated, of several pages, a strip, or over MAX_PIXELS."""
     assert not ImageFile.LOAD_TRUNCATED_IMAGES, "grey-filled images must never enter a data set"
+    with _opened(path) as image:
+        image.load()
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+        return image.convert("RGB")
+
+
+def check_image(path: str | Path) -> Header:
+    """Raise ImageError for a file that read_image refuses, at the cost of reading its header and, for JPEG, PNG and
+    WEBP, of finding its end; only what looks cut short, and files of the rarer formats, are decoded. Damage inside of
+    a file whose end is there shows when it is decoded, in training or encoding."""
+    with _opened(path, header=True) as image:
+        compression = image.info.get("compression") if image.format == "TIFF" else ""
+        header = Header(image.format, image.mode, image.size, image.format in _LOSSY or compression in _LOSSY_TIFF)
+    with open(path, "rb") as file:
+        complete = looks_complete(file)
+    if not complete:
+        read_image(path)
+    return header
+
+
+@contextmanager
+def _opened(path: str | Path, header: bool = False) -> Iterator[Image.Image]:
+    """The file as Pillow sees it without its metadata, and every one of Pillow's many exceptions as an ImageError."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{path}: {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are read")
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                raise DataError(f"{path}: {image.width}x{image.height} pixels, at most {MAX_ASPECT}:1 is cropped")
-            if getattr(image, "n_frames", 1) > 1:
-                raise DataError(f"{path}: animated with {image.n_frames} frames; extract one frame")
-            if image.format == "PNG" and _png_bit_depth(path) == 16:
-                raise DataError(f"{path}: a 16-bit PNG, expected 8 bits a channel; convert it")
-            image.load()
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-            return image.convert("RGB")
-    except DataError:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for, for ever
+            raise ImageError(f"{path}: not a regular file; remove it", path)
+        with (
+            open(path, "rb") as file,
+            Image.open(pixel_bytes(file, header=header), formats=FORMATS) as image,
+        ):
+            _check_kind(path, image)
+            yield image
+    except ImageError:
         raise
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+        raise ImageError(f"{path}: no such file", path) from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"{path}: too many pixels, at most {MAX_PIXELS:,} are read; make it smaller", path) from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and its own kinds for damaged files
+        if isinstance(error, OSError) and error.errno is not None:
+            raise ImageError(f"{path}: cannot be read ({error.strerror}); mend its rights or its disk", path) from None
         reason = " ".join(str(error).split())[:160]
-        raise DataError(f"{path}: not a complete JPEG, PNG or WEBP image ({reason}); replace or remove it") from None
+        if isinstance(error, UnidentifiedImageError):
+            with open(path, "rb") as file:
+                reason = f"it begins with {file.read(16)!r}" if os.path.getsize(path) else "it is empty"
+        raise ImageError(f"{path}: not a complete image ({reason}); replace or remove it", path) from None
 
 
-def _png_bit_depth(path: str | Path) -> int:
-    # Pillow reduces 16-bit RGB to 8 bits and clips 16-bit grey, both without a word; the header tells.
-    with open(path, "rb") as file:
-        return file.read(25)[24]
+def _check_kind(path: str | Path, image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(f"{path}: {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are read", path)
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ImageError(f"{path}: {image.width}x{image.height} pixels, at most {MAX_ASPECT}:1 is cropped", path)
+    if image.format == "TIFF":
+        if (pages := _full_pages(image)) > 1:
+            raise ImageError(f"{path}: a TIFF of {pages} pages; save each as an image of its own", path)
+    elif image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+        raise ImageError(f"{path}: animated with {image.n_frames} frames; extract one frame", path)
+    if _bits(image) > 8:
+        raise ImageError(f"{path}: a {_bits(image)}-bit {image.format}, expected 8 bits a channel; convert it", path)
+    if image.mode not in _MODES_8_BIT:
+        raise ImageError(f"{path}: pixels of kind {image.mode}, expected RGB, CMYK, grey or palette; convert it", path)
+
+
+def _full_pages(image: Image.Image) -> int:
+    """Pages of a TIFF but for those marked as smaller copies or masks of another (NewSubfileType), such as previews."""
+    pages = 1
+    for frame in range(1, image.n_frames):
+        image.seek(frame)
+        pages += not image.tag_v2.get(254, 0) & 0b101
+    image.seek(0)
+    return pages
+
+
+def _bits(image: Image.Image) -> int:
+    """Bits a channel in the file. Pillow reduces 16-bit colour to 8 bits and clips 16-bit grey, both without a word."""
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(258, (1,)))
+    arguments = image.tile[0].args if image.tile else ""
+    if image.format == "PNG":
+        return 16 if "16" in str(arguments) else 8
+    if image.format == "PPM" and isinstance(arguments, tuple):
+        return int(arguments[1]).bit_length() if arguments[1] > 0 else 32  # -1: floats
+    return 16 if image.mode.startswith("I") else 8
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -98,9 +187,11 @@ def mirror(image: Image.Image) -> Image.Image:
 
 
 def random_crop(image: Image.Image, size: int, uniforms: np.ndarray, min_scale: float = 0.8) -> Image.Image:
-    """Tokenizer training view (LlamaGen's random_crop_arr): short side to size / s with s in [min_scale, 1], a random
-    square of `size`, mirrored with probability 1/2. uniforms: 4 numbers in [0, 1)."""
-    image = _resize_short_side(image, int(size / (min_scale + (1 - min_scale) * uniforms[0])))
+    """Tokenizer training view: ADM's random_crop_arr, which LlamaGen trains with, and a mirror image with probability
+    1/2. The short side becomes a whole number drawn uniformly from ceil(size) to ceil(size / min_scale), and a random
+    square of `size` is cut. uniforms: 4 numbers in [0, 1). Source: guided-diffusion image_datasets.py."""
+    largest = math.ceil(size / min_scale)
+    image = _resize_short_side(image, size + int(uniforms[0] * (largest - size + 1)))
     left = int(uniforms[1] * (image.width - size + 1))
     top = int(uniforms[2] * (image.height - size + 1))
     crop = image.crop((left, top, left + size, top + size))
@@ -141,6 +232,7 @@ def grid(images: Tensor, columns: int, row_labels: list[str] | None = None, min_
     cells = to_pil(make_grid(images, nrow=columns, padding=padding, pad_value=255))
     if row_labels is None:
         return cells
+    row_labels = [printable(label, limit=40) for label in row_labels]
     font = ImageFont.load_default(size=max(12, images.shape[-2] // 8))
     margin = max(int(font.getlength(label)) for label in row_labels) + 16
     labelled = Image.new("RGB", (cells.width + margin, cells.height), "white")

@@ -12,6 +12,7 @@ from mutor_vision import checkpoint
 from mutor_vision.convert import write_tokenizer_copy
 from mutor_vision.encode import VIEW_NAMES
 from mutor_vision.errors import DataError, MismatchError, UserError
+from mutor_vision.outputs import check_out_folder
 from mutor_vision.token_set import FORMAT, PLAN, TokenSet, code_dtype, save_array, shard_names, write_manifest
 from mutor_vision.tokenizer.model import tokenizer_identity
 
@@ -37,6 +38,7 @@ def import_codes(
     do. Raises UserError, DataError naming the first file that is missing or wrong, or MismatchError when `out` was
     begun with something else."""
     out = Path(out)
+    check_out_folder(out)
     folders = [_folders(Path(path)) for path in (source, further) if path]
     num_images = _count(folders)
     _begin_tokenizer(out, tokenizer)

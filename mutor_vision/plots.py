@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 
 from mutor_vision.errors import UserError
+from mutor_vision.names import printable
+from mutor_vision.outputs import check_out_file
 from mutor_vision.run_log import read_log
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, for all eyes
@@ -22,12 +24,14 @@ PANELS = (  # title of the vertical axis, [(key of the log, line style, what it 
 
 
 def plot_runs(runs: dict[str, Path], path: Path, panels=PANELS) -> None:
-    """Draw name -> run directory into a PNG: a panel for each kind of curve that any of the runs has."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    """Draw name -> run directory into a picture of the kind that the ending of `path` says: a panel for each kind of
+    curve that any of the runs has. Raises UserError when there is none, and for an ending that cannot be written."""
+    plt = _pyplot()
+    endings = plt.figure(0).canvas.get_supported_filetypes()
+    plt.close(0)
+    if path.suffix[1:].lower() not in endings:
+        raise UserError(f"{path} is no picture that can be written; expected the ending .{', .'.join(sorted(endings))}")
+    check_out_file(path)
     logs = {name: read_log(run) for name, run in runs.items()}
     drawn = [
         panel for panel in panels if any(key in line for key, _, _ in panel[1] for log in logs.values() for line in log)
@@ -42,23 +46,53 @@ def plot_runs(runs: dict[str, Path], path: Path, panels=PANELS) -> None:
             for key, style, what in curves:
                 points = [(line["step"], line[key]) for line in log if key in line]
                 if points:
-                    label = f"{name}, {what}" if what else name
+                    label = _label(f"{name}, {what}" if what else name)
                     axis.plot(*zip(*points, strict=True), style, color=COLORS[index % len(COLORS)], label=label)
         axis.set(xlabel="optimizer step", ylabel=title)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, dpi=150, format=path.suffix[1:].lower())
+    partial.replace(path)
     plt.close(figure)
+
+
+def shortest_names(runs: list[Path]) -> dict[str, Path]:
+    """The shortest end of each run's path that tells it from the others -> the run; a run given twice counts once."""
+    resolved = {run.resolve(): run for run in runs}
+    names = {}
+    for path, run in resolved.items():
+        ends = ["/".join(path.parts[-count:]) for count in range(1, len(path.parts))]
+        others = [f"/{other.as_posix()}" for other in resolved if other != path]
+        names[next((end for end in ends if not any(o.endswith(f"/{end}") for o in others)), str(path))] = run
+    return names
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("plots need matplotlib; pip install 'mutor-vision[demo]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _label(text: str) -> str:
+    """As the legend shows it: matplotlib would read formulas between dollars, and hide what begins with '_'."""
+    text = printable(text).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", help="run directories of train/imagenet.py")
-    parser.add_argument("--out", required=True, type=Path, help="FILE.png")
+    parser.add_argument("--out", required=True, type=Path, help="FILE.png, or another ending such as .pdf, .svg")
 
 
 def main(arguments: argparse.Namespace) -> None:
-    runs = {Path(run).name: Path(run) for run in arguments.runs}
+    runs = shortest_names([Path(run) for run in arguments.runs])
     for run in runs.values():
         if not (run / "log.jsonl").is_file():
             raise UserError(f"{run} has no log.jsonl; expected a run directory of train/imagenet.py")

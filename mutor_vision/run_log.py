@@ -55,8 +55,22 @@ class RunLog:
 
 
 def read_log(run: Path) -> list[dict]:
-    """The lines of RUN/log.jsonl."""
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    """The lines of RUN/log.jsonl. What is no line of a log (a killed process leaves its last one cut) is left out, and
+    said."""
+    path = run / "log.jsonl"
+    texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = [line for line in map(_parsed, texts) if line is not None]
+    if cut := sum(bool(text.strip()) for text in texts) - len(lines):
+        print(f"{path}: {cut} line(s) cut or damaged, and left out", flush=True)
+    return lines
+
+
+def _parsed(text: str) -> dict | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
 
 
 def _step_of(line: str) -> float:

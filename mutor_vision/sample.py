@@ -6,7 +6,6 @@ the batch size, the order, or the number of processes.
 
 import argparse
 import dataclasses
-import difflib
 import json
 import os
 import shutil
@@ -28,6 +27,8 @@ from mutor_vision.errors import UserError
 from mutor_vision.generate import CFG_SCHEDULES, SampleSettings, generate
 from mutor_vision.inference import QUANTIZATIONS, prepare
 from mutor_vision.keyed_random import permutation, uniforms
+from mutor_vision.names import match_class, parse_classes
+from mutor_vision.outputs import check_out_file
 from mutor_vision.runtime import Runtime, finish, start, to_device
 from mutor_vision.static_steps import StaticSteps
 from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer
@@ -272,24 +273,6 @@ def save_training_grid(transformer: Transformer, run: Path, step: int, config: T
     images.save_png(images.grid(torch.cat(batches), columns, names), run / "samples" / f"step-{step:07d}.png")
 
 
-def parse_classes(text: str, class_names: list[str]) -> list[int]:
-    """'207,360' or 'goldfish,tabby' -> class ids. A whole number is always an id."""
-    classes = []
-    for part in text.split(","):
-        part = part.strip()
-        if part.lstrip("-").isdigit():
-            if not 0 <= int(part) < len(class_names):
-                raise UserError(f"class {part} does not exist; this model has classes 0 to {len(class_names) - 1}")
-            classes.append(int(part))
-        elif part in class_names:
-            classes.append(class_names.index(part))
-        else:
-            close = difflib.get_close_matches(part, class_names, n=1, cutoff=0.4)
-            hint = f"did you mean '{close[0]}'?" if close else f"give ids 0 to {len(class_names) - 1}, or names"
-            raise UserError(f"class '{part}' does not exist; {hint}")
-    return classes
-
-
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """The flags of SampleSettings."""
     group = parser.add_argument_group("drawing")
@@ -324,6 +307,8 @@ def settings_from(arguments: argparse.Namespace) -> SampleSettings:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="run directory or checkpoint")
     parser.add_argument("--classes", help="ids or names with commas; default: eight spread over all classes")
+    parser.add_argument("--class", action="append", default=[], dest="named", metavar="NAME",
+                        help="a class by its name, which may hold commas or be a number; may be repeated")  # fmt: skip
     parser.add_argument("--per-class", type=int, default=4, help="images of each class in the grid (default 4)")
     # torchrun takes a bare --num for an abbreviation of its own options, so the flag has a longer name as well.
     parser.add_argument("--num-images", "--num", type=int, dest="num", help="make a set of N images, not a grid")
@@ -354,7 +339,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.num is not None:
         if arguments.num < 1:
             raise UserError(f"--num is {arguments.num}, expected 1 or more")
-        if arguments.classes is not None:
+        if arguments.classes is not None or arguments.named:
             raise UserError("--num makes a set over all classes; drop --classes, or drop --num for a grid")
         if out.suffix == ".png":
             raise UserError(f"--num makes a set, but --out is {out}; use FILE.npz or a folder")
@@ -362,6 +347,7 @@ def main(arguments: argparse.Namespace) -> None:
             raise UserError(f"{out} exists already; remove it or give another --out")
     elif out.suffix != ".png":
         raise UserError(f"--out is {out}, expected FILE.png for a grid; use --num for a set of images")
+    check_out_file(out)
     runtime = start(arguments.precision, arguments.device)
     loaded = load(arguments.model, runtime, arguments.weights, arguments.adapter, arguments.quantize, arguments.compile)
     loaded = dataclasses.replace(loaded, resize=arguments.resize)
@@ -380,10 +366,9 @@ def main(arguments: argparse.Namespace) -> None:
 
 def _write_grid(loaded, settings, arguments, out: Path, batch_size: int) -> None:
     num_classes = len(loaded.class_names)
-    if arguments.classes is None:
-        classes = _spread_classes(num_classes, 8)
-    else:
-        classes = parse_classes(arguments.classes, loaded.class_names)
+    classes = parse_classes(arguments.classes, loaded.class_names) if arguments.classes is not None else []
+    classes += [match_class(name, loaded.class_names) for name in arguments.named]
+    classes = classes or _spread_classes(num_classes, 8)
     labels = torch.tensor(classes).repeat_interleave(arguments.per_class)
     stream = sample_in_order(loaded, labels, settings, arguments.seed, min(batch_size, len(labels)))
     parts = list(_progress(stream, len(labels), loaded.runtime))

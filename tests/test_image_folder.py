@@ -87,7 +87,7 @@ def test_broken_links_pipes_and_loops_are_named(root):
         ImageFolder.open(root)
     (root / "bee" / "link.png").unlink()
     os.mkfifo(root / "bee" / "pipe.png")
-    with pytest.raises(DataError, match="pipe.png is a broken link or not a regular file"):
+    with pytest.raises(DataError, match="pipe.png is not a regular file"):
         ImageFolder.open(root)
     (root / "bee" / "pipe.png").unlink()
     (root / "bee" / "loop").symlink_to(root)
@@ -135,7 +135,7 @@ def test_views_are_stacked(root):
 def test_a_bad_image_is_one_clear_line_wherever_it_was_read(root, workers):
     (root / "bee" / "2.png").write_text("<html>404</html>")
     views = Views(ImageFolder.open(root), 16, center_flip)
-    with pytest.raises(DataError, match="bee/2.png: not a complete JPEG, PNG or WEBP image") as raised:
+    with pytest.raises(DataError, match="bee/2.png: not a complete image") as raised:
         list(read_batches(views, [[3, 4], [1, 0]], workers))
     assert "\n" not in str(raised.value) and "Traceback" not in str(raised.value)
 

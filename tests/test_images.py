@@ -75,9 +75,9 @@ def bad(tmp_path):
         (tmp_path / name).write_bytes(data)
     frames = [Image.new("RGB", (8, 8), (100 * i, 0, 0)) for i in range(3)]
     frames[0].save(tmp_path / "animated.webp", save_all=True, append_images=frames[1:])
-    frames[0].save(tmp_path / "image.gif")
-    noise.save(tmp_path / "image.bmp")
-    (tmp_path / "image.bmp").rename(tmp_path / "bmp.png")
+    frames[0].save(tmp_path / "animated.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "animated.png", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "pages.tif", save_all=True, append_images=frames[1:])
     damaged = bytearray(save(noise, tmp_path / "x.png").read_bytes())
     damaged[len(damaged) // 2] ^= 255
     (tmp_path / "damaged.png").write_bytes(damaged)
@@ -89,10 +89,10 @@ def bad(tmp_path):
 @pytest.mark.parametrize(
     "name, reason",
     [
-        *[(name, "not a complete JPEG, PNG or WEBP") for name in (
-            "truncated.jpg", "without its end.jpg", "empty.jpg", "text.jpg", "lfs.jpg", "image.gif", "bmp.png",
-            "damaged.png")],
-        ("animated.webp", "animated with 3 frames"),
+        *[(name, "not a complete image") for name in (
+            "truncated.jpg", "without its end.jpg", "empty.jpg", "text.jpg", "lfs.jpg", "damaged.png")],
+        *[(f"animated.{kind}", "animated with 3 frames") for kind in ("webp", "gif", "png")],
+        ("pages.tif", "a TIFF of 3 pages"),
         ("grey16.png", "a 16-bit PNG"), ("rgb16.png", "a 16-bit PNG"), ("gone.png", "no such file"),
     ],
 )  # fmt: skip

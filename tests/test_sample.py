@@ -16,7 +16,7 @@ from mutor_vision.config import TrainConfig
 from mutor_vision.generate import SampleSettings
 from mutor_vision.metrics.sources import RunImages
 from mutor_vision.runtime import Runtime
-from mutor_vision.sample import label_plan, parse_classes
+from mutor_vision.sample import label_plan
 from mutor_vision.static_steps import StaticSteps
 
 ALONE = Runtime(0, 1, torch.device("cpu"), None)
@@ -134,10 +134,6 @@ def test_a_balanced_plan_has_every_class_equally_often_in_mixed_order():
     assert (labels[:-1] <= labels[1:]).float().mean() < 0.8, "not sorted by class"
     assert label_plan(1000, 5, "random", seed=0).bincount().tolist() != [200] * 5
     assert not torch.equal(labels, label_plan(1000, 5, "balanced", seed=1))
-
-
-def test_class_names_and_ids():
-    assert parse_classes("cat, 0,ant", ["ant", "bee", "cat"]) == [2, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,12 @@
 
 writes grid.png and metrics.json. With --save-images the centre crops and their reconstructions are written as PNG,
 for reconstruction FID: python eval/fid.py --samples OUT/reconstructions --reference OUT/originals
+Run again with the same --out, a new set takes the old one's place when it is complete.
 """
 
+import re
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -16,9 +19,12 @@ from mutor_vision import runtime
 from mutor_vision.checkpoint import write_json
 from mutor_vision.cli import Parser, run_command
 from mutor_vision.errors import UserError
-from mutor_vision.image_folder import ImageFolder, Views, batched, read_batches
+from mutor_vision.image_folder import ImageFolder, Views, batched, check_apart, read_batches
 from mutor_vision.images import center, save_png, to_pil
 from mutor_vision.keyed_random import permutation
+from mutor_vision.outputs import check_out_folder, replaced_folder
+
+SAVED = ("originals", "reconstructions")  # folders of --save-images
 
 
 def main() -> None:
@@ -44,16 +50,23 @@ def main() -> None:
     where, begun, out = runtime.start(), time.monotonic(), Path(arguments.out)
     if where.world_size > 1:
         raise UserError("reconstruct.py runs in one process; start it without torchrun")
+    check_apart(arguments.data, out)
+    check_out_folder(out)
+    if arguments.save_images:
+        check_replaceable(out)
     folder = ImageFolder.open(arguments.data)
     tokenizer = load_tokenizer(arguments.tokenizer, where.device, arguments.weights)
     size = arguments.image_size or tokenizer.config.image_size
     views = Views(folder, size, center)
     order = permutation(arguments.seed, "reconstruct", 0, len(folder))
     chosen = sorted(order[: arguments.num or len(folder)].tolist())
+    folder.check(sorted({*chosen, *order[: arguments.grid].tolist()}))
     batches = read_batches(views, list(batched(chosen, arguments.batch_size)), arguments.workers)
-    if arguments.save_images:
-        batches = saved(batches, chosen, folder, tokenizer, out, reconstruct)
-    scores = score_reconstructions(tokenizer, batches, where)
+    with ExitStack() as sets:
+        if arguments.save_images:
+            folders = [sets.enter_context(replaced_folder(out / name)) for name in SAVED]
+            batches = saved(batches, chosen, tokenizer, folders, reconstruct)
+        scores = score_reconstructions(tokenizer, batches, where)
 
     shown = torch.cat([views[i] for i in order[: arguments.grid].tolist()])
     out.mkdir(parents=True, exist_ok=True)
@@ -74,15 +87,27 @@ def main() -> None:
     )
 
 
-def saved(batches, chosen, folder, tokenizer, out, reconstruct):
-    """Pass the batches on, after writing each image and its reconstruction as PNG."""
+def check_replaceable(out: Path) -> None:
+    """Raise UserError when a folder that would be replaced holds anything that this command did not write."""
+    for folder in (out / name for name in SAVED):
+        others = (
+            [path.name for path in folder.iterdir() if not re.fullmatch(r"\d{8}\.png", path.name)]
+            if folder.is_dir()
+            else []
+        )
+        if others or (folder.exists() and not folder.is_dir()):
+            raise UserError(f"{folder} holds something else ({', '.join(others[:3])}); give another --out")
+
+
+def saved(batches, chosen, tokenizer, folders, reconstruct):
+    """Pass the batches on, after writing each image and its reconstruction as PNG into the two folders."""
     numbers = iter(chosen)
     for images in batches:
         images = images.flatten(0, 1)
         for original, copy in zip(images, reconstruct(tokenizer, images)[0], strict=True):
             name = f"{next(numbers):08d}.png"
-            save_png(to_pil(original), out / "originals" / name)
-            save_png(to_pil(copy), out / "reconstructions" / name)
+            for picture, folder in zip((original, copy), folders, strict=True):
+                save_png(to_pil(picture), folder / name)
         yield images
 
 

@@ -11,22 +11,24 @@ prefetch            whether read may run in a second thread
 import dataclasses
 import hashlib
 import json
+import os
 import re
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mutor_vision import images
 from mutor_vision.errors import DataError, IntegrityError, MismatchError, UserError
+from mutor_vision.image_folder import check_images
+from mutor_vision.listing import list_images, say_left_out
 from mutor_vision.metrics.features import resize
 from mutor_vision.metrics.moments import read_protocol
 from mutor_vision.metrics.npz import Npz, check_image_array
 
-LOSSY_FORMATS = ("JPEG", "WEBP")
 READERS = 8  # decoding threads; Pillow releases Python's lock
 PEEKED = 64  # images looked at before the work begins
 
@@ -44,14 +46,12 @@ class FolderImages:
         self.path = Path(path)
         self.image_size = image_size
         self.allow_lossy = allow_lossy
-        if not self.path.is_dir():
-            raise DataError(f"{path} is not a folder; expected a folder of images")
-        found = [file for file in self.path.rglob("*") if file.suffix.lower() in images.EXTENSIONS]
-        names = (file.relative_to(self.path) for file in found)
-        self.names = sorted((name for name in names if not _is_hidden(name)), key=_natural)
+        self.listing = list_images(self.path)
+        self.names = sorted(map(Path, self.listing.paths), key=_natural)
         self.count = len(self.names)
         if not self.count:
             raise DataError(f"{path} holds no image; looked for {', '.join(images.EXTENSIONS)}, at any depth")
+        say_left_out(self.path, self.listing)
         _check_numbering(self.path, self.names)
         self.height, self.width, self.lossy = self._check_headers()
         self.labels, self.class_names = self._classes()
@@ -64,13 +64,14 @@ class FolderImages:
         return {
             "source": "folder", "path": self.path.name, "files": "lossy" if self.lossy else "lossless",
             "centre_crop": self.image_size or None, "classes": len(self.class_names) or None,
+            "left_out": self.listing.left_out, "ignored": self.listing.ignored,
         }  # fmt: skip
 
     def key(self) -> str:
-        digest = hashlib.sha256(f"{self.path.resolve()} {self.image_size};".encode())
+        digest = hashlib.sha256(os.fsencode(f"{self.path.resolve()} {self.image_size};"))
         for name in self.names:
             state = (self.path / name).stat()
-            digest.update(f"{name} {state.st_size} {state.st_mtime_ns};".encode("utf-8", "surrogateescape"))
+            digest.update(os.fsencode(f"{name} {state.st_size} {state.st_mtime_ns};"))
         return digest.hexdigest()
 
     def _read_one(self, index: int) -> Tensor:
@@ -83,24 +84,23 @@ class FolderImages:
 
     def _check_headers(self) -> tuple[int, int, bool]:
         # Headers cost 0.1 ms each: much cheaper than finding image 40,000 of another size after an hour.
-        with ThreadPoolExecutor(READERS) as pool:
-            headers = list(pool.map(lambda name: _header(self.path / name), self.names))
-        lossy = [name for name, header in zip(self.names, headers, strict=True) if header[0] in LOSSY_FORMATS]
+        headers = check_images([self.path / name for name in self.names])
+        lossy = [name for name, header in zip(self.names, headers, strict=True) if header.lossy]
         if lossy and not self.allow_lossy:
             raise IntegrityError(
                 f"{self.path / lossy[0]} and {len(lossy) - 1} more of {self.count} files are JPEG or WEBP, whose loss "
                 "shifts every metric; use PNG or npz, or pass --allow-lossy, which is recorded"
             )
-        for name, (_, mode, _) in zip(self.names, headers, strict=True):
-            if mode == "P" and not self.allow_lossy:
+        for name, header in zip(self.names, headers, strict=True):
+            if header.mode == "P" and not self.allow_lossy:
                 raise IntegrityError(
                     f"{self.path / name} has a palette of 256 colours, so pixels were lost; save RGB, or pass "
                     "--allow-lossy, which is recorded"
                 )
         if self.image_size:
             return self.image_size, self.image_size, bool(lossy)
-        first = headers[0][2]
-        for index, (_, _, size) in enumerate(headers):
+        first = headers[0].size
+        for index, size in enumerate(header.size for header in headers):
             if size != first:
                 raise IntegrityError(
                     f"{self.path / self.names[index]} (index {index}) is {size[0]}x{size[1]}, the images before it "
@@ -111,9 +111,11 @@ class FolderImages:
     def _classes(self) -> tuple[Tensor | None, tuple[str, ...]]:
         if any(len(name.parts) < 2 for name in self.names):
             return None, ()
-        class_names = tuple(sorted({name.parts[0] for name in self.names}))
+        # In composed Unicode, as ImageFolder has them: classes are compared by name.
+        folders = [unicodedata.normalize("NFC", name.parts[0]) for name in self.names]
+        class_names = tuple(sorted(set(folders)))
         number = {name: index for index, name in enumerate(class_names)}
-        return torch.tensor([number[name.parts[0]] for name in self.names]), class_names
+        return torch.tensor([number[folder] for folder in folders]), class_names
 
 
 class NpzImages:
@@ -231,16 +233,6 @@ def check_count(source, expected: int) -> None:
         )
 
 
-def _header(path: Path) -> tuple[str, str, tuple[int, int]]:
-    """(format, mode, (width, height)) without decoding."""
-    try:
-        with Image.open(path, formats=images.FORMATS) as image:
-            return image.format, image.mode, image.size
-    except Exception:  # any of Pillow's many kinds; reading it again gives the one clear message
-        images.read_image(path)
-        raise
-
-
 def _check_numbering(folder: Path, names: list[Path]) -> None:
     """A flat folder of 000000.png, 000001.png, ... must have no gap: one of its files was lost."""
     if any(len(name.parts) > 1 or not name.stem.isascii() or not name.stem.isdigit() for name in names):
@@ -253,9 +245,5 @@ def _check_numbering(folder: Path, names: list[Path]) -> None:
             )
 
 
-def _is_hidden(name: Path) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.parts)
-
-
 def _natural(name: Path) -> list:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name.as_posix())]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name.as_posix())]

@@ -13,11 +13,21 @@ from tqdm import tqdm
 
 from mutor_vision import checkpoint
 from mutor_vision.config import TokenizerTrainConfig, differences
-from mutor_vision.errors import MismatchError, UserError
-from mutor_vision.image_folder import ImageFolder, TrainingCrops, Views, batched, check_apart, read_batches
+from mutor_vision.errors import ImageError, MismatchError, UserError
+from mutor_vision.image_folder import (
+    ImageFolder,
+    TrainingCrops,
+    Views,
+    batched,
+    check_apart,
+    check_images,
+    read_batches,
+)  # fmt: skip
 from mutor_vision.images import center, save_png, to_float
 from mutor_vision.keyed_random import permutation, uniforms
 from mutor_vision.optim import check_warmup, due, learning_rate
+from mutor_vision.outputs import check_out_folder
+from mutor_vision.repairs import forget_bad, only_repaired, recall_bad, record_bad
 from mutor_vision.run_log import RunLog
 from mutor_vision.runtime import Runtime, start
 from mutor_vision.tokenizer import losses
@@ -50,7 +60,10 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
 
     # Images. k = step * batch_size + i says what is read; there is no other state of the data.
     check_apart(config.data, out)
+    check_out_folder(out)
     folder, train_indices, val_folder, val_indices = split(config)
+    images_of_classes, repaired = folder.fingerprints_of_classes(), []
+    check_all_images(out, [(folder, train_indices), (val_folder, val_indices)], runtime)
     size = config.model.image_size
     crops = TrainingCrops(folder, train_indices, size, config.seed, config.min_crop_scale)
     val_views = Views(val_folder, size, center)
@@ -78,8 +91,17 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
     first_step, newest = 0, _continued(config, out)
     if newest is not None:
         state = checkpoint.read_training_state(newest)
+        repaired = state.get("repaired", [])
         if state["files"] != files:
-            raise MismatchError(f"{out} was begun with other images in {config.data}; restore them or give a new --out")
+            bad, before = recall_bad(out), state.get("images_of_classes", [])
+            if not only_repaired(bad, before, images_of_classes, folder.class_names):
+                raise MismatchError(
+                    f"{out} was begun with other images in {config.data}; restore them or give a new --out"
+                )
+            repaired = sorted({*repaired, *bad})
+            if runtime.is_main:
+                print(f"{out} goes on with {len(bad)} image(s) replaced or removed, as its checkpoints record; if some "
+                      "were removed, the order and a held-out share are drawn anew", flush=True)  # fmt: skip
         for name, module in weights.items():
             checkpoint.load_strictly(module, checkpoint.read_weights(newest, name), newest)
         optimizer.load_state_dict(state["optimizer"])
@@ -196,16 +218,20 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
                 copies, _ = reconstruct(weights.get("ema", model), originals)
                 save_png(side_by_side(originals, copies), out / "samples" / f"step-{step:07d}.png")
             if saved:
-                state = {"step": step, "files": files, "idle_steps": idle_steps, "optimizer": optimizer.state_dict()}
+                state = {"step": step, "files": files, "idle_steps": idle_steps, "optimizer": optimizer.state_dict(),
+                         "images_of_classes": images_of_classes, "repaired": repaired}  # fmt: skip
                 if optimizer_d is not None:
                     state["optimizer_d"] = optimizer_d.state_dict()
                 if runtime.is_main:
                     newest = checkpoint.save(out, step, "tokenizer", config, tensors, state, config.keep)
                     log.status("running", step)
+                    forget_bad(out)  # the checkpoint knows of their repair
                 runtime.barrier()
             clock += time.monotonic() - paused  # images/s is of training alone
     except BaseException as error:
         log.failed(step, error)
+        if isinstance(error, ImageError):
+            record_bad(out, folder, error, runtime.rank)
         raise
     finally:
         bar.close()
@@ -246,6 +272,20 @@ def _continued(config: TokenizerTrainConfig, out: Path) -> Path | None:
                 f"{out} was begun with other settings ({'; '.join(changed)}); repeat those, or a new --out"
             )
     return found
+
+
+def check_all_images(out: Path, sets: list[tuple[ImageFolder, np.ndarray]], runtime: Runtime) -> None:
+    """Collective. Look at every image before the first step (images.check_image); raises ImageError for all that
+    cannot be used, and records them in a run that has begun."""
+    error = None
+    if runtime.is_main:
+        try:
+            check_images([folder.root / folder.paths[i] for folder, numbers in sets for i in numbers])
+        except ImageError as raised:
+            error = raised
+            if (out / "config.json").is_file():
+                record_bad(out, sets[0][0], raised)
+    runtime.raise_together(error)
 
 
 def _distributed(module: nn.Module, runtime: Runtime) -> nn.Module:
