@@ -13,10 +13,10 @@ from mutor_vision.checkpoint import read_json, sha256
 from mutor_vision.errors import IntegrityError, UserError
 from mutor_vision.metrics import frechet, guards, per_class, scores
 from mutor_vision.metrics.extract import extract
-from mutor_vision.metrics.features import exact_float32
 from mutor_vision.metrics.moments import Moments, Statistics, read_protocol, read_statistics
 from mutor_vision.metrics.npz import Npz, is_statistics
 from mutor_vision.metrics.sources import FolderImages, NpzImages, check_count, read_labels
+from mutor_vision.precision import exact_float32
 from mutor_vision.runtime import Runtime
 
 METRICS = ("fid", "sfid", "is", "pr", "kid")

@@ -11,7 +11,6 @@ An extractor is a module with
 
 import difflib
 import json
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -163,19 +162,6 @@ def create_small(architecture: str, num_classes: int, settings: dict) -> nn.Modu
         raise UserError(f"timm has no model '{architecture}'" + (f"; did you mean '{close[0]}'?" if close else ""))
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     return timm.create_model(architecture, pretrained=False, num_classes=num_classes, **settings)
-
-
-@contextmanager
-def exact_float32():
-    """Convolutions and products in IEEE float32, restored afterwards. cuDNN uses TF32 by default, which makes features
-    depend on the batch size (torch-fidelity issue 43)."""
-    convolution, product = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = convolution.fp32_precision, product.fp32_precision
-    convolution.fp32_precision = product.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        convolution.fp32_precision, product.fp32_precision = before
 
 
 def identity_text(extractor: nn.Module) -> str:

@@ -40,7 +40,7 @@ class Moments:
 
     def update(self, features: Tensor, first_index: int = 0) -> None:
         """Add features (B, dim) of images first_index, first_index + 1, ...; image i is in group i % groups."""
-        features = features.to(self.mean.device)
+        features = features.to(self.mean.device, non_blocking=True)
         groups = len(self.n)
         for group in range(groups):
             rows = features[(group - first_index) % groups :: groups]

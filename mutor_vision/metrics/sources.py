@@ -6,12 +6,14 @@ labels              int64 (count,) or None, with `class_names`
 describe()          its part of the protocol block
 key()               changes whenever the images may have changed; names what may be kept of them
 prefetch            whether read may run in a second thread
+stream(spans)       optional: as `in_order`, where the source has a faster way than read after read
 """
 
 import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -168,12 +170,16 @@ class NpzImages:
 class RunImages:
     """Images sampled from a trained model as they are needed; nothing on disk. Image i has label `labels[i]` of a
     seeded plan ('balanced' or 'random') and is the same however many processes sample. image_size > 0 resizes them
-    (bicubic, antialias), as when a 384-pixel model is compared at 256."""
+    (bicubic, antialias), as when a 384-pixel model is compared at 256. batch: images sampled at once, 0 = by free
+    memory, which is a collective call."""
 
     prefetch = False  # the sampler has the device to itself
 
-    def __init__(self, loaded, count: int, settings, *, plan: str = "balanced", seed: int = 0, image_size: int = 0):
-        from mutor_vision.sample import label_plan
+    def __init__(
+        self, loaded, count: int, settings, *, plan: str = "balanced", seed: int = 0, image_size: int = 0,
+        batch: int = 0,
+    ):  # fmt: skip
+        from mutor_vision.sample import default_batch_size, label_plan
 
         if count < 2:
             raise UserError(f"--num is {count}, expected 2 or more images")
@@ -181,14 +187,25 @@ class RunImages:
         self.image_size = image_size
         self.class_names = tuple(loaded.class_names)
         self.labels = label_plan(count, loaded.config.model.num_classes, plan, seed)
-        self.height, self.width = self.read(0, 1).shape[-2:]  # also fails early
+        self.height, self.width = (image_size, image_size) if image_size else loaded.image_size
+        self.batch = batch or default_batch_size(loaded)
 
     def read(self, start: int, stop: int) -> Tensor:
-        from mutor_vision.sample import sample_images
+        return next(self.stream([(start, stop)]))
 
-        indices = np.arange(start, stop)
-        found = sample_images(self.loaded, self.labels[start:stop], indices, self.settings, self.seed)
-        return resize(found, self.image_size) if self.image_size else found
+    def stream(self, spans: list[tuple[int, int]]) -> Iterator[Tensor]:
+        """The images of each span, sampled `batch` at once however long the spans are."""
+        from mutor_vision.sample import sample_batches
+
+        wanted = np.concatenate([np.arange(*span) for span in spans])
+        batches = (wanted[first : first + self.batch] for first in range(0, len(wanted), self.batch))
+        sampled = sample_batches(self.loaded, self.labels, batches, self.settings, self.seed)
+        ready = torch.empty(0, 3, *self.loaded.image_size, dtype=torch.uint8)
+        for start, stop in spans:
+            while len(ready) < stop - start:
+                ready = torch.cat([ready, next(sampled)[1]])
+            found, ready = ready[: stop - start], ready[stop - start :]
+            yield resize(found, self.image_size) if self.image_size else found
 
     def describe(self) -> dict:
         return {
@@ -200,6 +217,25 @@ class RunImages:
     def key(self) -> str:
         text = json.dumps(self.describe() | {"count": self.count}, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def in_order(source, spans: list[tuple[int, int]]) -> Iterator[Tensor]:
+    """The images of each span [start, stop) of a source, uint8 (stop - start, 3, H, W): sampled in the sampler's own
+    batches, or the next span read in a second thread while the caller works."""
+    if not spans:
+        return
+    if hasattr(source, "stream"):
+        yield from source.stream(spans)
+    elif source.prefetch:
+        with ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(source.read, *spans[0])
+            for span in spans[1:]:
+                found, coming = coming.result(), reader.submit(source.read, *span)
+                yield found
+            yield coming.result()
+    else:
+        for span in spans:
+            yield source.read(*span)
 
 
 def check_labels(labels: np.ndarray, count: int, what: str) -> Tensor:
