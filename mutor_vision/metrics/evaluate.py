@@ -184,11 +184,13 @@ def evaluate(samples: ImageSet, reference: ImageSet, extractor: nn.Module, runti
             results[key]["protocol"] = {"k": options.k, "n_reference": reference.images.count, "distances": "float32"}
     if "kid" in metrics:
         size = min(options.kid_subset_size, n, reference.images.count)
-        score = scores.kernel_distance(ours.rows["pool"], by_image.rows["pool"], options.kid_subsets, size)
+        score = scores.kernel_distance(
+            ours.rows["pool"], by_image.rows["pool"], options.kid_subsets, size, runtime.device
+        )
         results["kid"] = {"name": f"KID{at}", "value": score.mean, "standard_deviation": score.std}
         results["kid"]["protocol"] = {
             "subsets": options.kid_subsets, "subset_size": size, "seed": scores.SHUFFLE_SEED,
-            "n_reference": reference.images.count,
+            "n_reference": reference.images.count, "kernel_dtype": "float64",
         }  # fmt: skip
     classes = per_class.measure(samples.images, reference.images, ours, by_image, extractor)
     if classes is not None and classes["accuracy"] is not None:
