@@ -16,6 +16,7 @@ from mutor_vision.metrics.extract import extract
 from mutor_vision.metrics.moments import Moments, Statistics, read_protocol, read_statistics
 from mutor_vision.metrics.npz import Npz, is_statistics
 from mutor_vision.metrics.sources import FolderImages, NpzImages, check_count, read_labels
+from mutor_vision.outputs import check_out_file, check_out_folder
 from mutor_vision.precision import exact_float32
 from mutor_vision.runtime import Runtime
 
@@ -101,6 +102,26 @@ def open_set(
     if labels is not None:
         source.labels = read_labels(labels, source.count)
     return ImageSet(source, statistics, record | source.describe())
+
+
+def check_outputs(runtime: Runtime, *, files: tuple = (), folders: tuple = ()) -> None:
+    """Collective: UserError on every rank unless the first can write these paths (None is left out). To be called
+    before the work, which would be lost. Nothing is left behind."""
+    error = None
+    if runtime.is_main:
+        given = [Path(path).absolute() for path in (*files, *folders) if path is not None]
+        try:
+            if len(set(given)) < len(given):
+                raise UserError(f"two results are to be written to {max(given, key=given.count)}; give each its own")
+            for path in files:
+                if path is not None:
+                    check_out_file(path)
+            for path in folders:
+                if path is not None:
+                    check_out_folder(path)
+        except UserError as caught:
+            error = caught
+    runtime.raise_together(error)
 
 
 def evaluate(samples: ImageSet, reference: ImageSet, extractor: nn.Module, runtime: Runtime, options: Options) -> dict:

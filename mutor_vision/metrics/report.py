@@ -4,6 +4,7 @@ import base64
 import html
 import io
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -103,6 +104,15 @@ def page(result: dict, samples, reference, shown: int = 5) -> str:
                 parts += [strips(number) for number in chosen]
         parts.append(_class_table(classes, order or range(len(classes["names"]))))
     return "\n".join(parts) + "</body></html>\n"
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write a page that appears under its name only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    # Names of folders can hold bytes that are no text; they become character references.
+    partial.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
+    partial.replace(path)
 
 
 def _metrics_html(result: dict) -> str:

@@ -1,0 +1,64 @@
+"""Where results go: tried before the work begins, and put in their place as a whole."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mutor_vision.errors import UserError
+
+
+def check_out_file(path: str | Path) -> None:
+    """Raise UserError unless a file can be written at `path`. Nothing is left behind."""
+    path = Path(path)
+    if _is_folder(path):
+        raise UserError(f"{path} is a folder, expected the name of a file; give another")
+    _try_to_write(path, path.absolute().parent)
+
+
+def check_out_folder(path: str | Path) -> None:
+    """Raise UserError unless files can be written in a folder at `path`, which may not exist yet. Nothing is left
+    behind."""
+    path = Path(path)
+    if not _is_folder(path) and os.path.lexists(path):
+        raise UserError(f"{path} is a file, expected a folder; give another --out")
+    _try_to_write(path, path.absolute())
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A new, empty folder to fill. When the block ends without an error it takes the place of `folder`; until then,
+    and after an error, `folder` is as it was."""
+    partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:  # a name that is too long, a folder without rights
+        raise UserError(f"{path} cannot be written ({error.strerror}); give another --out") from None
+
+
+def _try_to_write(path: Path, folder: Path) -> None:
+    # Rights alone tell neither a read-only disk nor a full one: a file is written where the first one would be made.
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder, prefix=".mutor-") as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}: {folder}); give another --out") from None
