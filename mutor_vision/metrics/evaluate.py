@@ -15,7 +15,7 @@ from mutor_vision.metrics import frechet, guards, per_class, scores
 from mutor_vision.metrics.extract import extract
 from mutor_vision.metrics.moments import Moments, Statistics, read_protocol, read_statistics
 from mutor_vision.metrics.npz import Npz, is_statistics
-from mutor_vision.metrics.sources import FolderImages, NpzImages, check_count, read_labels
+from mutor_vision.metrics.sources import FolderImages, NpzImages, check_count, check_labels, read_labels
 from mutor_vision.outputs import check_out_file, check_out_folder
 from mutor_vision.precision import exact_float32
 from mutor_vision.runtime import Runtime
@@ -302,9 +302,15 @@ def _take_sampling_record(source, record: dict, beside: Path) -> None:
     made = read_json(beside)
     if not isinstance(made, dict) or "labels_of_images" not in made:
         return  # some other JSON file
+    if type(made.get("num")) is not int or not isinstance(made["labels_of_images"], list):
+        raise IntegrityError(f"{beside} is not the record that `mutor sample` wrote; restore it, or remove it")
     check_count(source, made["num"])
     if source.labels is None:
-        source.labels = torch.tensor(made["labels_of_images"], dtype=torch.int64)
+        try:
+            labels = np.array(made["labels_of_images"])
+        except ValueError:  # lists of unequal lengths
+            raise IntegrityError(f"{beside}: labels_of_images are not class ids; restore it, or remove it") from None
+        source.labels = check_labels(labels, source.count, f"{beside}: labels_of_images")
     record |= {name: made[name] for name in ("labels", "seed", "model") if name in made}
     record["settings"] = made.get("sampler")
 
