@@ -31,7 +31,7 @@ READ = {"arr_0", "arr_1", "mu", "sigma", "mu_s", "sigma_s", "protocol_json"}  # 
 # What zipfile and zlib raise for damaged files.
 DAMAGE = (
     zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, struct.error, NotImplementedError, EOFError, RuntimeError,
-    ValueError, KeyError, IndexError, OverflowError, MemoryError,
+    ValueError, KeyError, IndexError, OverflowError, MemoryError, OSError,
 )  # fmt: skip
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # equal images give equal files, whenever they were written
 
@@ -336,6 +336,11 @@ def _check_regular_file(path: Path) -> None:
         raise IntegrityError(f"{path} is not a regular file ({reason}); expected an npz") from None
     if not stat.S_ISREG(mode):
         raise IntegrityError(f"{path} is not a regular file; expected an npz")
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); expected an npz") from None
     if path.stat().st_size == 0:
         raise IntegrityError(f"{path} is empty, expected an npz; copy or download it again")
 
