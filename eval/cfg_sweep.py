@@ -8,6 +8,8 @@ that were measured are not sampled again.
 """
 
 import dataclasses
+import json
+import math
 import shutil
 from pathlib import Path
 
@@ -15,9 +17,9 @@ import torch
 
 from mutor_vision import checkpoint, sample
 from mutor_vision.cli import Parser, run_command
-from mutor_vision.errors import MismatchError, UserError
+from mutor_vision.errors import UserError
 from mutor_vision.metrics import sweep
-from mutor_vision.metrics.evaluate import ImageSet, Options, evaluate, open_set
+from mutor_vision.metrics.evaluate import ImageSet, Options, check_outputs, evaluate, open_set
 from mutor_vision.metrics.extract import forget
 from mutor_vision.metrics.features import load_extractor
 from mutor_vision.metrics.sources import RunImages
@@ -49,13 +51,17 @@ def main() -> None:
     sample.add_execution(parser)
     sample.add_settings(parser)
     arguments = parser.parse_args()
-    scales = _parse_scales(arguments.scales) if arguments.scales else []
+    scales = [] if arguments.scales is None else _parse_scales(arguments.scales)
     try:
         import matplotlib  # noqa: F401
     except ImportError:  # before hours of sampling, not after
         raise UserError("the plot needs matplotlib; pip install 'mutor-vision[demo]'") from None
+    if arguments.num < 2 or arguments.image_size < 0 or not 0 <= arguments.seed < 2**63:
+        raise UserError("--num-images must be 2 or more, --image-size not negative, and --seed 0 to 2^63 - 1")
     base = sample.settings_from(arguments)
     runtime = start(arguments.precision, arguments.device)
+    record, work = arguments.out / "sweep.json", arguments.out / "work"
+    check_outputs(runtime, files=(record,), folders=(work,))
     reference = open_set(arguments.reference, image_size=arguments.image_size, allow_lossy=arguments.allow_lossy)
     loaded = sample.load(
         arguments.run, runtime, arguments.run_weights, quantize=arguments.quantize, compile=arguments.compile
@@ -63,18 +69,21 @@ def main() -> None:
     if not loaded.config.label_dropout:
         raise UserError("the model was trained with label_dropout 0 and has no null class, so there is no guidance")
     extractor = load_extractor(arguments.features, arguments.weights)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    record, work = arguments.out / "sweep.json", arguments.out / "work"
     binding = {
-        "model": loaded.identity, "extractor": extractor.identity["state_sha256"], "reference": reference.name,
+        "model": loaded.identity, "extractor": extractor.identity, "reference": reference.name,
+        # Of an npz the hash of its bytes; of a folder that of its names, sizes and times.
+        "reference_sha256": reference.record.get("sha256") or reference.images.key(),
         "num": arguments.num, "image_size": arguments.image_size, "seed": arguments.seed, "labels": arguments.labels,
-        "settings": dataclasses.asdict(base) | {"cfg_scale": None, "cfg_interval": list(base.cfg_interval)},
+        "precision": str(runtime.autocast_dtype or torch.float32), "device": runtime.device.type,
+        "compile": arguments.compile if loaded.static else "off", "groups": arguments.groups,
+        "settings": dataclasses.asdict(base) | {"cfg_scale": None},
     }  # fmt: skip
-    done = checkpoint.read_json(record) if record.is_file() else {"binding": binding, "points": []}
-    if done["binding"] != binding:
-        raise MismatchError(f"{record} is of another model, reference or settings; give another --out")
+    binding = json.loads(json.dumps(binding))  # as it is read back
+    done = sweep.read_record(record, binding)
     metrics = ("fid", "is") if "spatial" in extractor.layers else ("fid",)
     options = Options(metrics=metrics, batch=arguments.batch_size, groups=arguments.groups, work=work)
+
+    batch = sample.default_batch_size(loaded)  # once: the memory of one scale's sampler is used again by the next
 
     def value(scale: float) -> float:
         for point in done["points"]:
@@ -83,7 +92,7 @@ def main() -> None:
         settings = dataclasses.replace(base, cfg_scale=scale)
         source = RunImages(
             loaded, arguments.num, settings, plan=arguments.labels, seed=arguments.seed,
-            image_size=arguments.image_size,
+            image_size=arguments.image_size, batch=batch,
         )  # fmt: skip
         samples = ImageSet(source, None, {"path": loaded.identity["run"]} | source.describe())
         result = evaluate(samples, reference, extractor, runtime, options)
@@ -95,6 +104,7 @@ def main() -> None:
         point |= {"is": result["metrics"]["is"]["value"]} if "is" in result["metrics"] else {}
         done["points"].append(point)
         if runtime.is_main:
+            arguments.out.mkdir(parents=True, exist_ok=True)
             checkpoint.write_json(record, done)
             forget(work, source, extractor)
             print(f"cfg scale {scale:g}: {point['name']} {point['value']:.4g}", flush=True)
@@ -108,11 +118,11 @@ def main() -> None:
         sweep.golden_section(value, arguments.low, arguments.high, arguments.tolerance)
     if runtime.is_main:
         name = done["points"][0]["name"]
+        sweep.plot(done["points"], name, arguments.out / "sweep.png")
+        shutil.rmtree(work, ignore_errors=True)
         print(sweep.table(done["points"], name))
         for text in done["points"][-1]["result"]["warnings"]:
             print(f"warning: {text}")
-        sweep.plot(done["points"], name, arguments.out / "sweep.png")
-        shutil.rmtree(work, ignore_errors=True)
         best = sweep.best_of(done["points"])
         print(f"best cfg scale {best['cfg_scale']:g}; written: {record} and {arguments.out / 'sweep.png'}")
     finish()
@@ -120,9 +130,12 @@ def main() -> None:
 
 def _parse_scales(text: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",") if part.strip()]
+        scales = [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise UserError(f"--scales is '{text}', expected numbers with commas, such as 1,1.5,2") from None
+        scales = []
+    if not scales or not all(0 <= scale < math.inf for scale in scales):
+        raise UserError(f"--scales is '{text}', expected numbers of 0 or more with commas, such as 1,1.5,2")
+    return scales
 
 
 if __name__ == "__main__":

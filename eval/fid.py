@@ -16,7 +16,7 @@ from mutor_vision import checkpoint, sample
 from mutor_vision.cli import Parser, run_command
 from mutor_vision.errors import UserError
 from mutor_vision.metrics import report
-from mutor_vision.metrics.evaluate import METRICS, ImageSet, Options, evaluate, open_set
+from mutor_vision.metrics.evaluate import METRICS, ImageSet, Options, check_outputs, evaluate, open_set
 from mutor_vision.metrics.features import load_extractor
 from mutor_vision.metrics.sources import RunImages
 from mutor_vision.runtime import finish, start
@@ -53,6 +53,7 @@ def main() -> None:
     sampling = parser.add_argument_group("sampling with --model")
     sampling.add_argument("--labels", default="balanced", help=", ".join(sample.LABEL_PLANS))
     sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--sample-batch-size", type=int, default=0, help="images sampled at once, 0 = by free memory")
     sampling.add_argument("--run-weights", default="best", help="best (EMA where there is one), ema or model")
     sampling.add_argument("--precision", default="auto", help="of sampling: auto, float32 or bfloat16")
     sample.add_execution(sampling)
@@ -63,15 +64,19 @@ def main() -> None:
         raise UserError("give either --samples or --model")
     if arguments.run and arguments.num < 2:
         raise UserError(f"--model needs --num-images, 2 or more; got {arguments.num}")
-    if arguments.num < 0 or arguments.image_size < 0:
-        raise UserError("--num-images and --image-size must not be negative")
+    if min(arguments.num, arguments.image_size, arguments.sample_batch_size) < 0:
+        raise UserError("--num-images, --image-size and --sample-batch-size must not be negative")
+    if not 0 <= arguments.seed < 2**63:
+        raise UserError(f"--seed is {arguments.seed}, expected 0 to 2^63 - 1")
     work = arguments.work or (arguments.json.with_name(arguments.json.name + ".work") if arguments.json else None)
     options = Options(
         metrics=tuple(name.strip() for name in arguments.metrics.split(",") if name.strip()),
         batch=arguments.batch_size, splits=arguments.splits, k=arguments.neighbours, groups=arguments.groups,
         work=work, strict=arguments.strict,
     )  # fmt: skip
+    settings = sample.settings_from(arguments)
     runtime = start(arguments.precision, arguments.device)
+    check_outputs(runtime, files=(arguments.json, arguments.report), folders=(work,))
     reference = open_set(
         arguments.reference, image_size=arguments.image_size, allow_lossy=arguments.allow_lossy
     )  # cheap checks first: nothing heavy is loaded before both sides are known to be readable
@@ -79,12 +84,11 @@ def main() -> None:
         loaded = sample.load(
             arguments.run, runtime, arguments.run_weights, quantize=arguments.quantize, compile=arguments.compile
         )
-        settings = sample.settings_from(arguments)
         if settings.cfg_scale != 1 and not loaded.config.label_dropout:
             raise UserError("the model was trained with label_dropout 0 and has no null class; use --cfg-scale 1")
         source = RunImages(
             loaded, arguments.num, settings, plan=arguments.labels, seed=arguments.seed,
-            image_size=arguments.image_size,
+            image_size=arguments.image_size, batch=arguments.sample_batch_size,
         )  # fmt: skip
         samples = ImageSet(source, None, {"path": loaded.identity["run"]} | source.describe())
     else:
@@ -95,17 +99,17 @@ def main() -> None:
     extractor = load_extractor(arguments.features, arguments.weights, arguments.allow_unknown_weights)
     result = evaluate(samples, reference, extractor, runtime, options)
     if runtime.is_main:
-        print(report.table(result))
+        # Everything is written before anything is printed: whoever reads the output may have gone.
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
             checkpoint.write_json(arguments.json, result)
-            print(f"written: {arguments.json}")
         if arguments.report:
-            arguments.report.parent.mkdir(parents=True, exist_ok=True)
-            arguments.report.write_text(report.page(result, samples.images, reference.images))
-            print(f"written: {arguments.report}")
+            report.write_page(arguments.report, report.page(result, samples.images, reference.images))
         if work is not None and not arguments.keep_features and arguments.work is None:
             shutil.rmtree(work, ignore_errors=True)
+        print(report.table(result))
+        for path in filter(None, (arguments.json, arguments.report)):
+            print(f"written: {path}")
     finish()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mutor_vision.cli import Parser, run_command
 from mutor_vision.errors import UserError
+from mutor_vision.metrics.evaluate import check_outputs
 from mutor_vision.metrics.features import load_extractor
 from mutor_vision.metrics.reference import write_reference
 from mutor_vision.metrics.sources import FolderImages
@@ -35,6 +36,7 @@ def main() -> None:
     if arguments.out.suffix != ".npz":
         raise UserError(f"--out is {arguments.out}, expected FILE.npz")
     runtime = start(device=arguments.device)
+    check_outputs(runtime, files=(arguments.out,), folders=(arguments.work,))
     source = FolderImages(arguments.data, image_size=arguments.image_size, allow_lossy=True)
     extractor = load_extractor(arguments.features, arguments.weights, arguments.allow_unknown_weights)
     protocol = write_reference(

@@ -18,6 +18,7 @@ from mutor_vision.errors import MismatchError, UserError
 from mutor_vision.image_folder import ImageFolder, Views, batched, check_apart, read_batches
 from mutor_vision.images import center
 from mutor_vision.keyed_random import permutation
+from mutor_vision.metrics.evaluate import check_outputs
 from mutor_vision.metrics.train_features import FeatureTraining, train
 from mutor_vision.runtime import start
 
@@ -47,6 +48,7 @@ def main() -> None:
     runtime = start("float32", arguments.device)
     if runtime.world_size > 1:
         raise UserError("features are trained by one process; start it without torchrun")
+    check_outputs(runtime, folders=(arguments.out,))
     slim = arguments.architecture == defaults.architecture
     config = dataclasses.replace(
         defaults, architecture=arguments.architecture, epochs=arguments.epochs, batch_size=arguments.batch_size,

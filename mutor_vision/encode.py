@@ -19,6 +19,7 @@ from mutor_vision.image_folder import ImageFolder, Views, batched, check_apart, 
 from mutor_vision.images import to_float, views_named
 from mutor_vision.keyed_random import permutation
 from mutor_vision.outputs import check_out_folder
+from mutor_vision.precision import exact_float32, fixed_convolutions
 from mutor_vision.repairs import forget_bad, only_repaired, recall_bad, record_bad
 from mutor_vision.runtime import Runtime
 from mutor_vision.token_set import (
@@ -147,7 +148,7 @@ def _encode(tokenizer: VQTokenizer, crops: Tensor, precision: str, runtime: Runt
         images = images.contiguous(memory_format=torch.channels_last)
     # A fixed choice of kernels, and in float32 none in TF32: it would move latents across cell borders.
     autocast = torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False), autocast:
+    with exact_float32(), fixed_convolutions(), autocast:
         return tokenizer.encode(images).flatten(1)
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,15 +172,24 @@ def sample_stream(
     """Images 0..len(labels)-1, shared among the processes: yields this process's (indices (b,), uint8 (b, 3, H, W)).
 
     Round r covers the indices from r * batch_size * world_size; every process has the same number of rounds, the last
-    of which may be empty for some. On CUDA a round is yielded when the next one has been launched, so that the device
-    goes on while its images are fetched and written.
+    of which may be empty for some.
     """
-    runtime = loaded.runtime
-    ahead = 1 if runtime.device.type == "cuda" else 0
+    runtime, count = loaded.runtime, len(labels)
+    firsts = range(runtime.rank * batch_size, count + runtime.rank * batch_size, batch_size * runtime.world_size)
+    rounds = (np.arange(first, max(first, min(first + batch_size, count))) for first in firsts)
+    return sample_batches(loaded, labels, rounds, settings, seed)
+
+
+def sample_batches(
+    loaded: LoadedModel, labels: Tensor, batches: Iterable[np.ndarray], settings: SampleSettings, seed: int
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Each batch of image indices (b,), into labels -> (indices, uint8 (b, 3, H, W) on the CPU); b may be 0.
+
+    On CUDA a batch is yielded when the next one has been launched, so that the device goes on while its images are
+    fetched, measured or written."""
+    ahead = 1 if loaded.runtime.device.type == "cuda" else 0
     waiting = deque()
-    for start_index in range(0, len(labels), batch_size * runtime.world_size):
-        first = start_index + runtime.rank * batch_size
-        indices = np.arange(first, max(first, min(first + batch_size, len(labels))))
+    for indices in batches:
         if len(indices):
             launched = _launch(loaded, labels[torch.from_numpy(indices)], indices, settings, seed)
         else:

@@ -1,5 +1,6 @@
 """The commands of eval/ from end to end, with tiny extractors."""
 
+import ast
 import html.parser
 import json
 import os
@@ -194,6 +195,80 @@ def test_two_processes_give_the_numbers_of_one(trained_run, sets, tmp_path, run_
     assert protocol["labels"] == "balanced" and protocol["sampler"]["cfg_scale"] == 1.5
     assert len(protocol["samples"]["model"]["weights_sha256"]) == 64
     assert "<b>ant</b>" not in (tmp_path / "page.html").read_text(), "without labels of the reference, no class is best"
+
+
+def test_static_steps_survive_the_evaluation_and_draw_the_report(trained_run, sets, tmp_path, run_eval, monkeypatch):
+    """Their buffers are made while features are extracted and written again when the report samples its pictures."""
+    monkeypatch.setattr(torch, "compile", lambda step, **settings: step)
+    arguments = ("--model", trained_run, "--num-images", 20, "--reference", sets / "reference", *TINY, "--groups", 0)
+    arguments += ("--metrics", "fid", "--cfg-scale", 1.5)
+    arguments += ("--json", tmp_path / "m.json", "--report", tmp_path / "page.html")
+    code, printed = run_eval("fid", *arguments, "--compile", "on")
+    assert code == 0, printed
+    assert Tags((tmp_path / "page.html").read_text()).found.count("img") >= 6, "strips of samples and of the reference"
+    static = values(tmp_path / "m.json")
+    assert run_eval("fid", *arguments, "--compile", "off")[0] == 0
+    assert static == values(tmp_path / "m.json")
+
+
+def test_no_module_uses_inference_mode():
+    """A tensor made under it can never be written outside of it, and buffers outlive the call that makes them."""
+    for path in (ROOT / "mutor_vision").rglob("*.py"):
+        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        assert "inference_mode" not in names, path
+
+
+def test_images_of_a_run_are_sampled_once_and_in_the_samplers_own_batches(trained_run, sets, extractor, monkeypatch):
+    launched = []
+    launch = sample._launch
+    monkeypatch.setattr(sample, "_launch", lambda *all: launched.append(all[2].tolist()) or launch(*all))
+    monkeypatch.setattr("mutor_vision.metrics.extract.CHUNK", 24)
+    loaded = sample.load(trained_run, ALONE)
+    monkeypatch.setattr(sample, "default_batch_size", lambda loaded: 16)
+    source = RunImages(loaded, 60, SampleSettings(cfg_scale=1.5))
+    assert (source.height, source.width) == (16, 16) and not launched, "no image is sampled to learn its size"
+    found = extract(source, extractor, ALONE, batch=5, keep=("pool",))
+    assert [len(batch) for batch in launched] == [16, 16, 16, 12] and sum(launched, []) == list(range(60))
+    other = RunImages(loaded, 60, SampleSettings(cfg_scale=1.5), batch=7)
+    again = extract(other, extractor, ALONE, batch=5, keep=("pool",))
+    assert torch.equal(found.rows["pool"], again.rows["pool"]) and found.images_sha256 == again.images_sha256
+
+    samples = ImageSet(source, None, {"path": "run"})
+    result = evaluate(samples, open_set(sets / "reference"), extractor, ALONE, Options(metrics=("fid",), groups=0))
+    launched.clear()
+    report.page(result, source, open_set(sets / "reference").images)
+    assert len(launched) == 2, "24 pictures of the page are made together, not one by one"
+
+
+def test_a_batch_is_launched_before_the_last_one_is_waited_for(monkeypatch):
+    """On CUDA, where launching does not wait: the device has work while the host measures images."""
+    events = []
+
+    class Loaded:
+        runtime = Runtime(0, 1, torch.device("cuda"), None)
+
+    monkeypatch.setattr(sample, "_launch", lambda *all: (events.append(("launched", *all[2])), None))
+    monkeypatch.setattr(sample, "_arrived", lambda *all: None)
+    for indices, _ in sample.sample_batches(Loaded, torch.zeros(4), [np.array([i]) for i in range(4)], None, 0):
+        events.append(("measured", *indices))
+    order = [("launched", 0), ("launched", 1), ("measured", 0), ("launched", 2), ("measured", 1), ("launched", 3)]
+    assert events == [*order, ("measured", 2), ("measured", 3)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_model_is_evaluated_on_cuda_as_on_the_cpu(trained_run, sets, tmp_path, run_eval):
+    for device in ("cuda", "cpu"):
+        code, printed = run_eval(
+            "fid", "--model", trained_run, "--num-images", 300, "--reference", sets / "reference", *TINY,
+            "--cfg-scale", 1.5, "--precision", "float32", "--device", device, "--json", tmp_path / f"{device}.json",
+            "--report", tmp_path / f"{device}.html",
+        )  # fmt: skip
+        assert code == 0, printed
+    ours, theirs = values(tmp_path / "cuda.json"), values(tmp_path / "cpu.json")
+    assert ours.keys() == theirs.keys()
+    # A token that lies on a border between two may differ, and with it an image.
+    assert ours["fd"] == pytest.approx(theirs["fd"], rel=0.05)
 
 
 # ---- survival

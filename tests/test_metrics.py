@@ -1,5 +1,7 @@
 """Numbers: against golden values, torch-fidelity, closed forms, and each other."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
@@ -74,9 +76,41 @@ def test_metrics_equal_torch_fidelity_on_the_same_features():
     assert scores.precision_recall(ours, theirs, ALONE) == pytest.approx(
         calculate_precision_recall_full(ours, theirs), abs=1e-6
     )
-    kid = kid_features_to_metric(ours, theirs, kid_subsets=5, kid_subset_size=200, rng_seed=2020, verbose=False)
+    kid = kid_features_to_metric(
+        ours.double(), theirs.double(), kid_subsets=5, kid_subset_size=200, rng_seed=2020, verbose=False
+    )
     found = scores.kernel_distance(ours, theirs, subsets=5, subset_size=200)
     assert found.mean == pytest.approx(kid["kernel_inception_distance_mean"], rel=1e-6)
+
+
+def test_kid_is_its_definition_where_float32_is_not(monkeypatch):
+    """Large features: the kernel's values are 10^9, and their difference, in float32, is 4e-4 away. Memory: no matrix
+    of the size of a subset is made."""
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    ours, theirs = (30 * normal(900, 64, seed, shift=1.0) for seed in (1, 2))
+    draws, values = np.random.RandomState(scores.SHUFFLE_SEED), []
+    for _ in range(3):
+        x, y = (rows[draws.choice(900, 700, replace=False)].double() for rows in (ours, theirs))
+        xx, yy, xy = (((a @ b.T) / 64 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        own = sum(kernel.sum() - kernel.diagonal().sum() for kernel in (xx, yy)) / (700 * 699)
+        values.append((own - 2 * xy.mean()).item())
+    for block in (scores.KERNEL_BLOCK, 128):
+        monkeypatch.setattr(scores, "KERNEL_BLOCK", block)
+        found = scores.kernel_distance(ours, theirs, subsets=3, subset_size=700)
+        assert found.mean == pytest.approx(np.mean(values), rel=1e-9)
+        assert found.std == pytest.approx(np.std(values), rel=1e-9)
+    rounded = kid_features_to_metric(ours, theirs, kid_subsets=3, kid_subset_size=700, rng_seed=2020, verbose=False)
+    assert rounded["kernel_inception_distance_mean"] != pytest.approx(np.mean(values), rel=1e-5)
+
+
+def test_the_distance_is_exact_at_any_rank_and_torch_fidelitys_at_full_rank_only(root):
+    specification = importlib.util.spec_from_file_location("frechet_rank", root / "benchmarks/frechet_rank.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    few, many = module.rounding(60, 512), module.rounding(600, 128)
+    assert few["ours"] < 1e-9 and many["ours"] < 1e-9
+    assert many["torch-fidelity"] < 1e-6 < few["torch-fidelity"], "what docs/evaluation.md says of it"
 
 
 def test_moments_are_numpys_and_parts_and_order_do_not_matter():

@@ -9,8 +9,8 @@ import torch
 from mutor_vision.errors import IntegrityError
 from mutor_vision.metrics import frechet, scores
 from mutor_vision.metrics.extract import extract
-from mutor_vision.metrics.features import exact_float32
 from mutor_vision.metrics.inception import load_inception
+from mutor_vision.precision import exact_float32
 from mutor_vision.runtime import Runtime
 
 ALONE = Runtime(0, 1, torch.device("cpu"), None)
@@ -74,7 +74,8 @@ def test_fid_is_and_kid_equal_torch_fidelitys(extracted, weights_file):
     assert fid == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
     assert score.mean == pytest.approx(expected["inception_score_mean"], rel=1e-6)
     assert score.std == pytest.approx(expected["inception_score_std"], rel=1e-6, abs=1e-9)
-    assert kid.mean == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-6)
+    # torch-fidelity's kernel is in float32; test_metrics compares ours with its definition.
+    assert kid.mean == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-5)
 
 
 def test_distance_of_few_images_is_exact(extracted):

@@ -204,7 +204,7 @@ REFERENCES = {
     "F30 other size": (lambda path: np.savez(path, pictures(30, 2, size=32)), 5, "samples are 16x16"),
     "F39 unrecorded": (lambda path: np.savez(path, **statistics()), 0, "does not say what extractor made it"),
     "F45 escaping name": (
-        lambda path: np.savez(path, **statistics(), **{"../../escaped": np.ones(1)}), 0, "FD-timm:test_resnet",
+        lambda path: np.savez(path, **statistics(), **{"../../escaped": np.ones(1)}), 4, "points out of the file",
     ),
     "F46 many members": (many_members, 4, "1001 members"),
     "F47 encrypted": (encrypted, 4, "encrypted"),

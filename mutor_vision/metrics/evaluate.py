@@ -13,10 +13,11 @@ from mutor_vision.checkpoint import read_json, sha256
 from mutor_vision.errors import IntegrityError, UserError
 from mutor_vision.metrics import frechet, guards, per_class, scores
 from mutor_vision.metrics.extract import extract
-from mutor_vision.metrics.features import exact_float32
 from mutor_vision.metrics.moments import Moments, Statistics, read_protocol, read_statistics
 from mutor_vision.metrics.npz import Npz, is_statistics
-from mutor_vision.metrics.sources import FolderImages, NpzImages, check_count, read_labels
+from mutor_vision.metrics.sources import FolderImages, NpzImages, check_count, check_labels, read_labels
+from mutor_vision.outputs import check_out_file, check_out_folder
+from mutor_vision.precision import exact_float32
 from mutor_vision.runtime import Runtime
 
 METRICS = ("fid", "sfid", "is", "pr", "kid")
@@ -103,6 +104,26 @@ def open_set(
     return ImageSet(source, statistics, record | source.describe())
 
 
+def check_outputs(runtime: Runtime, *, files: tuple = (), folders: tuple = ()) -> None:
+    """Collective: UserError on every rank unless the first can write these paths (None is left out). To be called
+    before the work, which would be lost. Nothing is left behind."""
+    error = None
+    if runtime.is_main:
+        given = [Path(path).absolute() for path in (*files, *folders) if path is not None]
+        try:
+            if len(set(given)) < len(given):
+                raise UserError(f"two results are to be written to {max(given, key=given.count)}; give each its own")
+            for path in files:
+                if path is not None:
+                    check_out_file(path)
+            for path in folders:
+                if path is not None:
+                    check_out_folder(path)
+        except UserError as caught:
+            error = caught
+    runtime.raise_together(error)
+
+
 def evaluate(samples: ImageSet, reference: ImageSet, extractor: nn.Module, runtime: Runtime, options: Options) -> dict:
     """Collective. Returns a JSON-ready dict: 'metrics' (each with its own protocol), 'marks', 'warnings', 'protocol',
     and, where both sides have labels, 'classes'."""
@@ -184,11 +205,13 @@ def evaluate(samples: ImageSet, reference: ImageSet, extractor: nn.Module, runti
             results[key]["protocol"] = {"k": options.k, "n_reference": reference.images.count, "distances": "float32"}
     if "kid" in metrics:
         size = min(options.kid_subset_size, n, reference.images.count)
-        score = scores.kernel_distance(ours.rows["pool"], by_image.rows["pool"], options.kid_subsets, size)
+        score = scores.kernel_distance(
+            ours.rows["pool"], by_image.rows["pool"], options.kid_subsets, size, runtime.device
+        )
         results["kid"] = {"name": f"KID{at}", "value": score.mean, "standard_deviation": score.std}
         results["kid"]["protocol"] = {
             "subsets": options.kid_subsets, "subset_size": size, "seed": scores.SHUFFLE_SEED,
-            "n_reference": reference.images.count,
+            "n_reference": reference.images.count, "kernel_dtype": "float64",
         }  # fmt: skip
     classes = per_class.measure(samples.images, reference.images, ours, by_image, extractor)
     if classes is not None and classes["accuracy"] is not None:
@@ -279,9 +302,15 @@ def _take_sampling_record(source, record: dict, beside: Path) -> None:
     made = read_json(beside)
     if not isinstance(made, dict) or "labels_of_images" not in made:
         return  # some other JSON file
+    if type(made.get("num")) is not int or not isinstance(made["labels_of_images"], list):
+        raise IntegrityError(f"{beside} is not the record that `mutor sample` wrote; restore it, or remove it")
     check_count(source, made["num"])
     if source.labels is None:
-        source.labels = torch.tensor(made["labels_of_images"], dtype=torch.int64)
+        try:
+            labels = np.array(made["labels_of_images"])
+        except ValueError:  # lists of unequal lengths
+            raise IntegrityError(f"{beside}: labels_of_images are not class ids; restore it, or remove it") from None
+        source.labels = check_labels(labels, source.count, f"{beside}: labels_of_images")
     record |= {name: made[name] for name in ("labels", "seed", "model") if name in made}
     record["settings"] = made.get("sampler")
 

@@ -4,19 +4,22 @@ streamed into moments, gathered where a metric needs every row."""
 import hashlib
 import json
 import shutil
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mutor_vision.metrics.features import exact_float32, identity_text
+from mutor_vision.metrics.features import identity_text
 from mutor_vision.metrics.moments import LAYER_KEYS, Moments
-from mutor_vision.runtime import Runtime
+from mutor_vision.metrics.sources import in_order
+from mutor_vision.precision import exact_float32
+from mutor_vision.runtime import Runtime, to_device
 
 CHUNK = 250  # images: the unit of work of a rank, and what a kill can cost
 DIGEST_BYTES = 16
@@ -63,7 +66,7 @@ def extract(
             for layer in layers:
                 moments[layer].update(chunk[layer], start)
             for name in kept_names:
-                kept[name].append(chunk[name])
+                kept[name].append(chunk[name].clone())  # a chunk's own memory is pinned on CUDA, and used again
     except Exception as caught:  # told to the other ranks, which would wait for this one for ever
         error = caught
     runtime.raise_together(error)
@@ -80,25 +83,35 @@ def chunks(
     source, extractor: nn.Module, runtime: Runtime, *, batch: int, work: Path | None, title: str, first: int = 0
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """(index of its first image, tensors) of each of this rank's chunks from chunk number `first` on: chunk c belongs
-    to rank c % world_size. Tensors are on the CPU: every layer of the extractor, and what Extracted has per image."""
+    to rank c % world_size. Tensors are on the CPU: every layer of the extractor, and what Extracted has per image.
+
+    On CUDA a chunk is yielded when the next one has been launched, so that the device goes on meanwhile."""
     from tqdm import tqdm
 
     folder = _work_folder(work, source, extractor) if work is not None else None
     starts = list(range(0, source.count, CHUNK))[first:]
     mine = [start for start in starts if start // CHUNK % runtime.world_size == runtime.rank]
-    total = sum(min(CHUNK, source.count - start) for start in mine)
-    with tqdm(total=total, desc=title, unit="img", disable=not runtime.is_main) as bar:
+    stops = {start: min(start + CHUNK, source.count) for start in mine}
+    paths = {start: folder / f"chunk-{start // CHUNK:06d}.safetensors" if folder else None for start in mine}
+    missing = {start for start in mine if not _is_whole(paths[start], stops[start] - start)}
+    spans = {start: [(i, min(i + batch, stops[start])) for i in range(start, stops[start], batch)] for start in missing}
+    pictures = in_order(source, [span for start in mine if start in missing for span in spans[start]])
+    ahead = 1 if runtime.device.type == "cuda" else 0
+    waiting = deque()
+    with tqdm(total=sum(stops[start] - start for start in mine), desc=title, unit="img",
+              disable=not runtime.is_main) as bar:  # fmt: skip
         for start in mine:
-            stop = min(start + CHUNK, source.count)
-            path = folder / f"chunk-{start // CHUNK:06d}.safetensors" if folder is not None else None
-            chunk = _load_chunk(path, stop - start)
-            if chunk is None:
-                chunk = _compute_chunk(source, extractor, runtime, start, stop, batch, bar)
-                if path is not None:
-                    _save_chunk(path, chunk)
+            if start in missing:
+                batches = _shown(islice(pictures, len(spans[start])), bar)
+                waiting.append((start, _Launched(batches, extractor, runtime, paths[start])))
             else:
-                bar.update(stop - start)
-            yield start, chunk
+                waiting.append((start, _Kept(paths[start])))
+                bar.update(stops[start] - start)
+            if len(waiting) > ahead:
+                start, chunk = waiting.popleft()
+                yield start, chunk.tensors()
+        for start, chunk in waiting:
+            yield start, chunk.tensors()
 
 
 def gather_chunks(
@@ -116,21 +129,48 @@ def gather_chunks(
     return gathered.transpose(0, 1).flatten(0, 2)[:count].contiguous()
 
 
-@torch.inference_mode()
-def _compute_chunk(source, extractor, runtime, start, stop, batch, bar) -> dict[str, Tensor]:
-    bounds = [(first, min(first + batch, stop)) for first in range(start, stop, batch)]
-    parts = []
-    with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(source.read, *bounds[0]) if source.prefetch else None
-        for number, (first, last) in enumerate(bounds):
-            batch_images = ahead.result() if ahead is not None else source.read(first, last)
-            if source.prefetch and number + 1 < len(bounds):
-                ahead = reader.submit(source.read, *bounds[number + 1])
-            with exact_float32():  # not around read, which may be the sampler
-                features = extractor(batch_images.to(runtime.device))
-            parts.append({name: value.cpu() for name, value in features.items()} | _facts(batch_images))
-            bar.update(last - first)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+class _Launched:
+    """A chunk whose features are being computed. On CUDA its constructor does not wait for them."""
+
+    # Not in inference_mode: batches may come from the sampler, which writes later into buffers that it makes here.
+    @torch.no_grad()
+    def __init__(self, batches: Iterator[Tensor], extractor: nn.Module, runtime: Runtime, path: Path | None):
+        self.path, self.event = path, None
+        features, facts = [], []
+        for images in batches:
+            with exact_float32():  # not around the iterator, which may be the sampler
+                features.append(extractor(to_device(images, runtime.device)))
+            facts.append(_facts(images))
+        found = {name: torch.cat([part[name] for part in features]) for name in features[0]}
+        if runtime.device.type == "cuda":
+            pinned = {name: torch.empty(value.shape, pin_memory=True) for name, value in found.items()}
+            found = {name: pinned[name].copy_(value, non_blocking=True) for name, value in found.items()}
+            self.event = torch.cuda.Event()
+            self.event.record()
+        self.found = found | {name: torch.cat([part[name] for part in facts]) for name in facts[0]}
+
+    def tensors(self) -> dict[str, Tensor]:
+        if self.event is not None:
+            self.event.synchronize()
+        if self.path is not None:
+            _save_chunk(self.path, self.found)
+        return self.found
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A chunk that an earlier run has left."""
+
+    path: Path
+
+    def tensors(self) -> dict[str, Tensor]:
+        return load_file(self.path)
+
+
+def _shown(batches: Iterator[Tensor], bar) -> Iterator[Tensor]:
+    for images in batches:
+        yield images
+        bar.update(len(images))
 
 
 def _facts(batch_images: Tensor) -> dict[str, Tensor]:
@@ -157,14 +197,15 @@ def _work_folder(work: Path, source, extractor: nn.Module) -> Path:
     return folder
 
 
-def _load_chunk(path: Path | None, count: int) -> dict[str, Tensor] | None:
+def _is_whole(path: Path | None, count: int) -> bool:
+    """Are features of `count` images there? Only the header is read; a file torn by a crash is computed again."""
     if path is None or not path.is_file():
-        return None
+        return False
     try:
-        chunk = load_file(path)
+        with safe_open(path, "pt") as file:
+            return all(file.get_slice(name).get_shape()[0] == count for name in file.keys())
     except (SafetensorError, OSError):
-        return None  # left by a machine that went down; computed again
-    return chunk if all(len(value) == count for value in chunk.values()) else None
+        return False
 
 
 def _save_chunk(path: Path, chunk: dict[str, Tensor]) -> None:

@@ -127,7 +127,7 @@ def image_sizes(samples, height: int, width: int, what: str) -> None:
 def statistics_file(npz: Npz) -> list[Warning]:
     """Warnings about a reference file with statistics."""
     found = []
-    if any(npz.arrays[name].dtype == np.float16 for name in ("mu", "sigma")):
+    if any(npz.arrays[name].dtype.newbyteorder("=") == np.float16 for name in ("mu", "sigma")):
         found.append(Warning("float16-statistics", f"{npz.path} holds float16 statistics, which have lost digits"))
     return found
 

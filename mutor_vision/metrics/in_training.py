@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from mutor_vision.errors import MismatchError
 from mutor_vision.metrics import frechet
 from mutor_vision.metrics.evaluate import to_device
-from mutor_vision.metrics.features import exact_float32
 from mutor_vision.metrics.guards import recorded_extractor
 from mutor_vision.metrics.moments import Moments, read_protocol, read_statistics
 from mutor_vision.metrics.npz import Npz
+from mutor_vision.precision import exact_float32
 from mutor_vision.runtime import Runtime
 
 

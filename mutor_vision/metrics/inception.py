@@ -8,15 +8,17 @@ spatial features of sFID that it lacks.
 Source: guided-diffusion evaluations/evaluator.py (`pool_3:0`, `mixed_6/conv:0`, softmax without bias).
 """
 
+import os
 import tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor, nn
 
 from mutor_vision.checkpoint import load_strictly, sha256
 from mutor_vision.errors import DataError, IntegrityError
-from mutor_vision.metrics.weights import read_state, state_sha256
+from mutor_vision.metrics.weights import check_cache, ending_downloads, host_answers, read_state, state_sha256
 
 PUBLISHED = "6726825d"  # the first digits of the published file's sha256, as its name says
 FILE_NAME = "weights-inception-2015-12-05-6726825d.pth"
@@ -100,14 +102,19 @@ def _network_without_weights() -> nn.Module:
 def _published_file() -> Path:
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-    path = Path(torch.hub.get_dir()) / "checkpoints" / FILE_NAME
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / FILE_NAME
+    if os.path.isfile(path):  # False too where the folder may not be read
+        return path
+    check_cache(folder, "TORCH_HOME")
+    try:
+        if not host_answers(URL_INCEPTION_V3):
+            raise OSError(f"{urlsplit(URL_INCEPTION_V3).hostname} does not answer")
+        with ending_downloads():
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=PUBLISHED)
-        except (OSError, RuntimeError) as error:
-            raise DataError(
-                f"cannot download the Inception weights ({error}); put {FILE_NAME} at {path}, pass --weights PATH, or "
-                "use features that need no download (--features PATH, made by eval/train_features.py)"
-            ) from None
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"cannot download the Inception weights ({error}); put {FILE_NAME} at {path}, pass --weights FILE, or use "
+            "features that need no download (--features FOLDER, made by eval/train_features.py)"
+        ) from None
     return path

@@ -17,6 +17,7 @@ from mutor_vision.runtime import Runtime
 
 BUFFERED_ROWS = 256  # rows of a group that wait for one large product; a row at a time would be bound by memory
 SYMMETRY_TOLERANCE = 1e-5  # of the largest entry; float32 statistics pass
+MAX_PROTOCOL = 10_000_000  # bytes of JSON; 20,000 class names are one million
 LAYER_KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # ADM's names in reference files
 
 
@@ -40,7 +41,7 @@ class Moments:
 
     def update(self, features: Tensor, first_index: int = 0) -> None:
         """Add features (B, dim) of images first_index, first_index + 1, ...; image i is in group i % groups."""
-        features = features.to(self.mean.device)
+        features = features.to(self.mean.device, non_blocking=True)
         groups = len(self.n)
         for group in range(groups):
             rows = features[(group - first_index) % groups :: groups]
@@ -121,16 +122,30 @@ def statistics_arrays(statistics: dict[str, Statistics], protocol: dict) -> dict
 
 def read_protocol(npz: Npz) -> dict | None:
     """What eval/reference.py recorded of a reference; None for files of other makers."""
-    if "protocol_json" not in npz.arrays or npz.arrays["protocol_json"].dtype != np.uint8:
+    header = npz.arrays.get("protocol_json")
+    if header is None or header.dtype != np.uint8:
         return None
-    try:
-        protocol = json.loads(npz.read("protocol_json").tobytes())
-    except ValueError:
-        protocol = None
-    kinds = {"n": int, "extractor": dict, "image_size": list}
-    if not isinstance(protocol, dict) or not all(isinstance(protocol.get(k), kind) for k, kind in kinds.items()):
+    protocol = None
+    if len(header.shape) == 1 and header.shape[0] <= MAX_PROTOCOL:
+        try:
+            protocol = json.loads(npz.read("protocol_json").tobytes())
+        except (ValueError, RecursionError):
+            pass
+    if not _is_protocol(protocol):
         raise IntegrityError(f"{npz.path}: 'protocol_json' is damaged; make the reference again")
     return protocol
+
+
+def _is_protocol(value) -> bool:
+    """Has it what statistics_arrays asks for, in the right types?"""
+    if not isinstance(value, dict) or not isinstance(value.get("extractor"), dict):
+        return False
+    size, names = value.get("image_size"), value.get("class_names", [])
+    return (
+        type(value.get("n")) is int and value["n"] > 1
+        and isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)
+        and isinstance(names, list) and all(isinstance(name, str) for name in names)
+    )  # fmt: skip
 
 
 def read_statistics(npz: Npz, layers: dict[str, int]) -> dict[str, Statistics]:

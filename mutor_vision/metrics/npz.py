@@ -2,14 +2,17 @@
 
 `arr_0` uint8 (N, H, W, 3) holds images; `mu`, `sigma` (pooled features) and `mu_s`, `sigma_s` (spatial features) hold
 statistics. Source: guided-diffusion evaluations/evaluator.py. Files come from strangers: nothing is unpickled or
-extracted, and every size is checked in the zip directory and the array header before anything is read.
+extracted, and every size is checked in the zip directory and the array header before anything is read. Members that
+nobody asks for may be anything.
 """
 
 import io
 import os
 import stat
+import struct
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mutor_vision.errors import DataError, IntegrityError
+from mutor_vision.errors import DataError, IntegrityError, UserError
 
 MAX_MEMBERS = 1000
 MAX_HEADER = 10_240  # bytes of an .npy header; numpy would read any length before it looks
 MAX_RATIO = 100  # unpacked over packed size; images and statistics reach 10 at most, a bomb 1000
+WINDOW = 256_000_000  # bytes of rows that are gathered in one pass over an array in Fortran order
+READ = {"arr_0", "arr_1", "mu", "sigma", "mu_s", "sigma_s", "protocol_json"}  # members that mean something here
+# What zipfile and zlib raise for damaged files.
+DAMAGE = (
+    zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, struct.error, NotImplementedError, EOFError, RuntimeError,
+    ValueError, KeyError, IndexError, OverflowError, MemoryError, OSError,
+)  # fmt: skip
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # equal images give equal files, whenever they were written
 
 
@@ -81,36 +91,45 @@ class NpzImageWriter:
 
 @dataclass(frozen=True)
 class ArrayHeader:
-    """What a member of an npz says of itself. `offset` is where its data begin, in bytes."""
+    """What a member of an npz says of itself. `offset` is where its data begin, in bytes; `fortran`: the first index
+    runs fastest in the file, as in arrays from MATLAB or of a transposed view."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     offset: int
+    fortran: bool = False
 
 
 class Npz:
-    """A checked npz file. Raises DataError when it is missing, IntegrityError when it is damaged or would need
-    unpickling; `arrays` maps member names (without .npy) to ArrayHeader."""
+    """A checked npz file. Raises DataError when it is missing, IntegrityError when it is damaged or an array that
+    matters here would need unpickling; `arrays` maps member names (without .npy) to ArrayHeader."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         _check_regular_file(self.path)
-        with self._open() as archive:
+        with self._open() as archive, self._typed_errors():
             infos = archive.infolist()
             if len(infos) > MAX_MEMBERS:
                 raise IntegrityError(f"{path} has {len(infos)} members, expected at most {MAX_MEMBERS}")
-            self.infos = {info.filename.removesuffix(".npy"): info for info in infos}
+            self.members = [info.filename for info in infos]
+            self.infos: dict[str, zipfile.ZipInfo] = {}
+            self.arrays: dict[str, ArrayHeader] = {}
             for info in infos:
-                self._check_member(info)
-            self.arrays = {name: self._header(archive, info) for name, info in self.infos.items()}
+                self._take(archive, info)
 
     def check_crc(self) -> None:
-        """Read every byte once (about 1 GB/s) and raise IntegrityError where a checksum disagrees: better before an
-        hour of feature extraction than after it."""
-        with self._open() as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise IntegrityError(f"{self.path}: member {damaged!r} is damaged (checksum); copy the file again")
+        """Read every byte of the arrays that matter once (about 1 GB/s) and raise IntegrityError where a checksum
+        disagrees: better before an hour of feature extraction than after it."""
+        with self._open() as archive, self._typed_errors():
+            for name in sorted(READ.intersection(self.arrays)):
+                try:
+                    with archive.open(self.infos[name]) as member:
+                        while member.read(1 << 20):
+                            pass
+                except (zipfile.BadZipFile, zlib.error):
+                    raise IntegrityError(
+                        f"{self.path}: member '{name}.npy' is damaged (checksum); copy the file again"
+                    ) from None
 
     def read(self, name: str) -> np.ndarray:
         """One whole array; look at `arrays[name]` first if it may be large."""
@@ -119,36 +138,57 @@ class Npz:
             return read(0, header.shape[0]) if header.shape else read(0, 1).reshape(())
 
     @contextmanager
-    def rows(self, name: str) -> Iterator:
-        """Context of a function (start, stop) -> rows of an array. Going forward is one pass over the file."""
+    def rows(self, name: str) -> Iterator[Callable[[int, int], np.ndarray]]:
+        """Context of a function (start, stop) -> rows of an array. Going forward is one pass over the file; in Fortran
+        order, one for every WINDOW bytes of rows."""
         header = self.arrays[name]
-        row = int(np.prod(header.shape[1:], dtype=np.int64)) * header.dtype.itemsize
-        with self._open() as archive, archive.open(self.infos[name]) as member:
-
-            def read(start: int, stop: int) -> np.ndarray:
-                member.seek(header.offset + start * row)
-                data = member.read((stop - start) * row)
-                if len(data) != (stop - start) * row:
-                    raise IntegrityError(f"{self.path}: '{name}' ends early; copy the file again")
-                return np.frombuffer(data, header.dtype).reshape(stop - start, *header.shape[1:])
-
+        with self._open() as archive:
             with self._typed_errors():
-                yield read
+                member = archive.open(self.infos[name])
+                read = (_FortranRows if header.fortran else _Rows)(member, header).read
 
-    @contextmanager
-    def _open(self) -> Iterator[zipfile.ZipFile]:
-        with self._typed_errors(), zipfile.ZipFile(self.path) as archive:
-            yield archive
+            def rows(start: int, stop: int) -> np.ndarray:
+                with self._typed_errors():
+                    return read(start, stop)
+
+            with member:
+                yield rows
+
+    def _open(self) -> zipfile.ZipFile:
+        with self._typed_errors():
+            return zipfile.ZipFile(self.path)
 
     @contextmanager
     def _typed_errors(self) -> Iterator[None]:
         try:
             yield
-        except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError, RuntimeError) as error:
+        except DAMAGE as error:
+            if isinstance(error, UserError):  # which is a ValueError
+                raise
+            hint = ""
+            if (first := _first_bytes(self.path)).startswith("'\\x93NUMPY"):
+                hint = "it is a bare .npy array: np.savez('FILE.npz', array) makes an npz of it. "
             raise IntegrityError(
-                f"{self.path} is not a complete npz ({error}; it begins with {_first_bytes(self.path)}); "
+                f"{self.path} is not a complete npz ({_one_line(error)}; it begins with {first}); {hint}"
                 "is it complete, or still being written? copy or download it again"
             ) from None
+
+    def _take(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
+        """Enter a member into `arrays`. What is none is left out, unless it has the name of one that matters."""
+        name = info.filename.removesuffix(".npy")
+        parts = name.replace("\\", "/").split("/")
+        if ".." in parts or parts[0] == "" or ":" in parts[0]:
+            raise IntegrityError(f"{self.path}: member {info.filename!r} points out of the file; make it again")
+        if name in self.arrays:
+            raise IntegrityError(f"{self.path} has two members {info.filename!r}; make it again")
+        try:
+            self._check_member(info)
+            header = self._header(archive, info)
+        except IntegrityError:
+            if name in READ:
+                raise
+            return
+        self.infos[name], self.arrays[name] = info, header
 
     def _check_member(self, info: zipfile.ZipInfo) -> None:
         if info.flag_bits & 1:
@@ -178,20 +218,64 @@ class Npz:
             np.lib.format.read_magic(text)
             read = np.lib.format.read_array_header_1_0 if width == 2 else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read(text)
-        except ValueError as error:
-            raise IntegrityError(f"{self.path}: member {info.filename!r} has a damaged header ({error})") from None
+        except Exception as error:  # a crafted header makes Python's parser raise many kinds
+            reason = _one_line(error)
+            raise IntegrityError(f"{self.path}: member {info.filename!r} has a damaged header ({reason})") from None
         if dtype.hasobject:
             raise IntegrityError(
                 f"{self.path}: member {info.filename!r} holds pickled objects, which could run code and are never "
                 "loaded; save plain arrays"
             )
         size = int(np.prod(shape, dtype=object)) * dtype.itemsize + 8 + width + length
-        if size != info.file_size or fortran and len(shape) > 1:
+        if size != info.file_size or any(side < 0 for side in shape):
             raise IntegrityError(
-                f"{self.path}: member {info.filename!r} claims {dtype} {shape}, {size:,} bytes in C order, "
-                f"but holds {info.file_size:,}"
+                f"{self.path}: member {info.filename!r} claims {dtype} {shape}, {size:,} bytes, but holds "
+                f"{info.file_size:,}"
             )
-        return ArrayHeader(tuple(shape), dtype, 8 + width + length)
+        return ArrayHeader(tuple(shape), dtype, 8 + width + length, fortran and len(shape) > 1)
+
+
+class _Rows:
+    """Rows of an array in C order."""
+
+    def __init__(self, member, header: ArrayHeader):
+        self.member, self.header = member, header
+        self.row_bytes = int(np.prod(header.shape[1:], dtype=np.int64)) * header.dtype.itemsize
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        self.member.seek(self.header.offset + start * self.row_bytes)
+        data = _read_exactly(self.member, (stop - start) * self.row_bytes)
+        return np.frombuffer(data, self.header.dtype).reshape(stop - start, *self.header.shape[1:])
+
+
+class _FortranRows:
+    """Rows of an array whose first index runs fastest in the file: a row's bytes are spread over all of it, so a pass
+    gathers as many rows as WINDOW holds, and rows that follow come from there."""
+
+    def __init__(self, member, header: ArrayHeader):
+        self.member, self.header = member, header
+        self.columns = int(np.prod(header.shape[1:], dtype=np.int64))
+        self.first, self.window = 0, np.empty((0, self.columns), header.dtype)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        if not self.first <= start <= stop <= self.first + len(self.window):
+            self._gather(start, stop)
+        rows = self.window[start - self.first : stop - self.first]
+        # The other indices run from the first to the last as well, so that they stand the other way round.
+        turned = rows.reshape(len(rows), *reversed(self.header.shape[1:]))
+        return np.ascontiguousarray(turned.transpose(0, *range(turned.ndim - 1, 0, -1)))
+
+    def _gather(self, start: int, stop: int) -> None:
+        count, size = self.header.shape[0], self.header.dtype.itemsize
+        stop = min(count, max(stop, start + WINDOW // max(1, self.columns * size)))
+        self.first, self.window = start, np.empty((stop - start, self.columns), self.header.dtype)
+        at_once = max(1, WINDOW // max(1, 8 * count * size))
+        self.member.seek(self.header.offset)
+        for column in range(0, self.columns, at_once):
+            taken = min(at_once, self.columns - column)
+            data = _read_exactly(self.member, taken * count * size)
+            block = np.frombuffer(data, self.header.dtype).reshape(taken, count)
+            self.window[:, column : column + taken] = block[:, start:stop].T
 
 
 def is_statistics(npz: Npz) -> bool:
@@ -200,16 +284,18 @@ def is_statistics(npz: Npz) -> bool:
 
 
 def check_image_array(npz: Npz, nchw: bool = False) -> tuple[int, int, int]:
-    """(N, H, W) of `arr_0`, which must be uint8 (N, H, W, 3), or (N, 3, H, W) with nchw. Otherwise IntegrityError."""
+    """(N, H, W) of `arr_0`, which must be integers (N, H, W, 3), or (N, 3, H, W) with nchw; NpzImages checks that they
+    are 0 to 255. Otherwise IntegrityError."""
     if "arr_0" not in npz.arrays:
         raise IntegrityError(
-            f"{npz.path} has neither images (arr_0) nor statistics (mu, sigma); it holds {', '.join(npz.arrays)[:200]}"
+            f"{npz.path} has neither images (arr_0) nor statistics (mu, sigma); it holds "
+            f"{', '.join(name.removesuffix('.npy') for name in npz.members)[:200] or 'nothing'}"
         )
     header = npz.arrays["arr_0"]
     shape = header.shape
-    if header.dtype != np.uint8:
+    if header.dtype.kind not in "iu":
         found = ""
-        if header.dtype.kind == "f" and len(shape) == 4 and shape[0]:
+        if header.dtype.kind == "f" and len(shape) == 4 and all(shape):
             with npz.rows("arr_0") as read:
                 first = read(0, 1)
             found = f" from {first.min():g} to {first.max():g}"
@@ -218,7 +304,7 @@ def check_image_array(npz: Npz, nchw: bool = False) -> tuple[int, int, int]:
         )
     if not nchw and len(shape) == 4 and shape[1] == 3 and shape[3] != 3:
         raise IntegrityError(f"{npz.path}: axis order is (N, 3, H, W) {shape}, expected (N, H, W, 3); pass --nchw")
-    if len(shape) != 4 or shape[1 if nchw else 3] != 3:
+    if len(shape) != 4 or shape[1 if nchw else 3] != 3 or not all(shape[1:]):
         expected = "(N, 3, H, W)" if nchw else "(N, H, W, 3)"
         raise IntegrityError(f"{npz.path}: images have shape {shape}, expected {expected}; convert them to RGB")
     return (shape[0], shape[2], shape[3]) if nchw else shape[:3]
@@ -245,12 +331,29 @@ def _check_regular_file(path: Path) -> None:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; expected an npz file or a folder of images") from None
-    except OSError as error:
-        raise IntegrityError(f"{path} is not a regular file ({error.strerror}); expected an npz") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        reason = getattr(error, "strerror", error)
+        raise IntegrityError(f"{path} is not a regular file ({reason}); expected an npz") from None
     if not stat.S_ISREG(mode):
         raise IntegrityError(f"{path} is not a regular file; expected an npz")
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); expected an npz") from None
     if path.stat().st_size == 0:
         raise IntegrityError(f"{path} is empty, expected an npz; copy or download it again")
+
+
+def _read_exactly(member, size: int) -> bytes:
+    data = member.read(size)
+    if len(data) != size:
+        raise EOFError("an array ends early")
+    return data
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def _first_bytes(path: Path) -> str:

@@ -4,12 +4,14 @@ import base64
 import html
 import io
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mutor_vision import images
 from mutor_vision.metrics.features import resize
+from mutor_vision.metrics.sources import in_order
 
 STRIP_COLUMNS = 8  # pictures of a class in the page
 STRIP_PIXELS = 104  # about the sides of a picture in the page: larger ones shrink, smaller ones grow by a factor
@@ -94,14 +96,23 @@ def page(result: dict, samples, reference, shown: int = 5) -> str:
         parts.append("<p>No labels came with the samples, so there is nothing to say of single classes.</p>")
     else:
         order, by = _ranking(classes)
-        strips = _strip_maker(classes, samples, reference)
-        worst, best = (order[:shown], order[shown:][::-1][:shown]) if order else ([], [])
+        worst, best = order[:shown], order[shown:][::-1][:shown]
+        strips = _strip_maker(classes, worst + best, samples, reference)
         for title, chosen in (("Worst classes", worst), ("Best classes", best)):
             if chosen:
                 parts.append(f"<h2>{title}</h2><p class=note>By {by}. Above: samples; below: the reference.</p>")
                 parts += [strips(number) for number in chosen]
         parts.append(_class_table(classes, order or range(len(classes["names"]))))
     return "\n".join(parts) + "</body></html>\n"
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write a page that appears under its name only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    # Names of folders can hold bytes that are no text; they become character references.
+    partial.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
+    partial.replace(path)
 
 
 def _metrics_html(result: dict) -> str:
@@ -143,15 +154,17 @@ def _ranking(classes: dict) -> tuple[list[int], str]:
     return sorted(known, key=badness), by
 
 
-def _strip_maker(classes: dict, samples, reference) -> Callable[[int], str]:
+def _strip_maker(classes: dict, shown: list[int], samples, reference) -> Callable[[int], str]:
     from mutor_vision.metrics.per_class import matched_labels
 
     reference_labels = matched_labels(reference, list(samples.class_names))
+    of_samples = _strips(samples, samples.labels, shown)
+    of_reference = _strips(reference, reference_labels, shown) if reference_labels is not None else None
 
     def strips(index: int) -> str:
-        found = [_strip(samples, samples.labels, index)]
-        if reference_labels is not None:
-            found.append(_strip(reference, reference_labels, index))
+        found = [of_samples[index]]
+        if of_reference is not None:
+            found.append(of_reference[index])
         facts = [html.escape(classes["names"][index])]
         if classes["distance"] is not None and classes["distance"][index] is not None:
             facts.append(f"distance {number(classes['distance'][index])}")
@@ -162,16 +175,23 @@ def _strip_maker(classes: dict, samples, reference) -> Callable[[int], str]:
     return strips
 
 
-def _strip(source, labels: Tensor, index: int) -> str:
-    """The first images of a class as one PNG inside the page."""
-    chosen = (labels == index).nonzero().flatten()[:STRIP_COLUMNS].tolist()
-    if not chosen:
+def _strips(source, labels: Tensor, shown: list[int]) -> dict[int, str]:
+    """Class -> its first images as one PNG inside the page. All are read in one pass: the sampler makes them together,
+    and a compressed npz can only be read forward."""
+    chosen = {index: (labels == index).nonzero().flatten()[:STRIP_COLUMNS].tolist() for index in shown}
+    wanted = sorted(number for numbers in chosen.values() for number in numbers)
+    pictures = dict(zip(wanted, in_order(source, [(number, number + 1) for number in wanted]), strict=True))
+    return {index: _strip([pictures[number] for number in numbers]) for index, numbers in chosen.items()}
+
+
+def _strip(pictures: list[Tensor]) -> str:
+    if not pictures:
         return '<p class="note">no image</p>'
-    pictures = torch.cat([source.read(number, number + 1) for number in chosen])
-    if pictures.shape[-1] > STRIP_PIXELS:
-        pictures = resize(pictures, STRIP_PIXELS)
+    row = torch.cat(pictures)
+    if row.shape[-1] > STRIP_PIXELS:
+        row = resize(row, STRIP_PIXELS)
     file = io.BytesIO()
-    images.grid(pictures, columns=STRIP_COLUMNS, min_cell=STRIP_PIXELS).save(file, format="PNG")
+    images.grid(row, columns=STRIP_COLUMNS, min_cell=STRIP_PIXELS).save(file, format="PNG")
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 

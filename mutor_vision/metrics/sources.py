@@ -6,6 +6,7 @@ labels              int64 (count,) or None, with `class_names`
 describe()          its part of the protocol block
 key()               changes whenever the images may have changed; names what may be kept of them
 prefetch            whether read may run in a second thread
+stream(spans)       optional: as `in_order`, where the source has a faster way than read after read
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import json
 import os
 import re
 import unicodedata
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from mutor_vision.metrics.npz import Npz, check_image_array
 
 READERS = 8  # decoding threads; Pillow releases Python's lock
 PEEKED = 64  # images looked at before the work begins
+LARGEST_CLASS = 99_999  # of labels; every class has an entry in results, so an id must not be any number
 
 
 class FolderImages:
@@ -129,17 +132,21 @@ class NpzImages:
         self.nchw = nchw
         self.image_size = image_size
         self.count, self.height, self.width = check_image_array(npz, nchw)
-        self.class_names = tuple((read_protocol(npz) or {}).get("class_names", ()))
+        protocol = read_protocol(npz) or {}
+        self.class_names = tuple(protocol.get("class_names", ()))
         self.labels = None
         if "arr_1" in npz.arrays and npz.arrays["arr_1"].dtype.kind in "iu":
+            # Before it is read: a small file can unpack to a large array.
+            check_labels_header(npz.arrays["arr_1"], self.count, f"{npz.path}: arr_1")
             self.labels = check_labels(npz.read("arr_1"), self.count, f"{npz.path}: arr_1")
         if self.count:
             with npz.rows("arr_0") as read:
-                if (first := read(0, min(self.count, PEEKED))).max() <= 1:
-                    raise IntegrityError(
-                        f"{npz.path}: no value of the first {len(first)} images is above 1; it looks like 0 to 1 cast "
-                        "to uint8. Multiply by 255 first"
-                    )
+                first = self._as_uint8(read(0, min(self.count, PEEKED)))
+            if first.max() <= 1:
+                raise IntegrityError(
+                    f"{npz.path}: no value of the first {len(first)} images is above 1; it looks like 0 to 1 cast "
+                    "to uint8. Multiply by 255 first"
+                )
         if image_size:
             self.height = self.width = image_size
         self._rows = self._context = None
@@ -148,12 +155,21 @@ class NpzImages:
         if self._rows is None:  # kept open: compressed members can only be read forward
             self._context = self.npz.rows("arr_0")
             self._rows = self._context.__enter__()
-        found = torch.from_numpy(self._rows(start, stop).copy())
+        found = torch.from_numpy(self._as_uint8(self._rows(start, stop)).copy())
         found = found if self.nchw else found.permute(0, 3, 1, 2).contiguous()
         if self.image_size:
             crops = [images.center_crop(images.to_pil(image), self.image_size) for image in found]
             found = torch.stack([images.to_tensor(crop) for crop in crops])
         return found
+
+    def _as_uint8(self, values: np.ndarray) -> np.ndarray:
+        """Integers of another width, as np.array makes them of a list, are the same pixels if they are 0 to 255."""
+        if values.dtype != np.uint8 and values.size and not (0 <= values.min() and values.max() <= 255):
+            raise IntegrityError(
+                f"{self.path}: images are {values.dtype} from {values.min()} to {values.max()}, expected 0 to 255; "
+                "write samples as uint8"
+            )
+        return values.astype(np.uint8, copy=False)
 
     def describe(self) -> dict:
         return {
@@ -170,12 +186,16 @@ class NpzImages:
 class RunImages:
     """Images sampled from a trained model as they are needed; nothing on disk. Image i has label `labels[i]` of a
     seeded plan ('balanced' or 'random') and is the same however many processes sample. image_size > 0 resizes them
-    (bicubic, antialias), as when a 384-pixel model is compared at 256."""
+    (bicubic, antialias), as when a 384-pixel model is compared at 256. batch: images sampled at once, 0 = by free
+    memory, which is a collective call."""
 
     prefetch = False  # the sampler has the device to itself
 
-    def __init__(self, loaded, count: int, settings, *, plan: str = "balanced", seed: int = 0, image_size: int = 0):
-        from mutor_vision.sample import label_plan
+    def __init__(
+        self, loaded, count: int, settings, *, plan: str = "balanced", seed: int = 0, image_size: int = 0,
+        batch: int = 0,
+    ):  # fmt: skip
+        from mutor_vision.sample import default_batch_size, label_plan
 
         if count < 2:
             raise UserError(f"--num is {count}, expected 2 or more images")
@@ -183,14 +203,25 @@ class RunImages:
         self.image_size = image_size
         self.class_names = tuple(loaded.class_names)
         self.labels = label_plan(count, loaded.config.model.num_classes, plan, seed)
-        self.height, self.width = self.read(0, 1).shape[-2:]  # also fails early
+        self.height, self.width = (image_size, image_size) if image_size else loaded.image_size
+        self.batch = batch or default_batch_size(loaded)
 
     def read(self, start: int, stop: int) -> Tensor:
-        from mutor_vision.sample import sample_images
+        return next(self.stream([(start, stop)]))
 
-        indices = np.arange(start, stop)
-        found = sample_images(self.loaded, self.labels[start:stop], indices, self.settings, self.seed)
-        return resize(found, self.image_size) if self.image_size else found
+    def stream(self, spans: list[tuple[int, int]]) -> Iterator[Tensor]:
+        """The images of each span, sampled `batch` at once however long the spans are."""
+        from mutor_vision.sample import sample_batches
+
+        wanted = np.concatenate([np.arange(*span) for span in spans])
+        batches = (wanted[first : first + self.batch] for first in range(0, len(wanted), self.batch))
+        sampled = sample_batches(self.loaded, self.labels, batches, self.settings, self.seed)
+        ready = torch.empty(0, 3, *self.loaded.image_size, dtype=torch.uint8)
+        for start, stop in spans:
+            while len(ready) < stop - start:
+                ready = torch.cat([ready, next(sampled)[1]])
+            found, ready = ready[: stop - start], ready[stop - start :]
+            yield resize(found, self.image_size) if self.image_size else found
 
     def describe(self) -> dict:
         return {
@@ -204,24 +235,55 @@ class RunImages:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def in_order(source, spans: list[tuple[int, int]]) -> Iterator[Tensor]:
+    """The images of each span [start, stop) of a source, uint8 (stop - start, 3, H, W): sampled in the sampler's own
+    batches, or the next span read in a second thread while the caller works."""
+    if not spans:
+        return
+    if hasattr(source, "stream"):
+        yield from source.stream(spans)
+    elif source.prefetch:
+        with ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(source.read, *spans[0])
+            for span in spans[1:]:
+                found, coming = coming.result(), reader.submit(source.read, *span)
+                yield found
+            yield coming.result()
+    else:
+        for span in spans:
+            yield source.read(*span)
+
+
+def check_labels_header(header, count: int, what: str) -> None:
+    """IntegrityError unless an array of this shape and dtype can be the class ids of `count` images."""
+    if len(header.shape) != 1 or header.dtype.kind not in "iu":
+        raise IntegrityError(f"{what} is {header.dtype} {header.shape}, expected class ids from 0, one per image")
+    if header.shape[0] != count:
+        raise IntegrityError(f"{what} has {header.shape[0]} labels for {count} images; give one per image")
+
+
 def check_labels(labels: np.ndarray, count: int, what: str) -> Tensor:
-    """Integer class ids (count,), each at least 0, as int64; IntegrityError otherwise."""
-    if labels.ndim != 1 or labels.dtype.kind not in "iu" or (labels.size and labels.min() < 0):
-        raise IntegrityError(f"{what} is {labels.dtype} {labels.shape}, expected class ids from 0, one per image")
-    if len(labels) != count:
-        raise IntegrityError(f"{what} has {len(labels)} labels for {count} images; give one per image")
+    """Integer class ids (count,) from 0 to LARGEST_CLASS, as int64; IntegrityError otherwise."""
+    check_labels_header(labels, count, what)
+    if labels.size and not (0 <= labels.min() and labels.max() <= LARGEST_CLASS):
+        raise IntegrityError(f"{what} has class ids from {labels.min()} to {labels.max()}, expected 0 to "
+                             f"{LARGEST_CLASS:,} at most")  # fmt: skip
     return torch.from_numpy(labels.astype(np.int64))
 
 
 def read_labels(path: str | Path, count: int) -> Tensor:
     """Class ids from an .npy file (N,)."""
     try:
-        labels = np.load(path, allow_pickle=False)
+        # Mapped, so that a file whose header claims terabytes is refused instead of allocated.
+        labels = np.load(path, allow_pickle=False, mmap_mode="r")
+        if not isinstance(labels, np.ndarray):
+            raise ValueError("it is an npz")
     except FileNotFoundError:
         raise DataError(f"labels {path} do not exist; expected an .npy file of {count} class ids") from None
-    except (ValueError, EOFError, OSError) as error:
-        raise IntegrityError(f"labels {path} are no plain .npy array ({str(error)[:100]})") from None
-    return check_labels(np.asarray(labels), count, f"labels {path}")
+    except Exception as error:  # numpy raises many kinds for what is no .npy
+        reason = " ".join(str(error).split())[:100]
+        raise IntegrityError(f"labels {path} are no plain .npy array ({reason}); write them with np.save") from None
+    return check_labels(labels, count, f"labels {path}")
 
 
 def check_count(source, expected: int) -> None:

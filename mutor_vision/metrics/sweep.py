@@ -1,10 +1,12 @@
 """The best guidance scale by search: golden section, for one minimum in few evaluations. Every point uses
 the same seeds and labels, so that neighbouring points differ by their guidance and hardly by chance."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
-from mutor_vision.errors import UserError
+from mutor_vision.checkpoint import read_json
+from mutor_vision.errors import IntegrityError, MismatchError, UserError
 from mutor_vision.metrics.report import markdown, number
 
 GOLDEN = (5**0.5 - 1) / 2
@@ -14,7 +16,7 @@ def golden_section(value: Callable[[float], float], low: float, high: float, tol
     """Evaluate ever nearer to where value is least in [low, high], to within `tolerance`, if it falls and then rises;
     one evaluation for every shrinking of the interval by 0.618 (Kiefer 1953). Scales are rounded to 3 decimals, as
     they are reported."""
-    if not 0 <= low < high or tolerance < 0.001:
+    if not (0 <= low < high < math.inf and 0.001 <= tolerance):
         raise UserError(f"search from {low} to {high} with tolerance {tolerance}; give 0 <= low < high, 0.001 or more")
     left, right = round(high - GOLDEN * (high - low), 3), round(low + GOLDEN * (high - low), 3)
     at_left, at_right = value(left), value(right)
@@ -27,6 +29,27 @@ def golden_section(value: Callable[[float], float], low: float, high: float, tol
             low, left, at_left = left, right, at_right
             right = round(low + GOLDEN * (high - low), 3)
             at_right = value(right)
+
+
+def read_record(path: Path, binding: dict) -> dict:
+    """sweep.json of an earlier call, or an empty one: {'binding': ..., 'points': [...]}. binding: everything that
+    decides the numbers. MismatchError, naming what changed, unless the earlier call had the same."""
+    if not path.is_file():
+        return {"binding": binding, "points": []}
+    done = read_json(path)
+    points = done.get("points") if isinstance(done, dict) else None
+    if not isinstance(points, list) or not isinstance(done.get("binding"), dict) or not all(map(_is_point, points)):
+        raise IntegrityError(f"{path} is no record of a sweep; give another --out")
+    before = done["binding"]
+    if changed := sorted(key for key in before.keys() | binding.keys() if before.get(key) != binding.get(key)):
+        raise MismatchError(f"{path} is of another model, reference or settings ({', '.join(changed)}); repeat those, "
+                            "or give another --out")  # fmt: skip
+    return done
+
+
+def _is_point(point) -> bool:
+    kinds = {"cfg_scale": (int, float), "value": (int, float), "name": str, "result": dict}
+    return isinstance(point, dict) and all(isinstance(point.get(name), kind) for name, kind in kinds.items())
 
 
 def best_of(points: list[dict]) -> dict:
