@@ -172,6 +172,7 @@ def test_other_settings_or_images_are_refused_and_listed(root, pictures, trained
     assert code == 5 and "other images" in error
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(root, pictures, trained, tmp_path):
     flags = ["--preset", "digits", "--data", str(pictures), "--out", str(tmp_path / "run"), "--steps", "3"]
     result = torchrun(root, "train_vq.py", *flags, *set_flags(val_fraction=0.2))
@@ -233,6 +234,7 @@ def encoded(root, pictures, tiny_tokenizer_path, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_one_process_and_two_give_the_same_bytes(command, pictures, tiny_tokenizer_path, encoded, tmp_path):
     code, printed, _ = command("encode.py", tokenizer=tiny_tokenizer_path, data=pictures, out=tmp_path / "set",
                                shard_size=5, batch_size=4, workers=0)  # fmt: skip
