@@ -1,7 +1,9 @@
 VENV := .venv
 PY := $(VENV)/bin/python
+LOWEST := .venv-lowest
+FAST := -m "not slow"
 
-.PHONY: install test demo lint
+.PHONY: install check test test-plain test-lowest demo lint
 
 install: $(VENV)/.installed
 
@@ -10,9 +12,29 @@ $(VENV)/.installed: pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@
 
+# While developing: all but the tests marked slow.
+check: install
+	$(PY) -m ruff check .
+	$(PY) -m pytest -q $(FAST)
+
 test: install
 	$(PY) -m ruff check .
+	@echo '=== all tests, with the fast paths of this processor'
 	$(PY) -m pytest -q
+	@$(MAKE) --no-print-directory test-plain
+
+# What other processors do, and other releases of PyTorch: no packed matrices, no merged kernel.
+test-plain: install
+	@echo '=== fast tests again, in plain PyTorch (MUTOR_NO_FAST_PATHS=1)'
+	MUTOR_NO_FAST_PATHS=1 $(PY) -m pytest -q $(FAST)
+
+# The lowest release of every requirement that pyproject.toml allows; call it with python3 as the lowest Python.
+test-lowest:
+	python3 -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[test]'
+	@echo '=== fast tests with the lowest releases'
+	$(LOWEST)/bin/python -m pytest -q $(FAST)
 
 lint: install
 	$(PY) -m ruff check .

@@ -24,7 +24,7 @@ def tests(options) -> dict:
 
 
 def train(options) -> dict:
-    """A step of GPT-B, next-token, 80 and 256 registers: bfloat16, compiled blocks; MFU of the card's published peak."""
+    """A step of GPT-B, next-token, 80 and 256 registers: bfloat16, compiled blocks; MFU of the published peak."""
     import train_step
 
     from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig
@@ -174,7 +174,6 @@ def photographs(options) -> dict:
     """Images to grid by the commands of the README: tokenizer, codes, transformer with registers, samples, distance."""
     out = options.out.absolute() / "photographs"
     images = options.images.absolute() if options.images else _digits(out / "images")
-    pixels = ["digits", "digits"] if options.images is None else ["tiny-imagenet", "tiny-imagenet"]
     steps = ("3", "20") if options.tiny else ("1500", "3000")
     batch = ["--set", "val_every=0", "--set", "sample_every=0", "--set", "save_every=0"]
     rows = []
@@ -189,11 +188,12 @@ def photographs(options) -> dict:
             sys.exit(f"{what}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
         rows.append({"what": f"from photographs to grid: {what}", "s": time.perf_counter() - begun})
 
-    command(f"tokenizer, {steps[0]} steps", "tokenizers/train_vq.py", "--preset", pixels[0], "--data", images,
+    command(f"tokenizer, {steps[0]} steps", "tokenizers/train_vq.py", "--preset", "tiny-imagenet" if options.images else "digits", "--data", images,
             "--out", out / "vq", "--steps", steps[0], *batch)  # fmt: skip
     command("codes", "tokenizers/encode.py", "--tokenizer", out / "vq", "--data", images, "--out", out / "codes")
-    command(f"transformer, {steps[1]} steps", "train/imagenet.py", "--preset", f"{pixels[1]}-mutor-2d-{'80' if options.images else '15'}",
-            "--codes", out / "codes", "--out", out / "run", "--steps", steps[1], *batch,
+    transformer = "tiny-imagenet-mutor-2d-80" if options.images else "digits-mutor-2d-15"
+    command(f"transformer, {steps[1]} steps", "train/imagenet.py", "--preset", transformer, "--codes", out / "codes",
+            "--out", out / "run", "--steps", steps[1], *batch,
             *(["--set", "batch_size=20"] if options.tiny else []))  # fmt: skip
     command("grid", "-m", "mutor_vision", "sample", out / "run", "--out", out / "grid.png", "--per-class", "8")
     command("distance", "eval/fid.py", "--model", out / "run", "--num-images", "40" if options.tiny else "1000",

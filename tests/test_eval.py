@@ -177,6 +177,7 @@ def test_sampling_on_the_fly_measures_the_images_that_the_sampler_writes(trained
     assert written.record["settings"]["cfg_scale"] == 1.5 and written.record["labels"] == "balanced"
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(trained_run, sets, tmp_path, run_eval):
     """Samples from a model in two chunks, a reference npz in three, and every metric on both."""
     arguments = ("--model", trained_run, "--num-images", 300, "--reference", sets / "samples.npz", *TINY)

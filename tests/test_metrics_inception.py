@@ -59,6 +59,7 @@ def extracted(inception):
     ]
 
 
+@pytest.mark.slow
 def test_fid_is_and_kid_equal_torch_fidelitys(extracted, weights_file):
     from torch_fidelity import calculate_metrics
 

@@ -56,6 +56,7 @@ def test_a_set_is_the_same_for_every_batch_size(mutor, trained_run, tmp_path, ba
     assert (tmp_path / "16.npz").read_bytes() == (tmp_path / f"{batch_size}.npz").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_set_is_the_same_for_two_processes_and_as_png(mutor, trained_run, tmp_path, root):
     mutor("sample", trained_run, "--num", 7, "--batch-size", 2, "--out", tmp_path / "one.npz")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mutor_vision"]

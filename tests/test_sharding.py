@@ -16,6 +16,7 @@ from mutor_vision.config import TransformerConfig, to_dict
 from mutor_vision.run_log import read_log
 from mutor_vision.train_loop import train
 
+pytestmark = pytest.mark.slow
 NO_DROPOUT = TransformerConfig(2, 2, 32, token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0)
 
 # One launch for all trainings, because starting takes longer than they do.

@@ -88,6 +88,7 @@ def test_accumulation_equals_the_large_batch(tmp_path, train_config):
         assert losses(tmp_path / f"{micro_batch}") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("registers", [RegisterConfig(), RegisterConfig("2d", 16)], ids=["next-token", "mutor-2d"])
 def test_two_processes_train_to_the_loss_curve_of_one(tmp_path, root, train_config, registers):
     """With a register at every slot the two processes have different numbers of targets in each batch."""
