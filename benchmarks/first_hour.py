@@ -5,8 +5,8 @@ scoring, and a small training from photographs to a grid. Every result is writte
     python benchmarks/first_hour.py --out gpu --table        # docs/performance.md's GPU table from gpu/results.json
 
 Each stage is a process of its own: one that fails or takes too long leaves a reason, and the next one runs.
-PHOTOGRAPHS has one sub-folder a class; without it the last stage takes scikit-learn's digits. --tiny runs every stage at
-sizes that say nothing, to see that it runs.
+PHOTOGRAPHS has one sub-folder a class; without it the last stage takes scikit-learn's digits. --tiny runs every stage
+at sizes that say nothing, to see that it runs.
 """
 
 import argparse

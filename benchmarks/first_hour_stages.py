@@ -134,8 +134,9 @@ def encode(options) -> dict:
 def score(options) -> dict:
     """Inception features (random weights) of 299-pixel images, FID's statistics, precision and recall."""
     from mutor_vision.metrics import frechet, scores
-    from mutor_vision.metrics.features import exact_float32, load_extractor
+    from mutor_vision.metrics.features import load_extractor
     from mutor_vision.metrics.moments import Moments
+    from mutor_vision.precision import exact_float32
     from mutor_vision.runtime import start
 
     device, _ = _device(options)
@@ -188,7 +189,8 @@ def photographs(options) -> dict:
             sys.exit(f"{what}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
         rows.append({"what": f"from photographs to grid: {what}", "s": time.perf_counter() - begun})
 
-    command(f"tokenizer, {steps[0]} steps", "tokenizers/train_vq.py", "--preset", "tiny-imagenet" if options.images else "digits", "--data", images,
+    tokenizer = "tiny-imagenet" if options.images else "digits"
+    command(f"tokenizer, {steps[0]} steps", "tokenizers/train_vq.py", "--preset", tokenizer, "--data", images,
             "--out", out / "vq", "--steps", steps[0], *batch)  # fmt: skip
     command("codes", "tokenizers/encode.py", "--tokenizer", out / "vq", "--data", images, "--out", out / "codes")
     transformer = "tiny-imagenet-mutor-2d-80" if options.images else "digits-mutor-2d-15"

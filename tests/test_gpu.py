@@ -1,6 +1,7 @@
 """What only a GPU can show: every stage gives on CUDA what it gives on the CPU, graphs and compiled blocks included."""
 
 import dataclasses
+import gc
 import os
 import subprocess
 import sys
@@ -156,15 +157,16 @@ def test_graphs_take_no_new_memory_from_batch_to_batch(tiny_config):
     assert len({reserved() for _ in range(5)}) == 1
 
 
-def test_encoding_gives_the_codes_of_the_cpu(tiny_tokenizer_path):
+def test_encoding_gives_the_codes_of_the_cpu(tiny_tokenizer_path, monkeypatch):
     from mutor_vision.tokenizer.model import load_tokenizer
 
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     images = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     expected = load_tokenizer(tiny_tokenizer_path, CPU).encode(images)
     on_gpu = load_tokenizer(tiny_tokenizer_path, CUDA)
     assert (on_gpu.encode(images.to(CUDA)).cpu() == expected).float().mean() > 0.99
     decoded = on_gpu.decode(expected.to(CUDA)).cpu()
-    torch.testing.assert_close(decoded, load_tokenizer(tiny_tokenizer_path, CPU).decode(expected), atol=2e-3, rtol=0)
+    torch.testing.assert_close(decoded, load_tokenizer(tiny_tokenizer_path, CPU).decode(expected), atol=1e-3, rtol=0)
 
 
 def test_a_tokenizer_trains(tmp_path, monkeypatch):
@@ -209,7 +211,8 @@ def test_metrics_equal_those_of_the_cpu():
 
 
 def test_features_equal_those_of_the_cpu():
-    from mutor_vision.metrics.features import exact_float32, load_extractor
+    from mutor_vision.metrics.features import load_extractor
+    from mutor_vision.precision import exact_float32
 
     images = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     extractor = load_extractor("inception", "random")
@@ -225,10 +228,14 @@ def test_an_evaluation_goes_from_run_to_page(root, trained_run, tmp_path):
         [sys.executable, "eval/fid.py", "--model", trained_run, "--num-images", "40", "--reference",
          tmp_path / "reference", "--features", "timm:resnet10t", "--weights", "random", "--report",
          tmp_path / "page.html", "--json", tmp_path / "m.json", "--groups", "0"],
-        cwd=root, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)},
+        cwd=root, capture_output=True, text=True, env=_environment(root),
     ) if _reference(tmp_path / "reference") else None  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     assert (tmp_path / "page.html").stat().st_size > 1000
+
+
+def _environment(root):
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
 
 
 def _reference(folder):
@@ -285,7 +292,7 @@ def test_ddp_and_fsdp_over_nccl_train_like_neither(root):
     losses = {}
     for port, kind in enumerate(("plain", "ddp", "fsdp"), start=29611):
         result = subprocess.run([sys.executable, "-c", PARALLEL, kind, str(port)], cwd=root, capture_output=True,
-                                text=True, env={**os.environ, "PYTHONPATH": str(root)})  # fmt: skip
+                                text=True, env=_environment(root))  # fmt: skip
         assert result.returncode == 0, result.stderr[-2000:]
         losses[kind] = [float(number) for number in result.stdout.split()[-2:]]
     assert losses["ddp"] == pytest.approx(losses["plain"], rel=1e-5)
@@ -293,9 +300,10 @@ def test_ddp_and_fsdp_over_nccl_train_like_neither(root):
 
 
 @pytest.mark.parametrize("registers", [0, 80])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_memory_is_what_the_plan_says(registers, compiled):
-    """GPT-B's width with fewer layers; peak of allocated memory after two steps, within 15 %."""
+@pytest.mark.parametrize("compiled, above", [(False, 0.15), (True, 0.35)])
+def test_memory_is_what_the_plan_says(registers, compiled, above):
+    """GPT-B's width with fewer layers; peak of allocated memory after three steps. For compiled blocks the plan is up
+    to a third too high (measured: a quarter), since the compiler keeps less than is counted; never too low."""
     from mutor_vision import plan
     from mutor_vision.data import Batch
     from mutor_vision.loss import Objective
@@ -307,6 +315,7 @@ def test_memory_is_what_the_plan_says(registers, compiled):
         registers=RegisterConfig("2d", registers) if registers else RegisterConfig(),
         compile="on" if compiled else "off",
     )  # fmt: skip
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -323,4 +332,4 @@ def test_memory_is_what_the_plan_says(registers, compiled):
         train_step(objective, objective, optimizer, batch, config, runtime, step=step, sums=sums)
     measured = torch.cuda.max_memory_allocated() - before
     planned = plan.memory(config, 1, 32).total
-    assert planned / 1e9 == pytest.approx(measured / 1e9, rel=0.15)
+    assert 0.95 * measured < planned < (1 + above) * measured

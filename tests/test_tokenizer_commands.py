@@ -173,7 +173,6 @@ def test_other_settings_or_images_are_refused_and_listed(root, pictures, trained
     assert code == 5 and "other images" in error
 
 
-<<<<<<< HEAD
 def test_a_run_whose_learning_rate_ends_at_steps_is_not_continued_to_others(root, pictures, tmp_path):
     """With a cosine, step 4 of 8 has another learning rate than step 4 of 4."""
     train(root, pictures, tmp_path / "run", 4, schedule="cosine", save_every=2)
@@ -227,9 +226,7 @@ def test_training_does_not_begin_in_what_is_no_tokenizer_run(root, pictures, tra
         assert contents(out) == before
 
 
-=======
 @pytest.mark.slow
->>>>>>> h-env
 def test_two_processes_train_as_one(root, pictures, trained, tmp_path):
     flags = ["--preset", "digits", "--data", str(pictures), "--out", str(tmp_path / "run"), "--steps", "3"]
     result = torchrun(root, "train_vq.py", *flags, *set_flags(val_fraction=0.2))
