@@ -51,8 +51,9 @@ def _allowed() -> bool:
 
 @cache
 def _tried(attempt: Callable[[torch.dtype], bool], dtype: torch.dtype) -> bool:
-    try:
-        return attempt(dtype)
+    try:  # whatever the caller computes in, autocast or without gradients, must not decide
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            return attempt(dtype)
     except (AttributeError, RuntimeError, NotImplementedError, TypeError):  # absent, refused, of another signature
         return False
 

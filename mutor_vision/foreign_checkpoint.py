@@ -40,7 +40,6 @@ _COUNTERS = {
     "decay",
     "total_ops",
     "total_params",
-    "num_batches_tracked",
 }
 _POSITIONS = {"freqs_cis", "causal_mask"}  # tables that follow from the sizes; some forks store them
 _CACHE = "kv_cache"  # what LlamaGen's sampler leaves in a model

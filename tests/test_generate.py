@@ -213,3 +213,13 @@ def test_int8_logits_are_near(wide_model):
 def test_unknown_quantization_is_refused(wide_model):
     with pytest.raises(UserError, match="quantize is 'int3', expected one of none, int8"):
         prepare(wide_model, None, "int3")
+
+
+def test_a_fast_path_is_tried_alike_wherever_it_is_first_needed():
+    """Under autocast or without gradients the trial itself would fail, and plain torch be used from then on."""
+    fast_paths._tried.cache_clear()
+    expected = fast_paths.prefix_attention(), fast_paths.packed_products(torch.float32)
+    for context in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        fast_paths._tried.cache_clear()
+        with context:
+            assert (fast_paths.prefix_attention(), fast_paths.packed_products(torch.float32)) == expected

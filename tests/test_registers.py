@@ -156,7 +156,7 @@ def test_more_registers_than_slots_are_refused():
         (dict(kind="2d", count=0), "positive count"),
         (dict(kind="none", count=3), "kind none"),
         (dict(kind="2d", count=3, weight=1.5), "0 to 1"),
-        (dict(kind="2d", count=3, edge="mirror"), "wrap, ignore"),
+        (dict(kind="2d", count=3, edge="mirror"), "wrap or ignore"),
         (dict(kind="2d", count=3, max_offset=1), "leaves no 2d offset"),
         (dict(kind="1d", count=3, max_offset=1, next_token=False), "leaves no offset"),
         (dict(kind="1d", count=3, min_offset_w=0), "only 2d"),

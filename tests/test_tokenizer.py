@@ -205,7 +205,11 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(tokenizer):
     images = images_like()
     reconstruction = tokenizer(images, losses.ENTROPY_TEMPERATURE)
     config = TokenizerTrainConfig(
-        model=CONFIG, l1_weight=2.0, l2_weight=3.0, entropy_weight=0.1, adversarial_weight=0.5
+        model=dataclasses.replace(CONFIG, image_size=32),
+        l1_weight=2.0,
+        l2_weight=3.0,
+        entropy_weight=0.1,
+        adversarial_weight=0.5,
     )
     terms = losses.generator_losses(images, reconstruction, config, fake_scores=torch.tensor([1.0, 3.0]))
     weights = {"l1": 2, "l2": 3, "codebook": 1, "commitment": 0.25, "entropy": 0.1, "adversarial": 0.5}

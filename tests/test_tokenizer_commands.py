@@ -217,7 +217,7 @@ def test_training_does_not_begin_in_what_is_no_tokenizer_run(root, pictures, tra
         (trained_run, "holds a transformer, expected a tokenizer"),
         (token_set_path, "not empty and no tokenizer run"),
         (token_set_path / "tokenizer", "an exported model, expected a run directory"),
-        (tmp_path / "file", "is a file, expected a run directory"),
+        (tmp_path / "file", "is a file, expected a folder"),
         (damaged, "no checkpoint is whole, 2 damaged"),
     ):
         before = contents(out)

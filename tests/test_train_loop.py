@@ -248,10 +248,10 @@ def test_a_diverging_run_stops_and_says_so(tmp_path, train_config):
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, train_config, monkeypatch):
     """Nothing is logged, so that nothing but the check before saving can see it."""
-    from mutor_vision import train_loop
+    from mutor_vision import train_step
 
-    rate = train_loop.learning_rate
-    monkeypatch.setattr(train_loop, "learning_rate", lambda step, **k: 1e38 if step >= 4 else rate(step, **k))
+    rate = train_step.learning_rate
+    monkeypatch.setattr(train_step, "learning_rate", lambda step, **k: 1e38 if step >= 4 else rate(step, **k))
     config = dataclasses.replace(train_config, save_every=1, log_every=0, val_every=0, clip=0.0)
     with pytest.raises(UserError, match="not finite at step .*lower lr"):
         train(config, tmp_path / "run")
