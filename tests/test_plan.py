@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mutor_vision import fast_paths
 from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig, override
 from mutor_vision.errors import UserError
 from mutor_vision.loss import Objective
@@ -123,6 +124,8 @@ def kept_by_a_block(config: TrainConfig, precision: str) -> int:
 @pytest.mark.parametrize("share", [0, 0.4, 1])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_what_a_block_keeps_is_what_autograd_keeps(size, share, dropout, precision):
+    if share and not fast_paths.prefix_attention():
+        pytest.skip("the plan counts what the merged attention of registers keeps, which this machine does not use")
     config = override(tiny(size, share), [f"model.{name}_dropout={dropout}" for name in ("residual", "ffn")])
     expected = sum(saved_per_layer(config, 2 if precision == "bfloat16" else 4, on_cpu=True, compiled=False).values())
     assert kept_by_a_block(config, precision) == pytest.approx(BATCH * expected, rel=0.02)
