@@ -457,6 +457,31 @@ def test_a_sweep_goes_on_and_draws_its_curve(trained_run, sets, tmp_path, run_ev
     assert code == 5 and "another model, reference or settings" in printed
 
 
+def test_a_sweep_is_bound_to_what_decides_its_numbers(trained_run, sets, tmp_path, run_eval):
+    """Another reference under the same name, another precision, error bars of other groups: each is another sweep."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    np.savez(tmp_path / "a" / "reference.npz", pictures(40, 2))
+    np.savez(tmp_path / "b" / "reference.npz", pictures(40, 3))
+    arguments = ("--model", trained_run, *TINY, "--num-images", 12, "--scales", "1.5", "--out", tmp_path / "sweep")
+    first = (*arguments, "--reference", tmp_path / "a" / "reference.npz")
+    assert run_eval("cfg_sweep", *first, "--groups", 0)[0] == 0
+    other = ("--model", trained_run, "--features", "timm:test_resnet@48", "--weights", "random", "--num-images", 12)
+    for changed, flags in (
+        ("reference_sha256", (*arguments, "--groups", 0, "--reference", tmp_path / "b" / "reference.npz")),
+        ("groups", (*first, "--groups", 5)),
+        ("extractor", (*other, *arguments[-4:], "--groups", 0, "--reference", tmp_path / "a" / "reference.npz")),
+    ):
+        code, printed = run_eval("cfg_sweep", *flags)
+        assert code == 5 and f"({changed})" in printed, printed
+    record = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert record["binding"]["precision"] == "torch.float32"
+    for text in ("[]", "{}", '{"binding": {}, "points": [1]}', '{"points": {}}'):
+        (tmp_path / "sweep" / "sweep.json").write_text(text)
+        code, printed = run_eval("cfg_sweep", *first, "--groups", 0)
+        assert code == 4 and "is no record of a sweep" in printed
+
+
 # ---- in training, and the npz writer
 
 

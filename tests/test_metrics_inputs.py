@@ -5,13 +5,16 @@ F6 (a bit flip in a bare .npy) does not apply: references are npz, whose checksu
 validation statistics) cannot be told from a file; its name and sha256 stand in the result, see F40 below.
 """
 
+import contextlib
 import importlib.util
 import io
 import json
 import os
 import pickle
 import shutil
+import socket
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -21,8 +24,10 @@ import torch
 from PIL import Image
 
 from mutor_vision.cli import run_command
-from mutor_vision.errors import IntegrityError
-from mutor_vision.metrics import frechet
+from mutor_vision.errors import IntegrityError, UserError
+from mutor_vision.metrics import frechet, npz, weights
+from mutor_vision.metrics.evaluate import open_set
+from mutor_vision.metrics.features import load_extractor
 from mutor_vision.metrics.moments import Statistics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -396,3 +401,314 @@ def test_inception_score_with_fewer_images_than_splits(good, monkeypatch, capsys
         "--weights", "random", "--splits", 25,
     )  # fmt: skip
     assert code == 2 and "--splits 24 or fewer" in printed
+
+
+# ---- npz files as users have them
+
+
+ARGUMENTS = ("--features", "timm:test_resnet@32", "--weights", "random", "--groups", 0)
+
+
+def mixed_members(path):
+    """Extra arrays, a pickled one, and what re-zipping on a Mac leaves."""
+    np.savez(path, arr_0=pictures(24, 1), extra=np.ones((3, 3)), settings=np.array([{"cfg": 2}], dtype=object))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("__MACOSX/._arr_0.npy", b"\0\5\x16\7")
+        archive.writestr("notes.txt", "made on a Tuesday")
+
+
+def zip64(path):
+    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
+        np.lib.format.write_array(member, pictures(24, 1), allow_pickle=False)
+
+
+SAME_IMAGES = {
+    "Fortran order": lambda path: np.savez(path, np.asfortranarray(pictures(24, 1))),
+    "Fortran order, compressed": lambda path: np.savez_compressed(path, np.asfortranarray(pictures(24, 1))),
+    "int64": lambda path: np.savez(path, pictures(24, 1).astype(np.int64)),
+    "big-endian int32": lambda path: np.savez(path, pictures(24, 1).astype(">i4")),
+    "other members": mixed_members,
+    "zip64": zip64,
+}
+
+
+@pytest.mark.parametrize("build", SAME_IMAGES.values(), ids=SAME_IMAGES.keys())
+def test_an_npz_of_another_make_holds_the_same_images(build, good, tmp_path):
+    build(tmp_path / "samples.npz")
+    ours, plain = (open_set(path).images for path in (tmp_path / "samples.npz", good / "samples.npz"))
+    for span in ((0, 24), (20, 24), (3, 7)):
+        assert torch.equal(ours.read(*span), plain.read(*span))
+
+
+def test_fortran_order_is_read_in_bounded_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(npz, "WINDOW", 5 * 16 * 16 * 3)  # five images
+    np.savez(tmp_path / "f.npz", arr_0=np.asfortranarray(pictures(24, 1)), sigma=np.asfortranarray(np.eye(3)))
+    file = npz.Npz(tmp_path / "f.npz")
+    with file.rows("arr_0") as read:
+        rows = read.__closure__[0].cell_contents.__self__
+        for first in (0, 2, 4, 8, 23, 1):
+            assert (read(first, first + 1) == pictures(24, 1)[first : first + 1]).all()
+            assert rows.window.nbytes <= npz.WINDOW
+    assert (file.read("sigma") == np.eye(3)).all()
+
+
+def labels_of(values):
+    return lambda path: np.savez(path, pictures(24, 1), values)
+
+
+def record(text: str):
+    def build(path):
+        np.savez(path, pictures(24, 1))
+        path.with_name(path.name + ".json").write_text(text)
+
+    return build
+
+
+def negative_shape(path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (-24, 16, 16, -3)})
+    member(path, header.getvalue() + bytes(24 * 16 * 16 * 3))
+
+
+def large_labels(path):
+    np.savez_compressed(path, pictures(24, 1), np.zeros(90_000, np.int64) + np.arange(90_000) % 50_000)
+
+
+def directory_before_the_file(path):
+    np.savez(path, pictures(24, 1))
+    data = bytearray(path.read_bytes())
+    end = data.rindex(b"PK\x05\x06")
+    data[end + 16 : end + 20] = (int.from_bytes(data[end + 16 : end + 20], "little") + 5000).to_bytes(4, "little")
+    path.write_bytes(data)
+
+
+def torn_deflate(path):
+    np.savez_compressed(path, pictures(24, 1))
+    data = bytearray(path.read_bytes())
+    data[200:210] = b"\xff" * 10
+    path.write_bytes(data)
+
+
+REFUSED = {
+    "integers out of range": (lambda path: np.savez(path, 2 * pictures(24, 1).astype(int)), 4, "expected 0 to 255"),
+    "negative shape": (negative_shape, 4, "claims uint8"),
+    "member out of the file": (lambda path: member(path, b"", "/etc/x.npy"), 4, "points out of the file"),
+    "more labels than images": (large_labels, 4, "90000 labels for 24 images"),
+    "label that asks for terabytes": (labels_of(np.full(24, 10**12)), 4, "expected 0 to 99,999"),
+    "negative label": (labels_of(np.full(24, -1)), 4, "class ids from -1"),
+    "directory before the file": (directory_before_the_file, 4, "not a complete npz"),
+    "torn compression": (torn_deflate, 4, "npz"),
+    "bare npy": (lambda path: path.write_bytes(npy_bytes()), 4, "a bare .npy array"),
+    "record with short labels": (record('{"num": 24, "labels_of_images": [1]}'), 4, "1 labels for 24 images"),
+    "record with words for labels": (record('{"num": 24, "labels_of_images": ["a"]}'), 4, "expected class ids"),
+    "record with ragged labels": (record('{"num": 24, "labels_of_images": [[1], 2]}'), 4, "are not class ids"),
+    "record without a number": (record('{"labels_of_images": []}'), 4, "is not the record"),
+}  # fmt: skip
+
+
+def npy_bytes() -> bytes:
+    file = io.BytesIO()
+    np.save(file, pictures(24, 1))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("build, code, message", REFUSED.values(), ids=REFUSED.keys())
+def test_an_odd_npz_is_refused_in_one_line(build, code, message, good, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "samples.npz"
+    build(path)
+    got, printed = call(monkeypatch, capsys, "fid", "--samples", path, "--reference", good / "reference", *ARGUMENTS)
+    assert got == code and message in printed, printed
+    assert sum("error" in line for line in printed.splitlines()) == 1, "one line, no traceback"
+
+
+def test_a_damaged_npz_is_read_whole_or_refused(tmp_path):
+    """600 random damages: no other exception, whatever zipfile, zlib and numpy raise."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (8, 6, 6, 3), dtype=np.uint8)
+    files = []
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "whole.npz", arr_0=images, arr_1=np.arange(8), sigma=np.asfortranarray(np.eye(4)))
+        files.append((tmp_path / "whole.npz").read_bytes())
+    for number in range(600):
+        data = bytearray(files[number % 2])
+        place = int(generator.integers(len(data)))
+        if number % 3:
+            data[place] = int(generator.integers(256))
+        else:
+            del data[place : place + int(generator.integers(1, 100))]
+        (tmp_path / "f.npz").write_bytes(data)
+        try:
+            open_set(tmp_path / "f.npz").images.read(0, 8)
+        except UserError:
+            pass
+
+
+# ---- where results go, and where weights come from
+
+
+class ClosedPipe(io.TextIOBase):
+    def write(self, text):
+        raise BrokenPipeError
+
+    def flush(self):
+        pass
+
+
+def test_results_are_written_before_anything_is_printed(good, tmp_path, monkeypatch):
+    arguments = ("--samples", good / "samples", "--reference", good / "reference", *ARGUMENTS)
+    arguments += ("--json", tmp_path / "m.json", "--report", tmp_path / "new" / "page.html")
+    monkeypatch.setattr(sys, "argv", ["eval/fid.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "stdout", ClosedPipe())
+    with contextlib.suppress(SystemExit, BrokenPipeError):
+        run_command(command("fid"))
+    assert "metrics" in json.loads((tmp_path / "m.json").read_text()) and (tmp_path / "new" / "page.html").is_file()
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("fid", ("--json", "/proc/nowhere/m.json")),
+    ("fid", ("--report", "/proc/nowhere/page.html")),
+    ("fid", ("--json", "FILE/m.json")),
+    ("fid", ("--json", "FOLDER")),
+    ("fid", ("--work", "/proc/nowhere")),
+    ("fid", ("--work", "FILE")),
+    ("fid", ("--json", "same.x", "--report", "same.x")),
+    ("reference", ("--out", "/proc/nowhere/r.npz")),
+    ("reference", ("--out", "r.npz", "--work", "/proc/nowhere")),
+    ("cfg_sweep", ("--out", "/proc/nowhere/sweep")),
+    ("cfg_sweep", ("--out", "FILE")),
+    ("train_features", ("--out", "/proc/nowhere/features")),
+])  # fmt: skip
+def test_outputs_are_tried_before_the_work(name, flags, good, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").touch()
+    (tmp_path / "FOLDER").mkdir()
+    before = {
+        "fid": ("--samples", "/none", "--reference", "/none"), "reference": ("--data", "/none"),
+        "cfg_sweep": ("--model", "/none", "--reference", "/none"), "train_features": ("--data", "/none"),
+    }  # fmt: skip
+    code, printed = call(monkeypatch, capsys, name, *before[name], *flags)
+    assert code == 2 and ("cannot be written" in printed or "expected" in printed or "its own" in printed), printed
+    assert "/none does not" not in printed and len(printed.strip().splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["FILE", "FOLDER"], "nothing is left behind"
+
+
+def test_a_folder_for_weights_that_cannot_be_written_is_named(good, monkeypatch, capsys):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: "/proc/nowhere/torch/hub")
+    code, printed = call(monkeypatch, capsys, "fid", "--samples", good / "samples", "--reference", good / "reference")
+    assert code == 2 and "/proc/nowhere/torch/hub/checkpoints" in printed and "TORCH_HOME" in printed, printed
+    assert "--weights FILE" in printed and len(printed.strip().splitlines()) == 1
+
+
+def test_without_network_the_hint_comes_at_once(good, monkeypatch, capsys):
+    """The hub's own client tries five times, with growing pauses, before it looks into its cache."""
+    import huggingface_hub.constants as hub
+
+    monkeypatch.setattr(hub, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    began = time.monotonic()
+    code, printed = call(monkeypatch, capsys, "fid", "--samples", good / "samples", "--reference", good / "reference",
+                         "--features", "timm:test_resnet@32")  # fmt: skip
+    assert code == 3 and "does not answer" in printed and "--weights FILE" in printed, printed
+    assert time.monotonic() - began < 20 and not hub.HF_HUB_OFFLINE, "the client's own setting is as it was"
+
+
+def test_a_host_that_only_the_proxy_can_reach_answers(monkeypatch):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert weights.host_answers(f"http://127.0.0.1:{server.getsockname()[1]}/x")
+        assert not weights.host_answers("http://127.0.0.1:9")
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert weights.host_answers("https://no.such.host.invalid/x")
+
+
+def test_weights_are_taken_as_users_have_them(tmp_path):
+    import timm
+    from safetensors.torch import save_file
+
+    model = timm.create_model("test_vit")
+    state = model.state_dict()
+    save_file(state, tmp_path / "model.safetensors")
+    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "wrapped.pth")
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    torch.save({"model": state, "ema": state}, tmp_path / "two.pth")
+    torch.save(state | {"head.bias": torch.zeros(1).expand(10**10)}, tmp_path / "claims.pth")
+    plain = load_extractor("timm:test_vit", str(tmp_path / "model.safetensors")).identity["state_sha256"]
+    for file in (tmp_path / "wrapped.pth", tmp_path / "old.pth", tmp_path):
+        assert load_extractor("timm:test_vit", str(file)).identity["state_sha256"] == plain, file
+    resized = load_extractor("timm:test_vit@96", str(tmp_path / "model.safetensors"))  # positions are resized
+    assert not resized.is_random
+    with torch.no_grad():
+        assert resized(torch.zeros(1, 3, 96, 96, dtype=torch.uint8))["pool"].shape == (1, resized.layers["pool"])
+    for file, message in (("two.pth", "save the one to use alone"), ("claims.pth", "more than are stored")):
+        with pytest.raises(IntegrityError, match=message):
+            load_extractor("timm:test_vit", str(tmp_path / file))
+    with pytest.raises(UserError, match="of another architecture"):
+        load_extractor("timm:test_resnet", str(tmp_path / "model.safetensors"))
+
+
+ODD_CONFIGS = (
+    "[]", "{}", '{"kind": "features", "format": 1}', "\udcff",
+    '{"kind": "features", "format": 1, "architecture": 3}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ODD_CONFIGS, ids=range(len(ODD_CONFIGS)))
+def test_odd_configurations_of_features_are_refused(text, tmp_path):
+    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError):
+        load_extractor(str(tmp_path))
+
+
+MISTAKES = {
+    "nothing": ("fid", (), 2),
+    "no samples": ("fid", ("--reference", "R"), 2),
+    "both": ("fid", ("--samples", "S", "--model", "S", "--reference", "R"), 2),
+    "model without a number": ("fid", ("--model", "S", "--reference", "R"), 2),
+    "model that is none": ("fid", ("--model", "S", "--num-images", 4, "--reference", "R"), 2),
+    "no such samples": ("fid", ("--samples", "/none", "--reference", "R"), 3),
+    "text for a number": ("fid", ("--samples", "S", "--reference", "R", "--splits", "ten"), 2),
+    "batch 0": ("fid", ("--samples", "S", "--reference", "R", "--batch-size", 0), 2),
+    "one group": ("fid", ("--samples", "S", "--reference", "R", "--groups", 1), 2),
+    "negative number": ("fid", ("--samples", "S", "--reference", "R", "--num-images", -3), 2),
+    "negative size": ("fid", ("--samples", "S", "--reference", "R", "--image-size", -3), 2),
+    "seed out of range": ("fid", ("--samples", "S", "--reference", "R", "--seed", -1), 2),
+    "no features": ("fid", ("--samples", "S", "--reference", "R", "--features", ""), 2),
+    "features of nothing": ("fid", ("--samples", "S", "--reference", "R", "--features", "/none"), 2),
+    "features without weights": ("fid", ("--samples", "S", "--reference", "R", "--features", "S"), 2),
+    "a tag that timm lacks": ("fid", ("--samples", "S", "--reference", "R", "--features", "timm:test_resnet.no"), 2),
+    "no name": ("fid", ("--samples", "S", "--reference", "R", "--features", "timm:"), 2),
+    "size 0": ("fid", ("--samples", "S", "--reference", "R", "--features", "timm:test_resnet@0"), 2),
+    "size no ASCII": ("fid", ("--samples", "S", "--reference", "R", "--features", "timm:test_resnet@\u00b2"), 2),
+    "local model that is none": ("fid", ("--samples", "S", "--reference", "R", "--features", "local-dir:/none"), 2),
+    "weights in a folder": ("fid", ("--samples", "S", "--reference", "R", "--features", "timm:test_resnet", "--weights",
+                                    "S"), 4),
+    "labels that are text": ("fid", ("--samples", "S", "--reference", "R", "--sample-labels", "TEXT"), 4),
+    "labels that are none": ("fid", ("--samples", "S", "--reference", "R", "--sample-labels", "/none"), 3),
+    "unknown device": ("fid", ("--samples", "S", "--reference", "R", "--device", "tpu"), 2),
+    "reference of nothing": ("reference", ("--data", "/none", "--out", "r.npz"), 3),
+    "reference elsewhere": ("reference", ("--data", "S", "--out", "r.json"), 2),
+    "one image kept": ("reference", ("--data", "S", "--out", "r.npz", "--keep-images", 1, "--features",
+                                     "timm:test_resnet", "--weights", "random"), 2),
+    "scales that are words": ("cfg_sweep", ("--model", "S", "--reference", "R", "--out", "o", "--scales", "a,b"), 2),
+    "no scales": ("cfg_sweep", ("--model", "S", "--reference", "R", "--out", "o", "--scales", ","), 2),
+    "scales without end": ("cfg_sweep", ("--model", "S", "--reference", "R", "--out", "o", "--scales", "nan,inf"), 2),
+    "sweep of no model": ("cfg_sweep", ("--model", "/none", "--reference", "R", "--out", "o"), 2),
+    "sweep of one image": ("cfg_sweep", ("--model", "S", "--reference", "R", "--out", "o", "--num-images", 1), 2),
+    "no classes": ("train_features", ("--data", "S", "--out", "o"), 3),
+    "learning rate 0": ("train_features", ("--data", "S", "--out", "o", "--lr", 0), 2),
+    "output among the images": ("train_features", ("--data", "S", "--out", "S/o"), 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, flags, code", MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_one_line(name, flags, code, good, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    os.symlink(good / "samples", tmp_path / "S")
+    os.symlink(good / "reference", tmp_path / "R")
+    (tmp_path / "TEXT").write_text("1\n2\n3\n")
+    got, printed = call(monkeypatch, capsys, name, *flags)
+    lines = [line for line in printed.splitlines() if "error" in line]
+    assert got == code and len(lines) == 1 and "Traceback" not in printed, printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["R", "S", "TEXT"], "nothing is left behind"

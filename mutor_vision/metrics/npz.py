@@ -166,7 +166,7 @@ class Npz:
             if isinstance(error, UserError):  # which is a ValueError
                 raise
             hint = ""
-            if (first := _first_bytes(self.path)).startswith("'\\x93NUMPY"):
+            if "NUMPY" in (first := _first_bytes(self.path)):
                 hint = "it is a bare .npy array: np.savez('FILE.npz', array) makes an npz of it. "
             raise IntegrityError(
                 f"{self.path} is not a complete npz ({_one_line(error)}; it begins with {first}); {hint}"
