@@ -70,7 +70,12 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_no_new_run(tmp_path):
 def test_a_process_killed_while_it_deletes_leaves_no_part_of_a_checkpoint(tmp_path, monkeypatch):
     for step in (1, 2):
         save(tmp_path, step)
-    monkeypatch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    def killed(path):
+        (path / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 3)
     monkeypatch.undo()

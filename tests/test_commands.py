@@ -2,10 +2,14 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 
 import pytest
+
+from mutor_vision.cli import run_command
+from mutor_vision.errors import DataError
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -43,6 +47,78 @@ def test_dry_run_prints_the_resolved_configuration(root, tmp_path, token_set_pat
     config = json.loads(result.stdout)
     assert config["steps"] == 7 and config["registers"]["count"] == 5 and config["model"]["vocab_size"] == 32
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name, data, held_out", [("train/imagenet.py", "codes", "val_codes"),
+                                                  ("tokenizers/train_vq.py", "data", "val_data")])  # fmt: skip
+def test_both_training_commands_take_set_and_flags_alike(
+    root, token_set_path, monkeypatch, capsys, name, data, held_out
+):
+    def run(*words):
+        preset = "digits-mutor-2d-15" if data == "codes" else "digits"
+        given = ["--preset", preset, f"--{data}", str(token_set_path), "--out", "none"]
+        monkeypatch.setattr(sys, "argv", [name, *given, *map(str, words)])
+        try:
+            runpy.run_path(str(root / name), run_name="__main__")
+            code = 0
+        except SystemExit as exit:
+            code = exit.code
+        printed = capsys.readouterr()
+        return code, json.loads(printed.out) if code == 0 else {}, printed.err
+
+    flag = f"--{held_out.replace('_', '-')}"
+    code, values, _ = run("--set", f"{held_out}=a", "--dry-run")
+    assert code == 0 and values[held_out] == "a" and values[data] == str(token_set_path)
+    code, values, error = run(flag, "b", "--steps", 3, "--dry-run")
+    assert (code, values[held_out], values["steps"], values["warmup_steps"]) == (0, "b", 3, 3)
+    assert "warm-up shortened" in error and error.count("\n") == 1
+    for words in ((flag, "b", "--set", f"{held_out}=a"), ("--set", f"{data}=a"), ("--steps", 3, "--set", "steps=4")):
+        code, _, error = run(*words, "--dry-run")
+        assert code == 2 and "contradict each other" in error and error.count("\n") == 1
+
+
+def test_torchruns_summary_shows_the_root_cause_in_one_line(tmp_path, monkeypatch, capsys):
+    """From the file that a process leaves for torchrun, as torchrun prints it."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    def main():
+        raise DataError("a.jpg is no image;\n  replace or remove it")
+
+    path = tmp_path / "error.json"
+    for name, value in {
+        "TORCHELASTIC_RUN_ID": "1",
+        "TORCHELASTIC_ERROR_FILE": path,
+        "RANK": 1,
+        "WORLD_SIZE": 2,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SystemExit) as stopped:
+        run_command(main)
+    line = "error [rank 1]: a.jpg is no image; replace or remove it"
+    assert stopped.value.code == 3 and capsys.readouterr().err.strip() == line
+    summary = ChildFailedError("train", {1: ProcessFailure(local_rank=1, pid=1, exitcode=3, error_file=str(path))})
+    shown = summary.format_msg().split("Root Cause")[1].splitlines()
+    assert [text for text in shown if "traceback" in text] == [f"  traceback : {line}"]
+    assert not [text for text in shown if 'File "' in text]
+
+
+def test_a_closed_pipe_is_no_error(root, tmp_path):
+    """The command goes on to its end, and what comes after the printing is done."""
+    code = f"""
+import pathlib, sys
+from mutor_vision.cli import run_command
+def main():
+    for i in range(100000):
+        print(i)
+    print("a word", file=sys.stderr)
+    pathlib.Path({str(tmp_path / "result")!r}).write_text("done")
+run_command(main)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"0\n"
+    process.stdout.close()
+    assert process.stderr.read() == b"a word\n"
+    assert process.wait(timeout=60) == 0 and (tmp_path / "result").read_text() == "done"
 
 
 @pytest.mark.slow
