@@ -27,6 +27,7 @@ from mutor_vision.names import printable
 READERS = 8  # threads that look at images
 SHOWN = 10  # bad images that one message names
 PATIENCE = 600  # seconds that a batch may take to be read
+_CURE = "use fewer workers, or none (--workers 0, --set workers=0); in a container, more --shm-size"
 OUTSIDE = "images outside of the class folders"
 
 
@@ -179,9 +180,11 @@ def read_batches(dataset: Dataset, batches: Iterable[Iterable[int]], workers: in
         pin_memory=torch.cuda.is_available(), timeout=PATIENCE if workers else 0,
     )  # fmt: skip
     try:
+        if workers:
+            torch.multiprocessing.Queue().close()  # tried by itself: half a loader complains when it is thrown away
         stream = iter(loader)
     except OSError as error:
-        raise UserError(f"{workers} reading processes cannot be started ({error}); use --workers 0") from None
+        raise UserError(f"{workers} reading processes cannot be started ({error}); {_CURE}") from None
     _say_how_workers_fail()
     while True:
         try:
@@ -202,7 +205,7 @@ def _worker_failure(error: RuntimeError) -> UserError | None:
         return None
     return UserError(
         f"the processes that read images failed: {text} A killed one was often short of memory, and one that delivers "
-        "nothing waits for its disk; use fewer --workers, or --workers 0"
+        f"nothing waits for its disk; {_CURE}"
     )
 
 

@@ -21,6 +21,7 @@ PANELS = (  # title of the vertical axis, [(key of the log, line style, what it 
     ("register cross-entropy (nats per token)", [("register", ":", "training"), ("val_register", "-", "held out")]),
     ("Fréchet distance of samples", [("fd", "-o", "")]),
 )
+MOST_PANELS = 6
 
 
 def plot_runs(runs: dict[str, Path], path: Path, panels=PANELS) -> None:
@@ -36,6 +37,7 @@ def plot_runs(runs: dict[str, Path], path: Path, panels=PANELS) -> None:
     drawn = [
         panel for panel in panels if any(key in line for key, _, _ in panel[1] for log in logs.values() for line in log)
     ]
+    drawn = drawn or _panels_of_other_numbers(logs)
     if not drawn:
         raise UserError(
             f"{', '.join(map(str, runs.values()))}: no curve in log.jsonl yet; train with log_every above 0"
@@ -56,6 +58,13 @@ def plot_runs(runs: dict[str, Path], path: Path, panels=PANELS) -> None:
     figure.savefig(partial, dpi=150, format=path.suffix[1:].lower())
     partial.replace(path)
     plt.close(figure)
+
+
+def _panels_of_other_numbers(logs: dict[str, list[dict]]) -> list:
+    """For logs with other curves, such as a tokenizer's: a panel for each of the first few."""
+    keys = dict.fromkeys(key for log in logs.values() for line in log for key, value in line.items()
+                         if key != "step" and isinstance(value, int | float))  # fmt: skip
+    return [(key, [(key, "-", "")]) for key in list(keys)[:MOST_PANELS]]
 
 
 def shortest_names(runs: list[Path]) -> dict[str, Path]:

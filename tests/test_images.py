@@ -1,3 +1,5 @@
+import math
+import os
 import struct
 import zlib
 
@@ -115,6 +117,196 @@ def test_strips_are_refused(tmp_path):
         images.read_image(save(Image.new("RGB", (600, 3)), tmp_path / "strip.png"))
 
 
+# Metadata never decides about pixels.
+
+
+def noise(size=(40, 36), seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(256, size=(*size[::-1], 3), dtype=np.uint8))
+
+
+def with_chunk(path, kind, data, *, crc=None, before=b"IDAT"):
+    """A PNG with one more chunk before the first of another kind."""
+    content = path.read_bytes()
+    place = content.index(before) - 4
+    crc = zlib.crc32(kind + data) if crc is None else crc
+    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+    path.write_bytes(content[:place] + chunk + content[place:])
+
+
+def with_segment(path, marker, data):
+    """A JPEG with one more segment at its beginning."""
+    content = path.read_bytes()
+    path.write_bytes(content[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data + content[2:])
+
+
+def large_text(path):
+    with_chunk(path, b"zTXt", b"prompt\0\0" + zlib.compress(b"a" * 2_000_000))
+
+
+def large_text_after_the_pixels(path):
+    with_chunk(path, b"iTXt", b"w\0\1\0\0\0" + zlib.compress(b"a" * 2_000_000), before=b"IEND")
+
+
+def many_texts(path):
+    for number in range(70):
+        with_chunk(path, b"zTXt", b"%d\0\0" % number + zlib.compress(b"a" * 1_000_000))
+
+
+def large_profile(path):
+    with_chunk(path, b"iCCP", b"p\0\0" + zlib.compress(bytes(3_000_000)))
+
+
+def broken_profile(path):
+    with_chunk(path, b"iCCP", b"p\0\7nonsense")
+
+
+def damaged_text(path):
+    with_chunk(path, b"tEXt", b"a\0b", crc=7)
+
+
+def gamma(path):
+    with_chunk(path, b"gAMA", struct.pack(">I", 9))
+
+
+def orientation(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = exif.tobytes()
+    if path.suffix == ".png":
+        with_chunk(path, b"eXIf", data.removeprefix(b"Exif\0\0"))
+    else:
+        with_segment(path, 0xE1, data)
+
+
+def broken_exif(path):
+    with_segment(path, 0xE1, b"Exif\0\0MM\0*" + b"\xff" * 60)
+
+
+def broken_list_of_pictures(path):
+    with_segment(path, 0xE2, b"MPF\0MM\0*\0\0\0\x08" + b"\xff" * 60)
+
+
+def archive_behind(path):
+    path.write_bytes(path.read_bytes() + b"PK\3\4" + bytes(5000))
+
+
+@pytest.mark.parametrize("ending, change", [
+    *[(".png", change) for change in (large_text, large_text_after_the_pixels, many_texts, large_profile,
+                                      broken_profile, damaged_text, gamma, orientation, archive_behind)],
+    *[(".jpg", change) for change in (orientation, broken_exif, broken_list_of_pictures, archive_behind)],
+])  # fmt: skip
+def test_metadata_neither_refuses_an_image_nor_changes_it(tmp_path, ending, change):
+    path = save(noise(), tmp_path / f"image{ending}")
+    expected = np.asarray(images.read_image(path))
+    change(path)
+    assert np.array_equal(images.read_image(path), expected)
+    assert images.check_image(path).size == (40, 36)
+
+
+def test_of_a_phones_pictures_the_first_is_the_photograph(tmp_path):
+    photograph = save(noise((120, 90)), tmp_path / "plain.jpg")
+    path = tmp_path / "phone.jpg"
+    noise((120, 90)).save(path, format="MPO", save_all=True, append_images=[noise((60, 45), 1)])
+    assert np.array_equal(images.read_image(path), images.read_image(photograph))
+    header = images.check_image(path)
+    assert header.size == (120, 90) and header.lossy
+
+
+def test_pixels_are_pillows(tmp_path):
+    """Whatever is taken out of a file before it is decoded."""
+    for mode in ("L", "RGB", "CMYK"):
+        for settings in ({}, {"progressive": True}, {"icc_profile": bytes(70_000), "comment": b"hm"}):
+            path = save(noise().convert(mode), tmp_path / "x.jpg", quality=90, **settings)
+            with Image.open(path) as plain:
+                assert np.array_equal(images.read_image(path), plain.convert("RGB"))
+    for mode in ("1", "L", "P", "RGB"):
+        path = save(noise().convert(mode), tmp_path / "x.png")
+        with Image.open(path) as plain:
+            assert np.array_equal(images.read_image(path), plain.convert("RGB"))
+
+
+# Formats beside JPEG, PNG and WEBP.
+
+
+@pytest.mark.parametrize("ending", [".bmp", ".tif", ".ppm", ".png"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "1"])
+def test_lossless_formats_give_the_same_pixels(tmp_path, ending, mode):
+    image = noise().convert(mode)
+    path = save(image, tmp_path / f"x{ending}")
+    assert np.array_equal(images.read_image(path), image.convert("RGB"))
+    assert not images.check_image(path).lossy
+
+
+def test_a_gif_of_one_frame_and_a_tiff_with_a_preview_are_images(tmp_path):
+    few = noise((8, 8)).quantize(16)
+    gif = save(few, tmp_path / "x.gif")
+    assert np.array_equal(images.read_image(gif), few.convert("RGB"))
+    from PIL import TiffImagePlugin
+
+    preview, mark = noise((10, 9), 1), TiffImagePlugin.ImageFileDirectory_v2()
+    mark[254] = 1
+    preview.encoderinfo = {"tiffinfo": mark}
+    noise().save(tmp_path / "x.tif", save_all=True, append_images=[preview])
+    with Image.open(tmp_path / "x.tif") as both:
+        assert both.n_frames == 2
+    assert np.array_equal(images.read_image(tmp_path / "x.tif"), noise())
+
+
+def test_lossy_compression_is_told_from_the_file(tmp_path):
+    for compression, lossy in (("jpeg", True), ("tiff_lzw", False)):
+        path = save(noise(), tmp_path / "x.tif", compression=compression)
+        assert images.check_image(path).lossy == lossy
+    assert images.check_image(save(noise(), tmp_path / "x.webp")).lossy
+
+
+@pytest.mark.parametrize("build, reason", [
+    (lambda path: Image.fromarray(np.zeros((9, 9), np.uint16)).save(path, "TIFF"), "a 16-bit TIFF"),
+    (lambda path: Image.fromarray(np.zeros((9, 9), np.float32)).save(path, "TIFF"), "a 32-bit TIFF"),
+    (lambda path: noise().convert("LAB").save(path, "TIFF"), "pixels of kind LAB"),
+    (lambda path: path.write_bytes(b"P5 4 4 65535\n" + bytes(32)), "a 16-bit PPM"),
+    (lambda path: path.write_bytes(b"P6 4 4 1023\n" + bytes(96)), "a 10-bit PPM"),
+    (lambda path: path.write_bytes(b"Pf 4 4 1.0\n" + bytes(64)), "32-bit PPM"),
+    (lambda path: noise().save(path, "AVIF"), "not a complete image"),
+    (lambda path: noise().save(path, "JPEG2000"), "not a complete image"),
+    (lambda path: noise().save(path, "EPS"), "not a complete image"),
+    (lambda path: path.mkdir(), "not a regular file"),
+    (os.mkfifo, "not a regular file"),
+])  # fmt: skip
+def test_what_is_not_8_bit_rgb_or_of_another_decoder_is_refused(tmp_path, build, reason):
+    build(tmp_path / "x.tif")
+    for read in (images.read_image, images.check_image):
+        with pytest.raises(DataError, match=f"x.tif: .*{reason}"):
+            read(tmp_path / "x.tif")
+
+
+def test_truncation_is_found_without_decoding(tmp_path, monkeypatch):
+    whole = [save(noise(), tmp_path / f"x{ending}") for ending in (".png", ".jpg", ".webp")]
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+        assert [images.check_image(path).size for path in whole] == [(40, 36)] * 3
+    for path in whole:
+        content = path.read_bytes()
+        for share in (0.2, 0.5, 0.9, 0.99):
+            path.write_bytes(content[: int(share * len(content))])
+            with pytest.raises(DataError, match="not a complete image"):
+                images.check_image(path)
+
+
+def test_an_error_survives_the_way_from_a_worker_with_its_path(tmp_path):
+    import pickle
+
+    with pytest.raises(DataError) as raised:
+        images.read_image(tmp_path / "gone.png")
+    copy = pickle.loads(pickle.dumps(raised.value))
+    assert copy.paths == (str(tmp_path / "gone.png"),) and str(copy) == str(raised.value)
+
+
+def test_a_picture_with_any_name_before_its_rows_can_be_drawn():
+    cells = torch.zeros(6, 3, 16, 16, dtype=torch.uint8)
+    names = ["two\nlines", "\udcff\x1b[31m", "", "\u05e9\u05dc\u05d5\u05dd", "\u732b", "long " * 80]
+    assert images.grid(cells, 1, names).width < 2000
+
+
 # Crops.
 
 
@@ -159,6 +351,25 @@ def test_random_crops_cover_the_scale_asked_for_and_half_are_mirrored():
     assert 0.7 < widths.min() and widths.max() <= 1 and widths.max() - widths.min() > 0.1
     mirrored = np.mean([crop[10, -1, 0] < crop[10, 0, 0] for crop in crops])
     assert 0.35 < mirrored < 0.65
+
+
+@pytest.mark.parametrize("size, min_scale", [(256, 0.8), (64, 0.8), (28, 0.7), (17, 0.33), (20, 1.0)])
+def test_the_short_side_of_random_crops_is_uniform_over_whole_numbers_as_adms(size, min_scale, monkeypatch):
+    """random_crop_arr: randrange(ceil(size / 1), ceil(size / min_scale) + 1); then a place uniform over all."""
+    sides, resize = [], images._resize_short_side
+    monkeypatch.setattr(images, "_resize_short_side", lambda image, side: sides.append(side) or resize(image, side))
+    low, high = size, math.ceil(size / min_scale)
+    count = 12 * (high - low + 1)
+    for u in (np.arange(count) + 0.5) / count:
+        images.random_crop(Image.new("L", (30, 30)), size, np.array([u, 0.5, 0.5, 0.5]), min_scale)
+    assert np.bincount(sides, minlength=high + 1)[low:].tolist() == [12] * (high - low + 1)
+
+
+def test_the_place_of_random_crops_is_uniform():
+    """A row whose pixels are their own number, not resized: each of the 5 places equally often."""
+    row = Image.fromarray(np.tile(np.arange(12, dtype=np.uint8), (8, 1)))
+    lefts = [np.asarray(images.random_crop(row, 8, np.array([0, u, 0, 0.9]), 1.0))[0, 0] for u in np.arange(500) / 500]
+    assert np.bincount(lefts).tolist() == [100] * 5
 
 
 def test_an_unknown_plan_of_views_is_refused():
