@@ -226,6 +226,13 @@ def test_training_does_not_begin_in_what_is_no_tokenizer_run(root, pictures, tra
         assert contents(out) == before
 
 
+def test_a_start_that_was_killed_is_started_again(root, pictures, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.json.partial").write_text("{")
+    train(root, pictures, tmp_path / "run", 2)
+    assert checkpoint.newest(tmp_path / "run").name == "step-0000002"
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(root, pictures, trained, tmp_path):
     flags = ["--preset", "digits", "--data", str(pictures), "--out", str(tmp_path / "run"), "--steps", "3"]
