@@ -220,9 +220,8 @@ def _begin(
             begun = checkpoint.read_json(out / PLAN) if (out / PLAN).is_file() else {}
             if not begun and out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
                 raise UserError(f"{out} is not empty and no token set; give a new folder")
-            stale = _stale_shards(out, begun, plan)
-            if repaired := sorted({*begun.get("repaired", []), *(recall_bad(out) if stale else [])}):
-                plan = plan | {"repaired": repaired}
+            stale, repaired = _compare(out, begun, plan)
+            plan = plan | ({"repaired": repaired} if repaired else {})
             if not (out / "manifest.json").is_file():
                 _look_at_images(out, plan, folder, stale)
             # What was said of the folder's images counts from here: first what does not fit goes, then the plan comes.
@@ -250,26 +249,29 @@ def _look_at_images(out: Path, plan: dict[str, Any], folder: ImageFolder, stale:
         raise
 
 
-def _stale_shards(out: Path, begun: dict[str, Any], plan: dict[str, Any]) -> list[int]:
-    """Finished shards of an encoding that was begun with other images and may continue with these. Raises MismatchError
-    when it was begun with other settings, or with images that differ by more than repairs."""
+def _compare(out: Path, begun: dict[str, Any], plan: dict[str, Any]) -> tuple[list[int], list[str]]:
+    """Of an encoding that was begun with other images and may continue with these: its finished shards that are of
+    images which are no more, and the images that were repaired. Raises MismatchError when it was begun with other
+    settings, or when shards are finished and images differ by more than repairs."""
     changed = [key for key in plan if key not in _OF_IMAGES and begun and begun.get(key) != plan[key]]
     if changed:
         shown = [f"{key}: {_short(begun.get(key))} -> {_short(plan[key])}" for key in changed]
         raise MismatchError(
             f"{out} was begun with other settings ({'; '.join(shown)}); repeat those, or give a new folder"
         )
-    finished = [shard for shard in range(begun.get("num_shards", 0)) if _is_there(out, shard)]
-    if not finished or begun["files_sha256"] == plan["files_sha256"]:
-        return []
-    before, now = begun.get("files_of_classes", []), plan["files_of_classes"]
-    if (out / "manifest.json").is_file() or not only_repaired(recall_bad(out), before, now, plan["class_names"]):
+    if not begun or begun["files_sha256"] == plan["files_sha256"]:
+        return [], begun.get("repaired", [])
+    finished = [shard for shard in range(begun["num_shards"]) if _is_there(out, shard)]
+    bad, before = recall_bad(out), begun.get("files_of_classes", [])
+    may_continue = only_repaired(bad, before, plan["files_of_classes"], plan["class_names"])
+    if finished and ((out / "manifest.json").is_file() or not may_continue):
         raise MismatchError(
             f"{out} was begun with other images ({begun['num_images']:,} of them, now {plan['num_images']:,}); restore "
             "them, or give a new folder"
         )
-    before, now = begun["files_of_shards"], plan["files_of_shards"]
-    return [shard for shard in finished if shard >= len(now) or before[shard] != now[shard]]
+    before, now = begun.get("files_of_shards", []), plan["files_of_shards"]
+    stale = [shard for shard in finished if shard >= len(now) or before[shard] != now[shard]]
+    return stale, sorted({*begun.get("repaired", []), *bad}) if may_continue else []
 
 
 def _short(value: Any) -> str:

@@ -6,6 +6,7 @@ before a decoder sees them: then no size, damage or meaning of metadata can refu
 
 import io
 import os
+import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -19,7 +20,8 @@ _SOS, _EOI = 0xDA, b"\xff\xd9"  # start of scan, end of image
 
 def pixel_bytes(file: BinaryIO, *, header: bool = False) -> BinaryIO:
     """An open PNG or JPEG -> the same without its metadata, in memory; any other file, and one whose structure is not
-    understood -> the file itself, from its beginning. header: only as much as tells format, size and mode."""
+    understood -> the file itself, from its beginning. header: only as much as tells format, size and mode. Raises
+    ValueError where a PNG's pixels do not have their checksum."""
     start = _start(file)
     parts = None
     if start == _PNG:
@@ -32,7 +34,10 @@ def pixel_bytes(file: BinaryIO, *, header: bool = False) -> BinaryIO:
     kept = io.BytesIO()
     for begin, size in parts:
         file.seek(begin)
-        kept.write(file.read(size))
+        content = file.read(size)
+        if start == _PNG and begin and len(content) == size > 8 and zlib.crc32(content[4:-4]) != _number(content[-4:]):
+            raise ValueError(f"the checksum of its {content[4:8].decode('latin-1')} is wrong")  # Pillow compares none
+        kept.write(content)
     kept.seek(0)
     return kept
 
@@ -55,6 +60,10 @@ def looks_complete(file: BinaryIO) -> bool:
         file.seek(scans[0] if scans else size)
         return _EOI in file.read()
     return False
+
+
+def _number(content: bytes) -> int:
+    return int.from_bytes(content, "big")
 
 
 def _start(file: BinaryIO) -> bytes:
@@ -80,7 +89,7 @@ def _png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
         head = file.read(8)
         if len(head) < 8:
             return
-        kind, size = head[4:], 12 + int.from_bytes(head[:4], "big")
+        kind, size = head[4:], 12 + _number(head[:4])
         yield kind, begin, size
         if kind == b"IEND":
             return
@@ -109,7 +118,7 @@ def _jpeg_segments(file: BinaryIO) -> Iterator[tuple[int, int, int]]:
         if head[1] == 0xFF:  # a fill byte before the marker
             begin += 1
             continue
-        size = 2 + int.from_bytes(head[2:], "big")
+        size = 2 + _number(head[2:])
         yield head[1], begin, size
         if head[1] == _SOS or size < 4:
             return

@@ -1,9 +1,17 @@
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.utils.data import Dataset
 
+from mutor_vision import image_folder
 from mutor_vision.errors import DataError, UserError
 from mutor_vision.image_folder import ImageFolder, TrainingCrops, Views, batched, check_apart, read_batches
 from mutor_vision.images import center_flip
@@ -138,6 +146,78 @@ def test_a_bad_image_is_one_clear_line_wherever_it_was_read(root, workers):
     with pytest.raises(DataError, match="bee/2.png: not a complete image") as raised:
         list(read_batches(views, [[3, 4], [1, 0]], workers))
     assert "\n" not in str(raised.value) and "Traceback" not in str(raised.value)
+
+
+class Batches(Dataset):
+    """Images of 3 x 64 x 64, all of the colour `index`; `at` runs before each."""
+
+    def __init__(self, at=lambda index: None):
+        self.at = at
+
+    def __getitem__(self, index):
+        self.at(index)
+        return torch.full((3, 64, 64), index, dtype=torch.uint8)
+
+
+def test_a_full_shared_memory_does_not_stop_the_workers(monkeypatch):
+    """In a container /dev/shm has 64 MB. The refusal is torch's own, made in the forked workers."""
+
+    def full(self):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    batches = list(read_batches(Batches(), [range(i, i + 4) for i in range(0, 12, 4)], 2))
+    assert torch.equal(torch.cat(batches)[:, 0, 0, 0], torch.arange(12).byte())
+
+
+SMALL_SHM = """
+import time
+from pathlib import Path
+from mutor_vision.image_folder import ImageFolder, Views, read_batches
+from mutor_vision.images import center_flip
+views = Views(ImageFolder.open("{root}"), 512, center_flip)
+print(sum(len(batch) for batch in read_batches(views, [[0, 1, 2], [3, 4], [0, 1, 2, 3, 4]], 2)), "images")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="mounts a small /dev/shm: needs root")
+def test_workers_deliver_with_a_dev_shm_of_one_megabyte(root):
+    script = (
+        f"mount -t tmpfs -o size=1m tmpfs /dev/shm || exit 77; exec {sys.executable} -c '{SMALL_SHM.format(root=root)}'"
+    )
+    result = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, timeout=120)
+    if result.returncode in (1, 77) and "10 images" not in result.stdout and "permitted" in result.stderr:
+        pytest.skip("mounting is not permitted here")
+    assert "10 images" in result.stdout, result.stderr
+
+
+def killed(index):
+    if index == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_line(monkeypatch):
+    with pytest.raises(UserError, match="the processes that read images failed: .*--workers 0") as raised:
+        list(read_batches(Batches(killed), [[i] for i in range(12)], 2))
+    assert "\n" not in str(raised.value)
+
+
+def test_no_worker_is_waited_for_without_an_end(monkeypatch):
+    monkeypatch.setattr(image_folder, "PATIENCE", 2)
+    begun = time.monotonic()
+    with pytest.raises(UserError, match="timed out after 2 seconds.*--workers 0"):
+        list(read_batches(Batches(lambda index: time.sleep(20)), [[0], [1]], 1))
+    assert time.monotonic() - begun < 15
+
+
+def test_workers_that_cannot_be_started_are_one_line(monkeypatch):
+    def none():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.multiprocessing, "Queue", none)
+    with pytest.raises(UserError, match="2 reading processes cannot be started .*--workers 0"):
+        list(read_batches(Batches(), [[0]], 2))
+    assert len(list(read_batches(Batches(), [[0]], 0))) == 1
 
 
 def test_results_stay_out_of_the_images(root, tmp_path):

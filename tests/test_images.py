@@ -112,6 +112,14 @@ def test_the_size_limit_is_checked_before_decoding(tmp_path, monkeypatch):
         images.read_image(path)
 
 
+def test_every_changed_byte_of_a_pngs_pixels_is_noticed(tmp_path):
+    whole = save(gradient(24, 20), tmp_path / "x.png").read_bytes()
+    for place in range(whole.index(b"IDAT") + 4, whole.index(b"IEND") - 8):
+        (tmp_path / "x.png").write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(DataError, match="the checksum of its IDAT is wrong"):
+            images.read_image(tmp_path / "x.png")
+
+
 def test_strips_are_refused(tmp_path):
     with pytest.raises(DataError, match="strip.png: 600x3 pixels, at most 50:1"):
         images.read_image(save(Image.new("RGB", (600, 3)), tmp_path / "strip.png"))

@@ -216,6 +216,125 @@ def test_every_layout_is_read(shared, tmp_path, gpt, layout):
     assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected)
 
 
+def per_block(wrapper):
+    def rename(name):
+        parts = name.split(".")
+        return ".".join([*parts[:2], wrapper, *parts[2:]]) if parts[0] == "layers" else name
+
+    return rename
+
+
+RENAMED = {
+    "compiled blocks": per_block("_orig_mod"), "FSDP blocks": per_block("_fsdp_wrapped_module"),
+    "checkpointed blocks": per_block("_checkpoint_wrapped_module"),
+    "all of them, in one order": per_block("_fsdp_wrapped_module._checkpoint_wrapped_module._orig_mod"),
+    "all of them, in another": lambda name: "_orig_mod." + per_block("_orig_mod._checkpoint_wrapped_module")(name),
+    "DDP twice": lambda name: f"module.module.{name}", "Hugging Face": lambda name: f"model.{name}",
+    "DeepSpeed under Lightning": lambda name: f"_forward_module.model.{name}",
+    "a prefix that nobody foresaw": lambda name: f"student.backbone.{name}",
+    "EMA of a compiled model": lambda name: f"module._orig_mod.{name}",
+    "between prefix and name": lambda name: f"model._orig_mod.gpt.{name}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rename", RENAMED.values(), ids=RENAMED.keys())
+def test_every_wrappers_prefix_is_taken_off_wherever_it_stands(shared, tmp_path, gpt, rename):
+    weights = gpt_weights(shared)
+    torch.save({"model": {rename(name): value for name, value in weights.items()}}, tmp_path / "file.pt")
+    said = convert_gpt(tmp_path / "file.pt", tmp_path / "run")
+    assert_golden(gpt, tmp_path / "run")
+    assert "taken off" in said[0]
+
+
+def assert_golden(gpt, run):
+    expected, got = (checkpoint.read_weights(checkpoint.resolve(path), "model") for path in (gpt[0], run))
+    assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def under(prefix, weights):
+    return {f"{prefix}{name}": value for name, value in weights.items()}
+
+
+def other(weights):
+    return {name: value + 1 for name, value in weights.items()}
+
+
+LAYOUTS_WITH_MORE = {
+    "torch's AveragedModel": (lambda w: under("module.", w) | {"n_averaged": torch.tensor(7)}, ""),
+    "lucidrains' EMA": (lambda w: {"ema": under("ema_model.", w) | under("online_model.", other(w)) | {
+        "initted": torch.tensor(True), "step": torch.tensor(9)}}, ""),
+    "its online model": (lambda w: {"ema": under("ema_model.", other(w)) | under("online_model.", w)}, "online_model"),
+    "two networks, named": (lambda w: under("model.", w) | under("ema.", other(w)), "model"),
+    "LitEma": (lambda w: under("model.", w)
+               | {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(3)}
+               | {f"model_ema.{name.replace('.', '')}": value for name, value in w.items()}, ""),
+    "thop": (lambda w: w | {"total_ops": torch.zeros(1), "layers.0.attention.total_params": torch.zeros(1)}, ""),
+    "caches": (lambda w: w | {"layers.0.attention.kv_cache.k_cache": torch.zeros(2, 4, 8, 8)}, ""),
+    "numbers beside": (lambda w: {"state_dict": w | {"step": 100}}, ""),
+    "an entry in an entry": (lambda w: {"state": 3, "model": {"state_dict": under("module.", w), "epoch": 1}}, ""),
+    "another entry": (lambda w: {"model_state_dict": w, "optimizer_state_dict": {"state": {}}}, ""),
+    "an empty entry": (lambda w: {"model": w, "ema": {}}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("build, weights", LAYOUTS_WITH_MORE.values(), ids=LAYOUTS_WITH_MORE.keys())
+def test_what_frameworks_keep_beside_the_weights_is_left_out(shared, tmp_path, gpt, build, weights):
+    torch.save(build(gpt_weights(shared)), tmp_path / "file.pt")
+    convert_gpt(tmp_path / "file.pt", tmp_path / "run", weights=weights)
+    assert_golden(gpt, tmp_path / "run")
+
+
+AMBIGUOUS = {
+    "two names that become one": (
+        lambda w: w | {"module.norm.weight": w["norm.weight"] + 1}, MismatchError,
+        "'norm.weight' and 'module.norm.weight' both name norm.weight"),
+    "two networks": (lambda w: under("a.", w) | under("b.", w), UserError, "a and b; choose one, such as --weights a"),
+    "int8": (lambda w: w | {"layers.0.attention.wo.SCB": torch.ones(64)}, MismatchError, "before quantisation"),
+    "a weight under a counter's name": (lambda w: w | {"step": torch.ones(4)}, MismatchError, "also has step"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("build, kind, message", AMBIGUOUS.values(), ids=AMBIGUOUS.keys())
+def test_what_can_be_read_in_two_ways_is_refused(shared, tmp_path, build, kind, message):
+    torch.save(build(gpt_weights(shared)), tmp_path / "file.pt")
+    with pytest.raises(kind, match=message):
+        convert_gpt(tmp_path / "file.pt", tmp_path / "run")
+    with pytest.raises(UserError, match="weights"):
+        torch.save(gpt_weights(shared), tmp_path / "file.pt")
+        convert_gpt(tmp_path / "file.pt", tmp_path / "run", weights="ema")
+
+
+def test_names_of_windows_editors_reach_the_run(shared, tmp_path, monkeypatch):
+    from mutor_vision.cli import main
+
+    (tmp_path / "names.txt").write_bytes("\ufeffant\r\nbee \r\ncat\r\n\r\ndog\r\nelk\r\n".encode())
+    words = ["convert", shared / "golden" / f"{GPT}.pt", tmp_path / "run", "--heads", "4", "--grid", "4,4"]
+    words += ["--class-names", tmp_path / "names.txt"]
+    monkeypatch.setattr(sys, "argv", ["mutor", *map(str, words)])
+    main()
+    token_set = checkpoint.read_json(tmp_path / "run" / "token_set.json")
+    assert token_set["class_names"] == ["ant", "bee", "cat", "dog", "elk"]
+
+
+def test_outputs_are_tried_before_the_file_is_read(shared, tmp_path):
+    (tmp_path / "file").touch()
+    for run in (
+        lambda: convert_gpt(shared / "golden" / f"{GPT}.pt", tmp_path / "file" / "run"),
+        lambda: convert_back(tmp_path / "gone", tmp_path / "file" / "x.pt"),
+        lambda: import_codes(tmp_path, tmp_path / "file" / "set", tmp_path, ["a"]),
+    ):
+        with pytest.raises(UserError, match="cannot be written"):
+            run()
+
+
+@pytest.mark.parametrize("name", ["consolidated.pth", "pytorch_model.bin"])
+def test_a_folder_with_one_of_the_usual_files_is_read(shared, tmp_path, gpt, name):
+    (tmp_path / "folder").mkdir()
+    torch.save(gpt_weights(shared), tmp_path / "folder" / name)
+    convert_gpt(tmp_path / "folder", tmp_path / "run")
+    assert_golden(gpt, tmp_path / "run")
+
+
 def test_a_folder_of_fsdp_is_read(shared, tmp_path):
     (tmp_path / "fsdp").mkdir()
     torch.save(gpt_weights(shared), tmp_path / "fsdp" / "consolidated.pth")

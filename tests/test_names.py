@@ -115,3 +115,17 @@ def test_nothing_in_a_name_reaches_the_terminal_as_a_command():
 
 def test_forms_of_one_name_are_the_same():
     assert len({same(unicodedata.normalize(form, " Caf\u00e9  noir ")) for form in ("NFC", "NFD")}) == 1
+
+
+def test_a_command_prints_any_name_in_one_line(capfd):
+    """Names come into messages in many places; the last one before the terminal sees to them all."""
+    from mutor_vision.cli import run_command
+
+    def main():
+        print("class \udcff")
+        raise UserError("class '\x1b[31m\n\udcff\u202e' does not exist")
+
+    with pytest.raises(SystemExit):
+        run_command(main)
+    out, error = capfd.readouterr()
+    assert out == "class \\udcff\n" and error == "error: class '\\x1b[31m \\udcff\\u202e' does not exist\n"

@@ -124,6 +124,30 @@ def test_the_batch_follows_from_free_memory(trained_run, monkeypatch):
     assert sample.free_bytes(torch.device("cpu")) > 2**20
 
 
+def test_classes_are_chosen_by_names_with_commas_and_one_by_one(mutor, trained_run, tmp_path):
+    shutil.copytree(trained_run, tmp_path / "run")
+    token_set = checkpoint.read_json(tmp_path / "run" / "token_set.json")
+    token_set["class_names"] = ["tench, Tinca tinca", " padded ", "3", "new\nline \udcff\x1b[31m", "dog"]
+    checkpoint.write_json(tmp_path / "run" / "token_set.json", token_set)
+    seen = []
+    for arguments in (
+        ["--classes", "tench, Tinca tinca"], ["--classes", "tench,padded"], ["--classes", "3"], ["--class", "3"],
+        ["--class", "Tinca tinca", "--class", " padded ", "--classes", "4"], ["--class", token_set["class_names"][3]],
+    ):  # fmt: skip
+        code, out, err = mutor("sample", tmp_path / "run", *arguments, "--per-class", 1, "--out", tmp_path / "grid.png")
+        assert code == 0, err
+        seen.append(int(out.split(" of ")[1].split()[0]))
+    assert seen == [1, 2, 1, 1, 3, 1]
+    code, _, err = mutor("sample", tmp_path / "run", "--class", "hound", "--num", 3, "--out", tmp_path / "set")
+    assert code == 2 and "drop --classes" in err
+
+
+def test_a_sample_is_not_begun_where_it_cannot_be_written(mutor, tmp_path):
+    (tmp_path / "file").touch()
+    code, _, err = mutor("sample", "gone", "--out", tmp_path / "file" / "grid.png")
+    assert code == 2 and "cannot be written" in err
+
+
 def test_a_checkpoint_may_be_given_instead_of_its_run(mutor, trained_run, tmp_path):
     code, out, _ = mutor("sample", trained_run / "checkpoints" / "step-0000005", "--out", tmp_path / "grid.png")
     assert code == 0 and "step-0000005" in out

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from mutor_vision import checkpoint
-from mutor_vision.errors import IntegrityError, MismatchError, UserError
+from mutor_vision.errors import ImageError, IntegrityError, MismatchError, UserError
 from mutor_vision.image_folder import Views
 from mutor_vision.token_set import TokenSet
 from mutor_vision.tokenizer.model import tokenizer_identity
@@ -385,6 +385,194 @@ def test_a_bad_image_stops_with_its_name_and_leaves_nothing_that_looks_finished(
     assert not (tmp_path / "set").exists(), "bad files are found before anything is written"
 
 
+# Repairing.
+
+
+def spoil(path):
+    """Damage that only decoding shows: the end of the file is there, its pixels' checksum is wrong."""
+    data = bytearray(path.read_bytes())
+    place = data.index(b"IDAT")
+    data[place + (len(data) - place) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+def repairs(path):
+    """name -> how a person repairs a bad file, of which whole.png beside the folder is a whole copy."""
+    whole = path.parents[2] / "whole.png"
+    return {
+        "replaced": lambda: shutil.copy(whole, path),
+        "replaced by another kind of file": lambda: (path.unlink(), Image.open(whole).save(path.with_suffix(".jpg"))),
+        "removed": path.unlink,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def spoilt(pictures, tmp_path):
+    """A copy of the pictures whose image 11 of 14 is bad; the classes are of 7 images, the shards of 3."""
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    path = folder / "class1" / "09.png"
+    Image.open(path).resize((31, 22)).save(tmp_path / "whole.png")  # of another size in bytes
+    spoil(path)
+    return path
+
+
+# Of this seed, image 11 is in none of the first two batches.
+UNTIL_LATE = {"seed": 1, "save_every": 1, "val_every": 0, "sample_every": 0, "val_fraction": 0}
+REPAIRS = ("replaced", "replaced by another kind of file", "removed")
+
+
+@pytest.mark.parametrize("repair", REPAIRS)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_encoding_goes_on_after_a_bad_image_was_repaired(
+    command, spoilt, tiny_tokenizer_path, tmp_path, repair, workers
+):
+    folder, arguments = spoilt.parents[1], {"tokenizer": tiny_tokenizer_path, "batch_size": 2, "shard_size": 3}
+    arguments |= {"data": folder, "out": tmp_path / "set", "workers": workers}
+    code, _, error = command("encode.py", **arguments)
+    assert code == 3 and "09.png: not a complete image" in error
+    done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "set").glob("*.npy")}
+    assert len(done) == 6, "three shards, of codes and labels"
+    assert command("encode.py", **arguments)[0] == 3, "nothing was repaired yet"
+    repairs(spoilt)[repair]()
+    code, _, error = command("encode.py", **arguments)
+    assert code == 0, error
+    assert all((tmp_path / "set" / name).stat().st_mtime_ns == when for name, when in done.items())
+    found = TokenSet.open(tmp_path / "set")
+    assert found.manifest["repaired"] == ["class1/09.png"] and found.manifest["images_per_class"][0] == 7
+    command("encode.py", **{**arguments, "out": tmp_path / "fresh"})
+    fresh = TokenSet.open(tmp_path / "fresh")
+    assert torch.equal(found.codes(), fresh.codes()) and torch.equal(found.labels, fresh.labels)
+    assert not list((tmp_path / "set").glob("bad-images*"))
+    assert command("encode.py", **arguments)[0] == 0, "a finished set stays finished"
+
+
+def test_shards_behind_a_removed_image_are_made_again(command, spoilt, tiny_tokenizer_path, tmp_path):
+    """As when another process had finished the last shard before the bad image was reached."""
+    folder, arguments = spoilt.parents[1], {"tokenizer": tiny_tokenizer_path, "batch_size": 2, "shard_size": 3}
+    arguments |= {"data": folder, "workers": 0}
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    bad = (folder / "class1" / "09.png").read_bytes()
+    Image.open(tmp_path / "whole.png").save(whole / "class1" / "09.png")
+    command("encode.py", **{**arguments, "data": whole, "out": tmp_path / "other"})
+    command("encode.py", **arguments, out=tmp_path / "set")
+    assert spoilt.read_bytes() == bad
+    for name in ("codes-00004.npy", "labels-00004.npy"):
+        shutil.copy(tmp_path / "other" / name, tmp_path / "set")
+    spoilt.unlink()
+    assert command("encode.py", **arguments, out=tmp_path / "set")[0] == 0
+    command("encode.py", **arguments, out=tmp_path / "fresh")
+    assert torch.equal(TokenSet.open(tmp_path / "set").codes(), TokenSet.open(tmp_path / "fresh").codes())
+
+
+def test_other_changes_than_repairs_are_refused_and_keep_what_is_done(command, spoilt, tiny_tokenizer_path, tmp_path):
+    folder, out = spoilt.parents[1], tmp_path / "set"
+    arguments = {
+        "tokenizer": tiny_tokenizer_path,
+        "batch_size": 2,
+        "shard_size": 3,
+        "data": folder,
+        "out": out,
+        "workers": 0,
+    }
+    command("encode.py", **arguments)
+    shutil.copy(tmp_path / "whole.png", spoilt)
+    Image.new("RGB", (20, 20), "red").save(folder / "class0" / "added.png")
+    before = contents(out)
+    code, _, error = command("encode.py", **arguments)
+    assert code == 5 and "begun with other images (14 of them, now 15)" in error and contents(out) == before
+    (folder / "class0" / "added.png").unlink()
+    assert command("encode.py", **arguments)[0] == 0
+    spoilt.unlink()
+    code, _, error = command("encode.py", **arguments)
+    assert code == 5 and "other images" in error, "a finished set is of its images"
+
+
+def test_nothing_is_lost_by_other_images_before_the_first_shard(command, spoilt, tiny_tokenizer_path, tmp_path):
+    folder, out = spoilt.parents[1], tmp_path / "set"
+    assert command("encode.py", tokenizer=tiny_tokenizer_path, data=folder, out=out, workers=0)[0] == 3
+    spoilt.unlink()
+    Image.new("RGB", (20, 20), "red").save(folder / "class0" / "added.png")
+    assert command("encode.py", tokenizer=tiny_tokenizer_path, data=folder, out=out, workers=0)[0] == 0
+    assert "repaired" not in TokenSet.open(out).manifest
+
+
+def test_an_encoding_killed_in_its_first_moments_can_be_begun_again(
+    command, pictures, tiny_tokenizer_path, tmp_path, monkeypatch
+):
+    out, arguments = tmp_path / "set", {"tokenizer": tiny_tokenizer_path, "data": pictures, "workers": 0}
+    for name in ("write_json", "export"):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                command("encode.py", **arguments, out=out)
+    assert command("encode.py", **arguments, out=out)[0] == 0
+
+
+@pytest.mark.parametrize("repair", REPAIRS)
+def test_tokenizer_training_goes_on_after_a_bad_image_was_repaired(root, spoilt, tmp_path, capsys, repair):
+    folder, out = spoilt.parents[1], tmp_path / "run"
+    with pytest.raises(ImageError, match="09.png"):
+        train(root, folder, out, 9, **UNTIL_LATE)
+    stopped = checkpoint.newest(out)
+    assert stopped is not None, "the bad image is not in the first batch"
+    repairs(spoilt)[repair]()
+    last = train(root, folder, out, 9, **UNTIL_LATE)
+    assert "goes on with 1 image(s) replaced or removed" in capsys.readouterr().out
+    assert checkpoint.step_of(last) == 9 and log_of(out)[checkpoint.step_of(stopped) - 1]["step"] <= 9
+    assert checkpoint.read_training_state(last)["repaired"] == ["class1/09.png"]
+    assert not list(out.glob("bad-images*"))
+
+
+def test_other_images_are_refused_by_tokenizer_training_also_after_a_bad_one(root, spoilt, tmp_path):
+    folder, out = spoilt.parents[1], tmp_path / "run"
+    with pytest.raises(ImageError):
+        train(root, folder, out, 9, **UNTIL_LATE)
+    shutil.copy(tmp_path / "whole.png", spoilt)
+    Image.new("RGB", (20, 20), "red").save(folder / "class0" / "added.png")
+    with pytest.raises(MismatchError, match="other images"):
+        train(root, folder, out, 9, **UNTIL_LATE)
+
+
+def test_bad_files_are_found_before_the_first_step_all_at_once(root, pictures, tmp_path):
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    for name in ("class0/00.png", "class1/09.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-300])
+    with pytest.raises(ImageError, match="2 of 14 images cannot be used: .*00.png.*09.png"):
+        train(root, folder, tmp_path / "run", 3)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_left_out_is_in_the_manifest(command, pictures, tiny_tokenizer_path, tmp_path):
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    (folder / "class0" / "x.avif").touch()
+    (folder / "__MACOSX").mkdir()
+    code, out, _ = command("encode.py", tokenizer=tiny_tokenizer_path, data=folder, out=tmp_path / "set", workers=0)
+    manifest = TokenSet.open(tmp_path / "set").manifest
+    assert code == 0 and manifest["left_out"] == {".avif": 1} and manifest["ignored"] == {"__MACOSX": 1}
+    assert "1 file(s) left out" in out and "__MACOSX" in out
+
+
+def test_crops_that_say_how_another_precision_agrees_are_of_all_classes(
+    command, tiny_tokenizer_path, tmp_path, monkeypatch
+):
+    from mutor_vision import encode
+
+    for number in range(60):
+        path = tmp_path / "data" / "ab"[number // 30] / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(path)
+    taken = []
+    read = Views.__getitem__
+    monkeypatch.setattr(Views, "__getitem__", lambda self, i: taken.append(i) or read(self, i))
+    monkeypatch.setattr(encode, "_encode_shards", lambda *_: pytest.skip.Exception)
+    monkeypatch.setattr(encode, "write_manifest", lambda *_: None)
+    monkeypatch.setattr(encode.TokenSet, "open", lambda path: pytest.fail("done"))
+    with pytest.raises(pytest.fail.Exception, match="done"):
+        command("encode.py", tokenizer=tiny_tokenizer_path, data=tmp_path / "data", out=tmp_path / "set", workers=0,
+                precision="bfloat16")  # fmt: skip
+    assert len(taken) == 16 and 3 <= sum(i < 30 for i in taken) <= 13
+
+
 def test_greyscale_and_small_images_are_encoded(command, tiny_tokenizer_path, tmp_path):
     (tmp_path / "data" / "a").mkdir(parents=True)
     Image.new("L", (5, 3), 90).save(tmp_path / "data" / "a" / "0.png")
@@ -422,3 +610,38 @@ def test_reconstruct_scores_and_shows(command, pictures, tiny_tokenizer_path, tm
     names = [[p.name for p in sorted((tmp_path / "out" / f).iterdir())] for f in ("originals", "reconstructions")]
     assert len(names[0]) == 5 and names[0] == names[1]
     assert Image.open(tmp_path / "out" / "originals" / names[0][0]).size == (16, 16)
+
+
+def test_a_second_set_of_reconstructions_takes_the_place_of_the_first(command, pictures, tiny_tokenizer_path, tmp_path):
+    arguments = {"tokenizer": tiny_tokenizer_path, "out": tmp_path / "out", "workers": 0, "save_images": True}
+    assert command("reconstruct.py", data=pictures, **arguments)[0] == 0
+    few = tmp_path / "few" / "a"
+    few.mkdir(parents=True)
+    for number in range(3):
+        Image.new("RGB", (20, 20), (80 * number, 9, 9)).save(few / f"{number}.png")
+    assert command("reconstruct.py", data=few.parent, **arguments)[0] == 0
+    for name in ("originals", "reconstructions"):
+        assert sorted(os.listdir(tmp_path / "out" / name)) == [f"{number:08d}.png" for number in range(3)]
+    assert Image.open(tmp_path / "out" / "originals" / "00000002.png").getpixel((5, 5)) == (160, 9, 9)
+    before = contents(tmp_path / "out")
+    spoil(shutil.copy(pictures / "class0" / "00.png", few / "zz.png"))
+    assert command("reconstruct.py", data=few.parent, **arguments)[0] == 3
+    assert contents(tmp_path / "out") == before, "an unfinished set replaces nothing"
+
+
+def test_reconstructions_replace_nothing_that_is_not_theirs(command, pictures, tiny_tokenizer_path, tmp_path):
+    arguments = {"tokenizer": tiny_tokenizer_path, "data": pictures, "workers": 0, "save_images": True}
+    (tmp_path / "out" / "originals").mkdir(parents=True)
+    (tmp_path / "out" / "originals" / "holiday.png").touch()
+    code, _, error = command("reconstruct.py", **arguments, out=tmp_path / "out")
+    assert code == 2 and "originals holds something else (holiday.png)" in error
+    code, _, error = command("reconstruct.py", **arguments, out=pictures / "new")
+    assert code == 2 and "lie in one another" in error and not (pictures / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["encode.py", "reconstruct.py"])
+def test_outputs_are_tried_before_the_work(command, pictures, tmp_path, name):
+    (tmp_path / "file").touch()
+    for out in ("file", "file/deeper"):
+        code, _, error = command(name, tokenizer="gone", data=pictures, out=tmp_path / out)
+        assert code == 2 and ("is a file" in error or "cannot be written" in error)
