@@ -8,6 +8,7 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -185,12 +186,16 @@ def read_batches(dataset: Dataset, batches: Iterable[Iterable[int]], workers: in
         stream = iter(loader)
     except OSError as error:
         raise UserError(f"{workers} reading processes cannot be started ({error}); {_CURE}") from None
-    _say_how_workers_fail()
+    died = _hear_of_deaths_here_only()
     while True:
+        failure = None
         try:
-            batch = next(stream, None)
-        except RuntimeError as error:
-            raise (_worker_failure(error) or error) from None
+            with died:
+                batch = next(stream, None)
+        except (RuntimeError, OSError, EOFError) as error:  # the last two where one died while it handed a batch over
+            failure = _worker_failure(error) if workers else error
+        if failure is not None:
+            raise failure
         if batch is None:
             return
         if isinstance(batch, UserError):
@@ -198,31 +203,48 @@ def read_batches(dataset: Dataset, batches: Iterable[Iterable[int]], workers: in
         yield torch.from_numpy(batch) if isinstance(batch, np.ndarray) else batch
 
 
-def _worker_failure(error: RuntimeError) -> UserError | None:
-    """What torch says of a worker that died or delivers nothing -> the one line of it; None for any other error."""
-    text = " ".join(str(error).split())
-    if not text.startswith(("DataLoader worker", "DataLoader timed out")):
-        return None
+def _worker_failure(error: Exception) -> Exception:
+    """What is raised when a worker died or delivers nothing -> the one line of it; any other error stays."""
+    text = " ".join(f"{error}".split()) or type(error).__name__
+    if isinstance(error, RuntimeError) and not text.startswith(("DataLoader worker", "DataLoader timed out")):
+        return error
     return UserError(
         f"the processes that read images failed: {text} A killed one was often short of memory, and one that delivers "
         f"nothing waits for its disk; {_CURE}"
     )
 
 
-def _say_how_workers_fail() -> None:
-    """torch's handler of SIGCHLD raises wherever the main thread is when a worker dies: let that be one line, too."""
-    handler = signal.getsignal(signal.SIGCHLD)
-    if not callable(handler) or hasattr(handler, "plain") or threading.current_thread() is not threading.main_thread():
-        return
+class _Deaths:
+    """torch's handler of SIGCHLD raises wherever the main thread is when a worker dies. This one calls it only inside
+    its own context, and on entering that for deaths that came before."""
 
-    def plain(number, frame):
+    def __init__(self, handler):
+        self.handler, self.here = handler, False
+
+    def __call__(self, number, frame):
+        if self.here:
+            self.handler(number, frame)
+
+    def __enter__(self):
+        self.here = True
         try:
-            handler(number, frame)
-        except RuntimeError as error:
-            raise (_worker_failure(error) or error) from None
+            self.handler(signal.SIGCHLD, None)
+        except RuntimeError:
+            self.here = False
+            raise
 
-    plain.plain = True
-    signal.signal(signal.SIGCHLD, plain)
+    def __exit__(self, *_):
+        self.here = False
+
+
+def _hear_of_deaths_here_only() -> AbstractContextManager:
+    handler = signal.getsignal(signal.SIGCHLD)
+    if isinstance(handler, _Deaths):
+        return handler
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        return nullcontext()
+    signal.signal(signal.SIGCHLD, deaths := _Deaths(handler))
+    return deaths
 
 
 def batched(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:

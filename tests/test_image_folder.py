@@ -202,6 +202,19 @@ def test_a_killed_worker_is_one_line(monkeypatch):
     assert "\n" not in str(raised.value)
 
 
+def test_a_worker_that_dies_between_two_reads_is_heard_of_at_the_next():
+    """torch would raise in whatever the main thread does at that moment, such as writing a shard."""
+    before = set(torch.multiprocessing.active_children())
+    stream = read_batches(Batches(lambda index: None), [[i] for i in range(40)], 1)
+    next(stream)
+    (worker,) = set(torch.multiprocessing.active_children()) - before
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    time.sleep(0.2)  # the signal has come
+    with pytest.raises(UserError, match="the processes that read images failed"):
+        list(stream)
+
+
 def test_no_worker_is_waited_for_without_an_end(monkeypatch):
     monkeypatch.setattr(image_folder, "PATIENCE", 2)
     begun = time.monotonic()
