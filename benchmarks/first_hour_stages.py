@@ -4,6 +4,7 @@ the rows go into the table, the rest is for a person who reads results.json."""
 import argparse
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -176,12 +177,10 @@ def photographs(options) -> dict:
     out = options.out.absolute() / "photographs"
     images = options.images.absolute() if options.images else _digits(out / "images")
     steps = ("3", "20") if options.tiny else ("1500", "3000")
-    batch = ["--set", "val_every=0", "--set", "sample_every=0", "--set", "save_every=0"]
+    quiet = ["--set", "val_every=0", "--set", "sample_every=0", "--set", "save_every=0"]
     rows = []
 
     def command(what: str, *words) -> None:
-        import time
-
         begun = time.perf_counter()
         done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
         print(done.stdout[-2000:], done.stderr[-4000:], flush=True)
@@ -191,11 +190,11 @@ def photographs(options) -> dict:
 
     tokenizer = "tiny-imagenet" if options.images else "digits"
     command(f"tokenizer, {steps[0]} steps", "tokenizers/train_vq.py", "--preset", tokenizer, "--data", images,
-            "--out", out / "vq", "--steps", steps[0], *batch)  # fmt: skip
+            "--out", out / "vq", "--steps", steps[0], *quiet)  # fmt: skip
     command("codes", "tokenizers/encode.py", "--tokenizer", out / "vq", "--data", images, "--out", out / "codes")
     transformer = "tiny-imagenet-mutor-2d-80" if options.images else "digits-mutor-2d-15"
     command(f"transformer, {steps[1]} steps", "train/imagenet.py", "--preset", transformer, "--codes", out / "codes",
-            "--out", out / "run", "--steps", steps[1], *batch,
+            "--out", out / "run", "--steps", steps[1], *quiet,
             *(["--set", "batch_size=20"] if options.tiny else []))  # fmt: skip
     command("grid", "-m", "mutor_vision", "sample", out / "run", "--out", out / "grid.png", "--per-class", "8")
     command("distance", "eval/fid.py", "--model", out / "run", "--num-images", "40" if options.tiny else "1000",

@@ -17,7 +17,7 @@ from mutor_vision import checkpoint
 from mutor_vision.errors import ImageError, MismatchError, UserError
 from mutor_vision.image_folder import ImageFolder, Views, batched, check_apart, read_batches
 from mutor_vision.images import to_float, views_named
-from mutor_vision.keyed_random import permutation
+from mutor_vision.keyed_random import choose
 from mutor_vision.outputs import check_out_folder
 from mutor_vision.precision import exact_float32, fixed_convolutions
 from mutor_vision.repairs import forget_bad, only_repaired, recall_bad, record_bad
@@ -156,9 +156,8 @@ def _agreement(tokenizer: VQTokenizer, views: Views, plan: dict[str, Any], runti
     """For the manifest: which share of the codes of some crops is the same in float32. {} when encoding in float32."""
     if plan["precision"] == "float32":
         return {}
-    # Drawn from all images: the first are of one class.
-    drawn = permutation(0, "agreement", 0, plan["num_images"])[: -(-_COMPARED // len(plan["views"]))]
-    crops = torch.cat([views[i] for i in sorted(drawn.tolist())])[:_COMPARED]
+    drawn = choose(0, "agreement", plan["num_images"], -(-_COMPARED // len(plan["views"])))
+    crops = torch.cat([views[i] for i in drawn.tolist()])[:_COMPARED]
     codes, expected = (
         torch.cat([_encode(tokenizer, part, precision, runtime) for part in crops.split(plan["batch_size"])])
         for precision in (plan["precision"], "float32")

@@ -32,15 +32,7 @@ _WRAPPERS = {
     "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_fpw_module",
 }  # fmt: skip
 # Single numbers that averages (torch, lucidrains, LitEma) and profilers (thop) keep beside weights, by their last part.
-_COUNTERS = {
-    "n_averaged",
-    "num_updates",
-    "initted",
-    "step",
-    "decay",
-    "total_ops",
-    "total_params",
-}
+_COUNTERS = {"n_averaged", "num_updates", "initted", "step", "decay", "total_ops", "total_params"}
 _POSITIONS = {"freqs_cis", "causal_mask"}  # tables that follow from the sizes; some forks store them
 _CACHE = "kv_cache"  # what LlamaGen's sampler leaves in a model
 

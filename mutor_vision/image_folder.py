@@ -1,6 +1,7 @@
 """Folders of images, one sub-folder a class: listing them, and reading them in worker processes."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 import signal
@@ -8,7 +9,7 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,24 +91,31 @@ class ImageFolder:
     def fingerprint(self, numbers: Sequence[int] | None = None) -> str:
         """sha256 (hex) over the relative path and size in bytes of every image, or of those numbers."""
         digest = hashlib.sha256()
-        for path in self.paths if numbers is None else [self.paths[number] for number in numbers]:
-            digest.update(os.fsencode(f"{path}\0{self._size(path)}\n"))
+        for number in range(len(self)) if numbers is None else numbers:
+            digest.update(os.fsencode(f"{self.paths[number]}\0{self._sizes[number]}\n"))
         return digest.hexdigest()
 
     def fingerprints_of_classes(self) -> list[str]:
         """The same of each class, 16 hex digits."""
-        ends = np.cumsum(self.counts())
-        return [self.fingerprint(range(end - count, end))[:16] for end, count in zip(ends, self.counts(), strict=True)]
+        counts = self.counts()
+        ends = np.cumsum(counts)
+        return [self.fingerprint(range(end - count, end))[:16] for end, count in zip(ends, counts, strict=True)]
 
     def check(self, numbers: Sequence[int]) -> None:
         """Raise one ImageError that names those of these images that images.check_image refuses."""
         check_images([self.root / self.paths[number] for number in numbers])
 
-    def _size(self, path: str) -> int:
-        try:
-            return (self.root / path).stat().st_size
-        except OSError as error:
-            raise DataError(f"{printable(str(self.root / path))} cannot be read ({error.strerror})") from None
+    @functools.cached_property
+    def _sizes(self) -> list[int]:
+        """Bytes of every file, asked of the disk once: fingerprints are of all, of each class, and of each shard."""
+        return [_size(self.root / path) for path in self.paths]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{printable(str(path))} cannot be read ({error.strerror})") from None
 
 
 def check_images(paths: Sequence[Path]) -> list[Header]:
@@ -186,21 +194,21 @@ def read_batches(dataset: Dataset, batches: Iterable[Iterable[int]], workers: in
         stream = iter(loader)
     except OSError as error:
         raise UserError(f"{workers} reading processes cannot be started ({error}); {_CURE}") from None
-    died = _hear_of_deaths_here_only()
-    while True:
-        failure = None
-        try:
-            with died:
-                batch = next(stream, None)
-        except (RuntimeError, OSError, EOFError) as error:  # the last two where one died while it handed a batch over
-            failure = _worker_failure(error) if workers else error
-        if failure is not None:
-            raise failure
-        if batch is None:
-            return
-        if isinstance(batch, UserError):
-            raise batch
-        yield torch.from_numpy(batch) if isinstance(batch, np.ndarray) else batch
+    with _deaths() as heard_here:
+        while True:
+            failure = None
+            try:
+                with heard_here:
+                    batch = next(stream, None)
+            except (RuntimeError, OSError, EOFError) as error:  # the last two where one died while handing a batch over
+                failure = _worker_failure(error) if workers else error
+            if failure is not None:
+                raise failure
+            if batch is None:
+                return
+            if isinstance(batch, UserError):
+                raise batch
+            yield torch.from_numpy(batch) if isinstance(batch, np.ndarray) else batch
 
 
 def _worker_failure(error: Exception) -> Exception:
@@ -215,36 +223,46 @@ def _worker_failure(error: Exception) -> Exception:
 
 
 class _Deaths:
-    """torch's handler of SIGCHLD raises wherever the main thread is when a worker dies. This one calls it only inside
-    its own context, and on entering that for deaths that came before."""
+    """torch's handler of SIGCHLD raises wherever the main thread is when a worker dies. This one raises inside its own
+    context only, and on entering that what it was told before. The handler is called at once in any case: it can tell
+    that a worker has died only until the process is waited for, which starting another one does."""
 
     def __init__(self, handler):
-        self.handler, self.here = handler, False
+        self.handler, self.here, self.told, self.readers = handler, False, None, 0
 
     def __call__(self, number, frame):
-        if self.here:
+        try:
             self.handler(number, frame)
+        except RuntimeError as error:
+            if self.here:
+                raise
+            self.told = error
 
     def __enter__(self):
-        self.here = True
-        try:
-            self.handler(signal.SIGCHLD, None)
-        except RuntimeError:
-            self.here = False
-            raise
+        self.here, told, self.told = self.told is None, self.told, None
+        if told is not None:
+            raise told
 
     def __exit__(self, *_):
         self.here = False
 
 
-def _hear_of_deaths_here_only() -> AbstractContextManager:
+@contextmanager
+def _deaths() -> Iterator[AbstractContextManager]:
+    """While batches are read: the context in which the next is waited for."""
     handler = signal.getsignal(signal.SIGCHLD)
-    if isinstance(handler, _Deaths):
-        return handler
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        return nullcontext()
-    signal.signal(signal.SIGCHLD, deaths := _Deaths(handler))
-    return deaths
+        yield nullcontext()
+        return
+    if not isinstance(handler, _Deaths):
+        signal.signal(signal.SIGCHLD, handler := _Deaths(handler))
+    if handler.readers == 0:
+        handler.told = None  # of a worker whose reader has ended
+    handler.readers += 1
+    try:
+        yield handler
+    finally:
+        handler.readers -= 1
 
 
 def batched(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -19,7 +19,7 @@ class RunLog:
             return
         path = run / "log.jsonl"
         lines = path.read_text().splitlines() if path.is_file() else []
-        kept = [line for line in lines if _step_of(line) <= step]
+        kept = [line for line in lines if (found := _parsed(line)) and found["step"] <= step]
         path.write_text("".join(line + "\n" for line in kept))
         self.file = open(path, "a", buffering=1)
         try:
@@ -66,15 +66,9 @@ def read_log(run: Path) -> list[dict]:
 
 
 def _parsed(text: str) -> dict | None:
+    """A line of a log; None for what is none, such as the last line of a killed process, which may be cut."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):
         return None
     return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):  # the last line of a killed process may be cut off
-        return float("inf")

@@ -49,6 +49,21 @@ def registers(request) -> RegisterConfig:
     return request.param
 
 
+DRAWING = {
+    "guided": {},
+    "unguided": {"cfg_scale": 1.0},
+    "guided for a while": {"cfg_scale": 3.0, "cfg_interval": (2, 7)},
+    "greedy": {"temperature": 0},
+    "filtered": {"cfg_schedule": "linear", "top_k": 5, "top_p": 0.9},
+}
+
+
+@pytest.fixture(params=DRAWING.values(), ids=DRAWING.keys())
+def drawing(request) -> dict:
+    """Arguments of SampleSettings that take each way through a decoder."""
+    return request.param
+
+
 @pytest.fixture
 def random_model(tiny_config):
     """A model whose head is not zero, so that its logits depend on its inputs."""

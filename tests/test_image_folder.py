@@ -209,8 +209,8 @@ def test_a_worker_that_dies_between_two_reads_is_heard_of_at_the_next():
     next(stream)
     (worker,) = set(torch.multiprocessing.active_children()) - before
     os.kill(worker.pid, signal.SIGKILL)
-    worker.join()
-    time.sleep(0.2)  # the signal has come
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # the signal has come, and nobody has waited for it
+    worker.join()  # as starting another process does
     with pytest.raises(UserError, match="the processes that read images failed"):
         list(stream)
 
