@@ -1,22 +1,41 @@
-"""A GPU's rules, checked without one: under fake CUDA tensors (shapes and devices, no numbers) the steady paths of
-training, validation and decoding mix no devices, never wait for the device, and pin nothing but CPU memory."""
+"""A GPU's rules, checked without one: under fake tensors (shapes and devices, no numbers) the steady paths of training,
+validation, encoding, scoring and decoding mix no devices, never wait for the device, and pin nothing but CPU memory.
+
+Fake tensors claim to be on CUDA, or, where a backward pass is run, on torch's device `meta`: autograd asks CUDA itself
+for its streams. To every rule both are a GPU."""
+
+import dataclasses
+from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mutor_vision import encode, lora, train_loop
+from mutor_vision.config import RegisterConfig, TokenizerConfig, TokenizerTrainConfig, TrainConfig
 from mutor_vision.data import SampleOrder, read_batch
 from mutor_vision.generate import SampleSettings, generate
 from mutor_vision.loss import Objective
+from mutor_vision.metrics import moments
+from mutor_vision.metrics.features import TimmFeatures, create_small
+from mutor_vision.optim import build_optimizer
+from mutor_vision.parallel_heads import ParallelHeads
 from mutor_vision.registers import add_registers
+from mutor_vision.runtime import Runtime
 from mutor_vision.static_steps import StaticSteps
 from mutor_vision.token_set import TokenSet
+from mutor_vision.tokenizer import losses
+from mutor_vision.tokenizer.model import VQTokenizer
+from mutor_vision.tokenizer.quantizer import count_codes, revive_dead_codes
+from mutor_vision.train_step import train_step
 from mutor_vision.transformer import Transformer
 
-CUDA = torch.device("cuda", 0)
-WAITS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.unique")
+CUDA, META = torch.device("cuda", 0), torch.device("meta")
+WAITS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.unique", "aten.bincount")
 
 
 class BrokenRule(Exception):
@@ -30,7 +49,7 @@ class Rules(TorchDispatchMode):
         named = named or {}
         name = str(function)
         tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
-        on_gpu = [tensor for tensor in tensors if tensor.device.type == "cuda"]
+        on_gpu = [tensor for tensor in tensors if tensor.device.type in ("cuda", "meta")]
         if on_gpu and name.startswith(WAITS):
             raise BrokenRule(f"{name} waits for the device")
         if on_gpu and "pin_memory" in name:
@@ -53,34 +72,58 @@ def on_fake_cuda(monkeypatch):
         return tensor
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-
-    def call(function):
-        try:
-            with FakeTensorMode(allow_non_fake_inputs=True), Rules():
-                return function()
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise BrokenRule(f"waits for the device: {error}") from None
-
-    return call
+    return under_rules
 
 
-def fake_model(config) -> Transformer:
-    with CUDA:
+@pytest.fixture
+def on_meta(monkeypatch):
+    """The same for work with a backward pass on META. What torch has for real devices alone is answered for it:
+    autocast is off, AdamW is not fused, and generators are the CPU's."""
+    enabled, autocast = torch.is_autocast_enabled, torch.autocast
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind != "meta" and enabled(kind))
+    monkeypatch.setattr(
+        torch, "autocast", lambda kind, *a, **k: nullcontext() if kind == "meta" else autocast(kind, *a, **k)
+    )
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: adamw(*a, **k | {"fused": False}))
+    monkeypatch.setattr(torch, "Generator", GeneratorOfCPU)  # timm's EMA makes one and draws nothing
+    return under_rules
+
+
+class GeneratorOfCPU(torch.Generator):
+    def __new__(cls, device=None):
+        return super().__new__(cls)
+
+
+def under_rules(function):
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), Rules():
+            return function()
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise BrokenRule(f"waits for the device: {error}") from None
+
+
+def runtime_on(device) -> Runtime:
+    return Runtime(rank=0, world_size=1, device=device, autocast_dtype=None)
+
+
+def fake_model(config, device=CUDA) -> Transformer:
+    with device:
         return Transformer(config)
 
 
-def fake_set() -> TokenSet:
+def fake_set(device=CUDA) -> TokenSet:
     """A token set whose codes lie on the GPU."""
     found = object.__new__(TokenSet)
     found.grid, found.views, found.num_views, found.num_images = (4, 4), ["center"], 1, 60
     found.class_names, found.labels = list("abcde"), torch.zeros(60, dtype=torch.int64)
-    found._resident = torch.zeros(60, 1, 16, dtype=torch.int16, device=CUDA)
+    found._resident = torch.zeros(60, 1, 16, dtype=torch.int16, device=device)
     return found
 
 
-def read(token_set):
+def read(token_set, device=CUDA):
     return read_batch(token_set, SampleOrder(np.arange(60), 0), step=0, batch_size=8, rank=0, world_size=1,
-                      label_dropout=0.1, device=CUDA)  # fmt: skip
+                      label_dropout=0.1, device=device)  # fmt: skip
 
 
 def test_a_batch_of_codes_on_the_device_is_not_pinned(on_fake_cuda):
@@ -109,6 +152,121 @@ def test_decoding_obeys_the_rules(on_fake_cuda, tiny_config, drawing, static):
     assert on_fake_cuda(work).device.type == "cuda"
 
 
+TRAININGS = {
+    "next-token": {},
+    "registers": {"registers": RegisterConfig("2d", 5)},
+    "registers at every slot": {"registers": RegisterConfig("1d", 16)},
+    "parallel heads": {"parallel_heads": 3},
+    "accumulation": {"registers": RegisterConfig("2d", 5), "micro_batch": 3},
+    "activation checkpointing": {"registers": RegisterConfig("2d", 5), "activation_checkpointing": True},
+    "no clipping": {"clip": 0.0},
+    "cosine and a falling weight": {
+        "registers": RegisterConfig("2d", 5, weight_schedule="linear"), "schedule": "cosine", "steps": 9,
+    },
+    "adapter": {"registers": RegisterConfig("2d", 5), "init": "a base", "lora_rank": 2},
+}  # fmt: skip
+
+
+def two_steps(config: TrainConfig):
+    """A function that takes two optimizer steps with dropout and EMA as train() takes them, on META, and returns the
+    sums."""
+    model = fake_model(config.model, META)
+    model.recompute = config.activation_checkpointing
+    if config.lora_rank:
+        lora.add_adapter(model, config.lora_rank, config.lora_alpha)
+    ema = ModelEmaV3(model, config.ema_decay)
+    with META:
+        heads = ParallelHeads(config.model, config.parallel_heads) if config.parallel_heads > 1 else None
+    objective, runtime = Objective(model, heads), runtime_on(META)
+    optimizer = build_optimizer(objective, config)
+
+    def work() -> torch.Tensor:
+        sums = torch.zeros(4, dtype=torch.float64, device=META)
+        for step in range(2):
+            batch = read(fake_set(META), META)
+            train_step(objective, objective, optimizer, batch, config, runtime, step=step, sums=sums)
+            ema.update(model, step=step + 1)
+        return sums
+
+    return work
+
+
+@pytest.fixture
+def training(tiny_config):
+    """changes -> TrainConfig of the fake set."""
+    model = dataclasses.replace(tiny_config, residual_dropout=0.1, token_dropout=0.1, ffn_dropout=0.1, drop_path=0.1)
+    return lambda **changes: TrainConfig(model=model, batch_size=8, codes="codes", ema_decay=0.9, **changes)
+
+
+@pytest.mark.parametrize("changes", TRAININGS.values(), ids=TRAININGS.keys())
+def test_a_training_step_obeys_the_rules(on_meta, training, changes):
+    assert on_meta(two_steps(training(**changes))).device == META
+
+
+def test_validation_obeys_the_rules(on_fake_cuda, training, registers, monkeypatch):
+    """Up to its end, where the sums become numbers."""
+    monkeypatch.setattr(train_loop, "_means", lambda sums, *rest: sums)
+
+    def work():
+        config = training(registers=registers)
+        return train_loop.validate(fake_model(config.model), fake_set(), np.arange(20), config, runtime_on(CUDA))
+
+    assert on_fake_cuda(work).device == CUDA
+
+
+TINY_TOKENIZER = TokenizerConfig(32, (8, 8, 8), 1, 8, 4, 32, attention=True, norm_groups=4)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_encoding_obeys_the_rules(on_fake_cuda, precision):
+    def work():
+        with CUDA:
+            tokenizer = VQTokenizer(TINY_TOKENIZER).eval().requires_grad_(False)
+        crops = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+        codes = encode._encode(tokenizer, crops, precision, runtime_on(CUDA))
+        return tokenizer.decode(codes.unflatten(1, (8, 8)))
+
+    assert on_fake_cuda(work).device == CUDA
+
+
+def test_a_step_of_the_tokenizer_obeys_the_rules(on_meta):
+    """Both losses, the use of codes, and the revival of dead ones."""
+
+    def work():
+        config = TokenizerTrainConfig(model=TINY_TOKENIZER, entropy_weight=0.1, adversarial_weight=0.5)
+        with META:
+            model, discriminator = VQTokenizer(config.model), losses.PatchDiscriminator()
+            images, idle = torch.zeros(3, 3, 32, 32), torch.zeros(32, dtype=torch.int64)
+        done = model(images, losses.ENTROPY_TEMPERATURE, True)
+        terms = losses.generator_losses(images, done, config, None, discriminator(done.images))
+        terms["loss"].backward()
+        losses.discriminator_loss(discriminator(images), discriminator(done.images.detach())).backward()
+        counts = count_codes(done.quantized.codes, 32)
+        candidates = done.quantized.encoded.detach().permute(0, 2, 3, 1).flatten(0, 2)
+        uniforms = torch.zeros(32, dtype=torch.float64, device=META)
+        return revive_dead_codes(model.quantizer.codebook, idle, counts, candidates, 20, uniforms)
+
+    assert on_meta(work).device == META
+
+
+def features_and_moments() -> torch.Tensor:
+    with CUDA:
+        network = create_small("resnet10t", 5, {"channels": (8, 8, 8, 8), "stem_width": 8})
+        extractor = TimmFeatures(network, 32, (0.5,) * 3, (0.5,) * 3, identity={"name": "small"})
+        found = moments.Moments(extractor.layers["pool"], 3, CUDA)
+        pictures = torch.zeros(200, 3, 24, 24, dtype=torch.uint8)
+    for start in range(0, 1000, 200):
+        with torch.no_grad():
+            found.update(extractor(pictures)["pool"], start)
+    found.all_reduce(runtime_on(CUDA))
+    return found.scatter
+
+
+def test_features_and_their_moments_obey_the_rules(on_fake_cuda):
+    assert on_fake_cuda(features_and_moments).device == CUDA
+
+
 FAULTS = {
     "item": lambda x: x.sum().item(),
     "a branch on a tensor": lambda x: 1 if x.sum() > 0 else 2,
@@ -133,6 +291,44 @@ def test_the_fault_that_stopped_every_training_is_caught(on_fake_cuda, monkeypat
     monkeypatch.setattr(mutor_vision.data, "to_device", lambda tensor, device: tensor.pin_memory().to(device))
     with pytest.raises(BrokenRule, match="pins memory"):
         on_fake_cuda(lambda: read(fake_set()))
+
+
+def in_train_step(fault):
+    """train_step's loss with a fault in it."""
+    from mutor_vision import train_step as module
+
+    total = module.total_loss
+    return module, "total_loss", lambda *arguments: fault(total(*arguments))
+
+
+PLANTED = {
+    "the loss is read in every step": in_train_step(lambda loss: loss * float(loss.item() > -1)),
+    "a branch on the loss": in_train_step(lambda loss: loss if loss > 0 else -loss),
+    "a weight that stayed on the CPU": in_train_step(lambda loss: (loss * torch.ones(1)).sum()),
+    "clipping that looks at the norm": (
+        torch.nn.utils, "clip_grad_norm_", partial(torch.nn.utils.clip_grad_norm_, error_if_nonfinite=True),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", PLANTED.values(), ids=PLANTED.keys())
+def test_a_fault_planted_in_the_training_step_is_caught(on_meta, training, monkeypatch, fault):
+    monkeypatch.setattr(*fault)
+    with pytest.raises((BrokenRule, RuntimeError)):
+        on_meta(two_steps(training(registers=RegisterConfig("2d", 5))))
+
+
+def test_faults_planted_in_scoring_and_in_the_use_of_codes_are_caught(on_fake_cuda, monkeypatch):
+    with pytest.raises(BrokenRule):
+        on_fake_cuda(lambda: torch.bincount(torch.zeros(9, dtype=torch.int64, device=CUDA), minlength=32))
+    for fault in (
+        lambda self, x: self.forward_features(x).cpu().mean((2, 3)),
+        lambda self, x: self.forward_features(x).mean((2, 3)) + torch.ones(8),
+    ):
+        monkeypatch.setattr("timm.models.resnet.ResNet.forward_head", lambda self, x, pre_logits=False, f=fault: f(
+            self, torch.zeros(200, 3, 24, 24, device=x.device)))  # fmt: skip
+        with pytest.raises((BrokenRule, RuntimeError)):
+            on_fake_cuda(features_and_moments)
 
 
 class Replayed(TorchDispatchMode):

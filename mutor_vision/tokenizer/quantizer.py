@@ -100,7 +100,11 @@ def _distances(latents: Tensor, codebook: Tensor) -> Tensor:
 
 def count_codes(codes: Tensor, codebook_size: int) -> Tensor:
     """int64 codes of any shape -> (V,) int64, how often each occurs."""
-    return torch.bincount(codes.flatten(), minlength=codebook_size)
+    flat = codes.flatten()
+    # torch.bincount would wait for a GPU: the size of its result depends on the largest code.
+    return torch.zeros(codebook_size, dtype=torch.int64, device=codes.device).scatter_add_(
+        0, flat, torch.ones_like(flat)
+    )
 
 
 def usage(counts: Tensor) -> tuple[float, float]:
