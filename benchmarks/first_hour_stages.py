@@ -197,9 +197,10 @@ def photographs(options) -> dict:
             "--out", out / "run", "--steps", steps[1], *quiet,
             *(["--set", "batch_size=20"] if options.tiny else []))  # fmt: skip
     command("grid", "-m", "mutor_vision", "sample", out / "run", "--out", out / "grid.png", "--per-class", "8")
+    network = "timm:resnet18@32" if options.tiny else "timm:resnet18"
     command("distance", "eval/fid.py", "--model", out / "run", "--num-images", "40" if options.tiny else "1000",
             "--reference", images, "--allow-lossy", "--image-size", "24" if options.images is None else "64",
-            "--features", "timm:resnet18", "--weights", "random", "--json", out / "metrics.json",
+            "--features", network, "--weights", "random", "--json", out / "metrics.json",
             "--report", out / "report.html")  # fmt: skip
     return {"rows": rows}
 

@@ -230,3 +230,30 @@ def test_registers_need_no_base_that_knows_them(tmp_path, base, train_config):
     config = dataclasses.replace(train_config, init=str(base), lora_rank=4, steps=2, registers=RegisterConfig())
     train(config, tmp_path / "run")
     assert "register" not in read_log(tmp_path / "run")[-1]
+
+
+def test_the_head_that_stays_as_it_is_gets_no_gradient(base):
+    """Nor the product that would make one, which costs as much as the logits."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from mutor_vision.loss import linear_cross_entropy
+
+    class Products(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            self.number += "mm" in str(function)
+            return function(*arguments, **(named or {}))
+
+    model, _, _ = load_base(base)
+    hidden, targets = torch.randn(50, 32, requires_grad=True), torch.arange(50) % 32
+
+    def products() -> int:
+        with Products() as counter:
+            linear_cross_entropy(hidden, model.head.weight, targets).backward()
+        return counter.number
+
+    assert products() == 3 and model.head.weight.grad is not None
+    model.head.weight.grad = None
+    lora.add_adapter(model, 4, 16.0)
+    assert products() == 2 and model.head.weight.grad is None

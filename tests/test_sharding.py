@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from mutor_vision import checkpoint
-from mutor_vision.config import TransformerConfig, to_dict
+from mutor_vision.config import RegisterConfig, TransformerConfig, to_dict
 from mutor_vision.run_log import read_log
 from mutor_vision.train_loop import train
 
@@ -124,3 +125,34 @@ def test_a_damaged_shard_is_found(runs, tmp_path):
     shard.write_bytes(damaged)
     with pytest.raises(checkpoint.IntegrityError, match="optimizer/shard-00002.* is damaged"):
         checkpoint.verify(folder)
+
+
+def test_in_bfloat16_norms_keep_float32_weights():
+    """A norm's weights rounded to bfloat16 are another model's, and the fused kernel refuses them beside float32."""
+    import torch.distributed as dist
+
+    from mutor_vision import sharding
+    from mutor_vision.loss import Objective
+    from mutor_vision.registers import add_registers
+    from mutor_vision.runtime import Runtime
+    from mutor_vision.transformer import Transformer
+
+    config = dataclasses.replace(NO_DROPOUT, vocab_size=32, num_classes=5, grid=(4, 4))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        objective = Objective(Transformer(config))
+        runtime = Runtime(0, 1, torch.device("cpu"), torch.bfloat16)
+        sharding._shard(objective, runtime)
+        seen = {}
+        for name, module in objective.transformer.blocks.named_modules():
+            if name.endswith(("norm", "qkv")):
+                module.register_forward_hook(lambda m, i, o, name=name: seen.update({name: m.weight.dtype}))
+        codes = torch.zeros(2, 4, 4, dtype=torch.int64)
+        sequence = add_registers(codes, RegisterConfig("2d", 3), register_token=32, seed=0, sample_index=np.arange(2))
+        with runtime.autocast():
+            sum(objective(torch.zeros(2, dtype=torch.int64), sequence)).backward()
+    finally:
+        dist.destroy_process_group()
+    norms = {name: dtype for name, dtype in seen.items() if name.endswith("norm")}
+    assert len(norms) == 4 and set(norms.values()) == {torch.float32}
+    assert {seen["0.attention.qkv"], seen["1.attention.qkv"]} == {torch.bfloat16}
