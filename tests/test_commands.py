@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from safetensors import SafetensorError
 
 from mutor_vision.cli import run_command
-from mutor_vision.errors import DataError
+from mutor_vision.errors import DataError, UserError
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -100,6 +101,60 @@ def test_torchruns_summary_shows_the_root_cause_in_one_line(tmp_path, monkeypatc
     shown = summary.format_msg().split("Root Cause")[1].splitlines()
     assert [text for text in shown if "traceback" in text] == [f"  traceback : {line}"]
     assert not [text for text in shown if 'File "' in text]
+
+
+@pytest.mark.parametrize("error, line", [
+    (OSError(28, os.strerror(28), "runs/x.png"), "No space left on device (runs/x.png); make space"),
+    (OSError(30, os.strerror(30)), "Read-only file system; make space or mend the disk"),
+    (SafetensorError("I/O error: No space left on device (os error 28)"), "No space left on device; make space"),
+])  # fmt: skip
+def test_a_disk_that_fails_during_the_work_is_one_line(error, line, capsys, monkeypatch):
+    monkeypatch.delenv("MUTOR_DEBUG", raising=False)
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        run_command(main)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and line in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("error, line", [
+    (RuntimeError("unexpected pos 3840 vs 3792"), "No space left on device; make space"),
+    (UserError("/dev/shm is full; use --workers 0"), "error: /dev/shm is full; use --workers 0"),
+])  # fmt: skip
+def test_a_full_disk_behind_another_error_is_told_but_not_instead_of_it(error, line, capsys, monkeypatch):
+    monkeypatch.delenv("MUTOR_DEBUG", raising=False)
+
+    def main():
+        try:
+            raise OSError(28, os.strerror(28))
+        except OSError:
+            raise error from None
+
+    with pytest.raises(SystemExit):
+        run_command(main)
+    assert line in capsys.readouterr().err
+
+
+def test_other_failures_keep_their_traceback():
+    def main():
+        open("/nowhere/x")
+
+    with pytest.raises(FileNotFoundError):
+        run_command(main)
+
+
+def test_blanks_in_a_name_are_printed_as_they_are(capsys, monkeypatch):
+    monkeypatch.delenv("MUTOR_DEBUG", raising=False)
+
+    def main():
+        raise DataError("my  photos/a.jpg is no image;\n  remove it")
+
+    with pytest.raises(SystemExit):
+        run_command(main)
+    assert capsys.readouterr().err == "error: my  photos/a.jpg is no image; remove it\n"
 
 
 def test_a_closed_pipe_is_no_error(root, tmp_path):

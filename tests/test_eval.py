@@ -516,3 +516,13 @@ def test_an_npz_is_streamed_and_appears_only_when_complete(tmp_path):
         with NpzImageWriter(tmp_path / "c.npz", 2, 16, 16) as writer:
             writer.write(images)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.npz"]
+
+
+def test_a_full_disk_leaves_no_half_npz(tmp_path, monkeypatch):
+    def full():
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"), NpzImageWriter(tmp_path / "c.npz", 1, 16, 16) as writer:
+        writer.write(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+        monkeypatch.setattr(writer._zip, "_write_end_record", full)
+    assert not list(tmp_path.iterdir())

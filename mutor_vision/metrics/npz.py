@@ -13,7 +13,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,8 +77,14 @@ class NpzImageWriter:
         self.written += len(images)
 
     def __exit__(self, kind, error, trace) -> None:
-        self._member.close()
-        self._zip.close()
+        try:
+            self._member.close()
+            self._zip.close()
+        except OSError:  # the disk is full
+            with suppress(OSError):
+                self._zip.close()  # or Python tries it, and complains, when the object is thrown away
+            self._partial.unlink()
+            raise
         if kind is not None or self.written != self.shape[0]:
             self._partial.unlink()
             if kind is None:
