@@ -18,7 +18,7 @@ from mutor_vision.config import Config, override, preset
 from mutor_vision.errors import UserError
 from mutor_vision.names import printable
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # full, over the quota, read-only
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # full, over a quota, of small files (FAT), read-only
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import runpy
 import subprocess
 import sys
@@ -136,6 +137,22 @@ def test_a_full_disk_behind_another_error_is_told_but_not_instead_of_it(error, l
     with pytest.raises(SystemExit):
         run_command(main)
     assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [
+    ("-m", "mutor_vision", "sample", "RUN", "--per-class", "4", "--out", "OUT.png"),
+    ("-m", "mutor_vision", "sample", "RUN", "--num-images", "64", "--out", "OUT.npz"),
+    ("-m", "mutor_vision", "convert", "--to", "llamagen", "RUN", "OUT.pt"),
+])  # fmt: skip
+def test_results_that_do_not_fit_are_one_line_and_leave_nothing(root, trained_run, tmp_path, words):
+    """Files of 8 kB at most stand for a disk that is full; it takes the file that tries it."""
+    words = [word.replace("RUN", str(trained_run)).replace("OUT", str(tmp_path / "out")) for word in words]
+    done = subprocess.run(
+        [sys.executable, *words], cwd=root, env=ONE_THREAD, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
+    )  # fmt: skip
+    assert done.returncode == 2 and "results cannot be written: File too large" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_other_failures_keep_their_traceback():
