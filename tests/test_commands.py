@@ -10,6 +10,7 @@ import sys
 import pytest
 from safetensors import SafetensorError
 
+from mutor_vision import lora
 from mutor_vision.cli import run_command
 from mutor_vision.errors import DataError, UserError
 
@@ -41,6 +42,19 @@ def test_train_imagenet_refuses_in_one_line_and_writes_nothing(root, tmp_path, t
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith("error: ")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("out, message", [
+    ("file", "is a file, expected a folder"), ("file/run", "cannot be written (Not a directory"),
+])  # fmt: skip
+def test_outputs_of_training_and_merging_are_tried_before_the_work(root, tmp_path, out, message):
+    """Inputs that do not exist: whoever speaks of them has begun to work."""
+    (tmp_path / "file").touch()
+    result = command(root, "train/imagenet.py", "--preset", "digits-mutor-2d", "--codes", "/nowhere",
+                     "--out", tmp_path / out)  # fmt: skip
+    assert result.returncode == 2 and message in result.stderr
+    with pytest.raises(UserError, match="cannot be written .Not a directory|exists already"):
+        lora.merge("/nowhere", "/nowhere", tmp_path / out)
 
 
 def test_dry_run_prints_the_resolved_configuration(root, tmp_path, token_set_path):
