@@ -139,7 +139,8 @@ def save(
             continue
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         save_file(tensors, partial / f"{name}.safetensors")
-    torch.save(state, partial / "training.pt")
+    with open(partial / "training.pt", "wb") as file:  # given a name, torch does not say that the disk is full
+        torch.save(state, file)
     if shards:
         shards.rename(partial / OPTIMIZER)
     paths = sorted(path for path in partial.rglob("*") if path.is_file())

@@ -3,9 +3,11 @@ reader may leave, and the settings of a training run from a preset, --set and fl
 
 import argparse
 import dataclasses
+import errno
 import io
 import json
 import os
+import re
 import stat
 import sys
 import time
@@ -15,6 +17,8 @@ from typing import Any
 from mutor_vision.config import Config, override, preset
 from mutor_vision.errors import UserError
 from mutor_vision.names import printable
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # full, over a quota, of small files (FAT), read-only
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -26,7 +30,7 @@ def run_command(main: Callable[[], None]) -> None:
             stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = _unbreakable(sys.stdout, sys.__stdout__), _unbreakable(sys.stderr, sys.__stderr__)
     try:
-        _recorded(main)()
+        _recorded(_disk_told(main))()
     except UserError as error:
         if os.environ.get("MUTOR_DEBUG") == "1":
             raise
@@ -49,7 +53,40 @@ def choose_settings(presets: dict[str, Config], name: str, settings: list[str], 
 def _one_line(error: UserError) -> str:
     rank = os.environ.get("RANK")
     where = f"error [rank {rank}]" if rank and os.environ.get("WORLD_SIZE", "1") != "1" else "error"
-    return f"{where}: {printable(' '.join(str(error).split()))}"
+    # Line ends alone: runs of blanks may be a part of a file's name.
+    text = re.sub(r"\s*[\r\n]\s*", " ", str(error)).strip()
+    return f"{where}: {printable(text)}"
+
+
+def _disk_told(main: Callable[[], None]) -> Callable[[], None]:
+    """main, in which a disk that has become full or read-only since it was tried is a user's matter, not a bug."""
+
+    def run() -> None:
+        try:
+            main()
+        except UserError:  # which may say more of the disk
+            raise
+        except Exception as error:
+            failed = error  # what torch.save raises says nothing of the disk, what came before it does
+            while failed is not None and _disk_number(failed) not in _DISK:
+                failed = failed.__context__
+            if failed is None:
+                raise
+            name = getattr(failed, "filename2", None) or getattr(failed, "filename", None)
+            where = f" ({os.fsdecode(name)})" if isinstance(name, (str, bytes)) else ""
+            reason = os.strerror(_disk_number(failed))
+            raise UserError(
+                f"results cannot be written: {reason}{where}; make space or mend the disk, then repeat the command"
+            ) from error
+
+    return run
+
+
+def _disk_number(error: BaseException) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"os error (\d+)", str(error))  # safetensors has a kind of its own, and the number in the text
+    return int(told[1]) if told else None
 
 
 def _recorded(main: Callable[[], None]) -> Callable[[], None]:

@@ -91,8 +91,9 @@ def convert_back(
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     try:
-        torch.save({"model": {name: tensor.contiguous() for name, tensor in theirs.items()}}, partial)
-        with open(partial, "rb") as file:
+        with open(partial, "wb") as file:  # given a name, torch does not say that the disk is full
+            torch.save({"model": {name: tensor.contiguous() for name, tensor in theirs.items()}}, file)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(partial, target)
     finally:

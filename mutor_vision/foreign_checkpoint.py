@@ -6,6 +6,7 @@ Opening a file reads names and shapes only. The numbers are read one tensor at a
 nor the optimizer's state beside it has to fit into memory."""
 
 import argparse
+import json
 import re
 import zipfile
 from dataclasses import dataclass
@@ -25,7 +26,14 @@ ENTRIES = (
     "model", "module", "state_dict", "ema", "model_state_dict", "model_state", "model_ema", "ema_state_dict",
     "state_dict_ema", "params", "params_ema", "weights", "net",
 )  # fmt: skip
-FILES = ("consolidated.pth", "model.safetensors", "pytorch_model.bin")  # in a folder: FSDP's trainer, Hugging Face
+_INDEX = "model.safetensors.index.json"  # Hugging Face's, of weights in several files
+FILES = (
+    "consolidated.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    _INDEX,
+)  # in a folder: FSDP's trainer, Hugging Face
+_PART = re.compile(r".*-\d+-of-(?!0*1\.)\d+\.\w+")
 
 # Parts of names, anywhere: DDP, torch.compile, FSDP, activation checkpointing, DeepSpeed, fairscale's FSDP.
 _WRAPPERS = {
@@ -62,7 +70,7 @@ class ForeignCheckpoint:
 
 
 def read(path: str | Path, weights: str = "") -> ForeignCheckpoint:
-    """Open a .pt, .pth or .ckpt file, a .safetensors file, or a folder with FSDP's consolidated.pth.
+    """Open a .pt, .pth or .ckpt file, a .safetensors file or an index of several, or a folder that holds one of FILES.
 
     weights: the entry to take ('model', 'module', 'state_dict' or 'ema') from a file with several. Raises UserError
     when there is no such file or a choice is needed, IntegrityError when it is damaged or would run code."""
@@ -73,9 +81,14 @@ def read(path: str | Path, weights: str = "") -> ForeignCheckpoint:
         path = next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
     if not path.is_file():
         raise UserError(f"{path} does not exist; expected a checkpoint file, or a folder with {' or '.join(FILES)}")
-    with open(path, "rb") as file:
-        _check_start(path, file.read(512))
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    if _PART.fullmatch(path.name):
+        raise UserError(f"{path} is one of several parts; give its folder, or {_INDEX}")
+    if path.name.endswith(".safetensors.index.json"):
+        content = _read_parts(path)
+    else:
+        with open(path, "rb") as file:
+            _check_start(path, file.read(512))
+        content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     tensors, layout, weights = _choose(path, content, weights)
     arguments = content.get("args")
     arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
@@ -90,6 +103,25 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise IntegrityError(f"{path} is no complete safetensors file ({_short(error)}); download it again") from None
+
+
+def _read_parts(index: Path) -> dict[str, Tensor]:
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        inside = all(Path(name).name == name for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise IntegrityError(f"{index} is no index of safetensors files; download it again") from None
+    if not inside:
+        raise IntegrityError(f"{index} names files outside of its folder; it is refused")
+    tensors = {}
+    for path in (index.parent / name for name in names):
+        if not path.is_file():
+            raise IntegrityError(f"{path}, which {index.name} names, does not exist; download it")
+        part = _read_safetensors(path)
+        if twice := sorted(tensors.keys() & part.keys()):
+            raise MismatchError(f"{path}: '{twice[0]}' stands in another part as well; it is ambiguous")
+        tensors |= part
+    return tensors
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:

@@ -79,9 +79,10 @@ def check_image(path: str | Path) -> Header:
 @contextmanager
 def _opened(path: str | Path, header: bool = False) -> Iterator[Image.Image]:
     """The file as Pillow sees it without its metadata, and every one of Pillow's many exceptions as an ImageError."""
+    shown = printable(str(path))
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for, for ever
-            raise ImageError(f"{path}: not a regular file; remove it", path)
+            raise ImageError(f"{shown}: not a regular file; remove it", path)
         with (
             open(path, "rb") as file,
             Image.open(pixel_bytes(file, header=header), formats=FORMATS) as image,
@@ -91,33 +92,34 @@ def _opened(path: str | Path, header: bool = False) -> Iterator[Image.Image]:
     except ImageError:
         raise
     except FileNotFoundError:
-        raise ImageError(f"{path}: no such file", path) from None
+        raise ImageError(f"{shown}: no such file", path) from None
     except Image.DecompressionBombError:
-        raise ImageError(f"{path}: too many pixels, at most {MAX_PIXELS:,} are read; make it smaller", path) from None
+        raise ImageError(f"{shown}: too many pixels, at most {MAX_PIXELS:,} are read; make it smaller", path) from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and its own kinds for damaged files
         if isinstance(error, OSError) and error.errno is not None:
-            raise ImageError(f"{path}: cannot be read ({error.strerror}); mend its rights or its disk", path) from None
+            raise ImageError(f"{shown}: cannot be read ({error.strerror}); mend its rights or its disk", path) from None
         reason = " ".join(str(error).split())[:160]
         if isinstance(error, UnidentifiedImageError):
             with open(path, "rb") as file:
                 reason = f"it begins with {file.read(16)!r}" if os.path.getsize(path) else "it is empty"
-        raise ImageError(f"{path}: not a complete image ({reason}); replace or remove it", path) from None
+        raise ImageError(f"{shown}: not a complete image ({reason}); replace or remove it", path) from None
 
 
 def _check_kind(path: str | Path, image: Image.Image) -> None:
+    shown = printable(str(path))
     if image.width * image.height > MAX_PIXELS:
-        raise ImageError(f"{path}: {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are read", path)
+        raise ImageError(f"{shown}: {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are read", path)
     if max(image.size) > MAX_ASPECT * min(image.size):
-        raise ImageError(f"{path}: {image.width}x{image.height} pixels, at most {MAX_ASPECT}:1 is cropped", path)
+        raise ImageError(f"{shown}: {image.width}x{image.height} pixels, at most {MAX_ASPECT}:1 is cropped", path)
     if image.format == "TIFF":
         if (pages := _full_pages(image)) > 1:
-            raise ImageError(f"{path}: a TIFF of {pages} pages; save each as an image of its own", path)
+            raise ImageError(f"{shown}: a TIFF of {pages} pages; save each as an image of its own", path)
     elif image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-        raise ImageError(f"{path}: animated with {image.n_frames} frames; extract one frame", path)
+        raise ImageError(f"{shown}: animated with {image.n_frames} frames; extract one frame", path)
     if _bits(image) > 8:
-        raise ImageError(f"{path}: a {_bits(image)}-bit {image.format}, expected 8 bits a channel; convert it", path)
+        raise ImageError(f"{shown}: a {_bits(image)}-bit {image.format}, expected 8 bits a channel; convert it", path)
     if image.mode not in _MODES_8_BIT:
-        raise ImageError(f"{path}: pixels of kind {image.mode}, expected RGB, CMYK, grey or palette; convert it", path)
+        raise ImageError(f"{shown}: pixels of kind {image.mode}, expected RGB, CMYK, grey or palette; convert it", path)
 
 
 def _full_pages(image: Image.Image) -> int:

@@ -84,8 +84,9 @@ def say_left_out(root: str | Path, listing: Listing) -> None:
     parts = []
     if listing.left_out:
         kinds = (f"{count:,} {printable(ending) or 'without ending'}" for ending, count in listing.left_out.items())
-        parts.append(f"{sum(listing.left_out.values()):,} file(s) left out, which are no images by their ending "
-                     f"({', '.join(kinds)})")  # fmt: skip
+        parts.append(
+            f"{sum(listing.left_out.values()):,} file(s) left out by their ending or place ({', '.join(kinds)})"
+        )
     if listing.ignored:
         parts.append(f"ignored, as systems leave it behind: {', '.join(map(printable, listing.ignored))}")
     print(f"{printable(str(root))}: {'; '.join(parts)}", flush=True)

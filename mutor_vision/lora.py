@@ -15,6 +15,7 @@ from mutor_vision import checkpoint
 from mutor_vision.config import TrainConfig
 from mutor_vision.errors import MismatchError, UserError
 from mutor_vision.fine_tuning import RECORD, load_base, open_base
+from mutor_vision.outputs import check_out_file
 from mutor_vision.transformer import Transformer
 
 LINEAR_LAYERS = ["qkv", "out", "fc1_g", "fc1_x", "fc2"]  # of every block
@@ -86,8 +87,9 @@ def load_merged(base: str | Path, adapter: str | Path, weights: str = "best") ->
 def merge(base: str | Path, adapter: str | Path, out: str | Path, weights: str = "best") -> None:
     """A base and its adapter -> the plain run `out`, which must not exist."""
     out = Path(out)
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"{out} exists already; remove it or give another name")
+    check_out_file(out)
     merged = load_merged(base, adapter, weights)
     config = dataclasses.replace(merged.config, init="", lora_rank=0, ema_decay=0.0)
     step = checkpoint.step_of(merged.folder) or 0

@@ -43,8 +43,8 @@ def _escaped(character: str) -> str:
 
 def read_names(path: str | Path) -> list[str]:
     """A text file with a class name a line -> the names, in the order of the ids. UTF-8, or UTF-16 and UTF-32 with
-    their mark; line ends of any kind; blanks at the ends and empty lines are dropped. Raises UserError for other
-    files, and for a name that occurs twice."""
+    their mark, also where files with marks were joined; line ends of any kind; blanks at the ends and empty lines are
+    dropped. Raises UserError for other files, such as JSON or without a name, and for a name that occurs twice."""
     try:
         content = Path(path).read_bytes()
         encoding = next((name for mark, name in _BOMS if content.startswith(mark)), "utf-8")
@@ -55,8 +55,13 @@ def read_names(path: str | Path) -> list[str]:
         ) from None
     if "\0" in text:
         raise UserError(f"{path} holds zero bytes and is no text in UTF-8; save it as UTF-8, a name a line")
+    text = text.replace("\ufeff", "")
+    if (text.strip()[:1], text.strip()[-1:]) in (("[", "]"), ("{", "}")):
+        raise UserError(f"{path} looks like JSON; expected a text file with a name a line, in the order of the ids")
     lines = {number: line.strip() for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1)}
     lines = {number: name for number, name in lines.items() if name}
+    if not lines:
+        raise UserError(f"{path} holds no name; expected a class name a line")
     first = {}
     for number, name in lines.items():
         if (before := first.setdefault(same(name), number)) != number:

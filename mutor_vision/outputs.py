@@ -23,7 +23,7 @@ def check_out_folder(path: str | Path) -> None:
     behind."""
     path = Path(path)
     if not _is_folder(path) and os.path.lexists(path):
-        raise UserError(f"{path} is a file, expected a folder; give another --out")
+        raise UserError(f"{path} is a file, expected a folder; give another")
     _try_to_write(path, path.absolute())
 
 
@@ -50,7 +50,7 @@ def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
     except OSError as error:  # a name that is too long, a folder without rights
-        raise UserError(f"{path} cannot be written ({error.strerror}); give another --out") from None
+        raise UserError(f"{path} cannot be written ({error.strerror}); give another place") from None
 
 
 def _try_to_write(path: Path, folder: Path) -> None:
@@ -61,4 +61,4 @@ def _try_to_write(path: Path, folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder, prefix=".mutor-") as file:
             file.write(bytes(4096))
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}: {folder}); give another --out") from None
+        raise UserError(f"{path} cannot be written ({error.strerror}: {folder}); give another place") from None

@@ -24,6 +24,7 @@ from mutor_vision.fine_tuning import RECORD, check_tokenizer, load_base, open_ba
 from mutor_vision.keyed_random import choose, derived_seed
 from mutor_vision.loss import Objective
 from mutor_vision.optim import build_optimizer, check_warmup, due
+from mutor_vision.outputs import check_out_folder
 from mutor_vision.parallel_heads import ParallelHeads
 from mutor_vision.registers import add_registers, place_registers
 from mutor_vision.run_log import RunLog
@@ -42,6 +43,7 @@ def train(config: TrainConfig, out: Path) -> None:
     """Train config.model on config.codes and keep everything in the run directory `out`. Running it again with the
     same configuration continues from the newest checkpoint, on CPU to the last bit as if it had never stopped."""
     runtime = start(config.precision)
+    check_out_folder(out)
 
     # --- data and configuration -------------------------------------------------------------------------------------
     token_set = TokenSet.open(config.codes)

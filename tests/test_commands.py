@@ -2,14 +2,17 @@
 
 import json
 import os
+import resource
 import runpy
 import subprocess
 import sys
 
 import pytest
+from safetensors import SafetensorError
 
+from mutor_vision import lora
 from mutor_vision.cli import run_command
-from mutor_vision.errors import DataError
+from mutor_vision.errors import DataError, UserError
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -39,6 +42,19 @@ def test_train_imagenet_refuses_in_one_line_and_writes_nothing(root, tmp_path, t
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith("error: ")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("out, message", [
+    ("file", "is a file, expected a folder"), ("file/run", "cannot be written (Not a directory"),
+])  # fmt: skip
+def test_outputs_of_training_and_merging_are_tried_before_the_work(root, tmp_path, out, message):
+    """Inputs that do not exist: whoever speaks of them has begun to work."""
+    (tmp_path / "file").touch()
+    result = command(root, "train/imagenet.py", "--preset", "digits-mutor-2d", "--codes", "/nowhere",
+                     "--out", tmp_path / out)  # fmt: skip
+    assert result.returncode == 2 and message in result.stderr
+    with pytest.raises(UserError, match="cannot be written .Not a directory|exists already"):
+        lora.merge("/nowhere", "/nowhere", tmp_path / out)
 
 
 def test_dry_run_prints_the_resolved_configuration(root, tmp_path, token_set_path):
@@ -100,6 +116,76 @@ def test_torchruns_summary_shows_the_root_cause_in_one_line(tmp_path, monkeypatc
     shown = summary.format_msg().split("Root Cause")[1].splitlines()
     assert [text for text in shown if "traceback" in text] == [f"  traceback : {line}"]
     assert not [text for text in shown if 'File "' in text]
+
+
+@pytest.mark.parametrize("error, line", [
+    (OSError(28, os.strerror(28), "runs/x.png"), "No space left on device (runs/x.png); make space"),
+    (OSError(30, os.strerror(30)), "Read-only file system; make space or mend the disk"),
+    (SafetensorError("I/O error: No space left on device (os error 28)"), "No space left on device; make space"),
+])  # fmt: skip
+def test_a_disk_that_fails_during_the_work_is_one_line(error, line, capsys, monkeypatch):
+    monkeypatch.delenv("MUTOR_DEBUG", raising=False)
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        run_command(main)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and line in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("error, line", [
+    (RuntimeError("unexpected pos 3840 vs 3792"), "No space left on device; make space"),
+    (UserError("/dev/shm is full; use --workers 0"), "error: /dev/shm is full; use --workers 0"),
+])  # fmt: skip
+def test_a_full_disk_behind_another_error_is_told_but_not_instead_of_it(error, line, capsys, monkeypatch):
+    monkeypatch.delenv("MUTOR_DEBUG", raising=False)
+
+    def main():
+        try:
+            raise OSError(28, os.strerror(28))
+        except OSError:
+            raise error from None
+
+    with pytest.raises(SystemExit):
+        run_command(main)
+    assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [
+    ("-m", "mutor_vision", "sample", "RUN", "--per-class", "4", "--out", "OUT.png"),
+    ("-m", "mutor_vision", "sample", "RUN", "--num-images", "64", "--out", "OUT.npz"),
+    ("-m", "mutor_vision", "convert", "--to", "llamagen", "RUN", "OUT.pt"),
+])  # fmt: skip
+def test_results_that_do_not_fit_are_one_line_and_leave_nothing(root, trained_run, tmp_path, words):
+    """Files of 8 kB at most stand for a disk that is full; it takes the file that tries it."""
+    words = [word.replace("RUN", str(trained_run)).replace("OUT", str(tmp_path / "out")) for word in words]
+    done = subprocess.run(
+        [sys.executable, *words], cwd=root, env=ONE_THREAD, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
+    )  # fmt: skip
+    assert done.returncode == 2 and "results cannot be written: File too large" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_other_failures_keep_their_traceback():
+    def main():
+        open("/nowhere/x")
+
+    with pytest.raises(FileNotFoundError):
+        run_command(main)
+
+
+def test_blanks_in_a_name_are_printed_as_they_are(capsys, monkeypatch):
+    monkeypatch.delenv("MUTOR_DEBUG", raising=False)
+
+    def main():
+        raise DataError("my  photos/a.jpg is no image;\n  remove it")
+
+    with pytest.raises(SystemExit):
+        run_command(main)
+    assert capsys.readouterr().err == "error: my  photos/a.jpg is no image; remove it\n"
 
 
 def test_a_closed_pipe_is_no_error(root, tmp_path):

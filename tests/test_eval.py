@@ -21,7 +21,7 @@ from mutor_vision.metrics import in_training, report, sweep
 from mutor_vision.metrics.evaluate import ImageSet, Options, evaluate, open_set
 from mutor_vision.metrics.extract import CHUNK, extract
 from mutor_vision.metrics.features import load_extractor
-from mutor_vision.metrics.npz import Npz, NpzImageWriter
+from mutor_vision.metrics.npz import Npz, NpzImageWriter, write_arrays
 from mutor_vision.metrics.sources import RunImages
 from mutor_vision.runtime import Runtime
 
@@ -516,3 +516,25 @@ def test_an_npz_is_streamed_and_appears_only_when_complete(tmp_path):
         with NpzImageWriter(tmp_path / "c.npz", 2, 16, 16) as writer:
             writer.write(images)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.npz"]
+
+
+def test_a_full_disk_leaves_no_half_npz(tmp_path, monkeypatch):
+    def full():
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"), NpzImageWriter(tmp_path / "c.npz", 1, 16, 16) as writer:
+        writer.write(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+        monkeypatch.setattr(writer._zip, "_write_end_record", full)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_while_arrays_are_written_leaves_nothing(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mutor_vision.metrics.npz._write_member", full)
+    with pytest.raises(OSError, match="No space"):
+        write_arrays(tmp_path / "c.npz", {"mu": np.zeros(3)})
+    with pytest.raises(OSError, match="No space"), NpzImageWriter(tmp_path / "c.npz", 1, 16, 16, {"mu": np.zeros(3)}):
+        pass
+    assert not list(tmp_path.iterdir())

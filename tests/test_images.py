@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageFile
 
 from mutor_vision import images
-from mutor_vision.errors import DataError, UserError
+from mutor_vision.errors import DataError, ImageError, UserError
 
 RED = (200, 30, 10)
 
@@ -407,3 +407,12 @@ def test_a_png_appears_only_when_it_is_complete(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         images.save_png(gradient(4, 4), tmp_path / "new" / "b.png")
     assert not (tmp_path / "new" / "b.png").exists()
+
+
+def test_a_message_shows_a_names_very_characters(tmp_path):
+    path = tmp_path / "new\nline  two" / os.fsdecode(b"\xff.png")
+    path.parent.mkdir()
+    path.touch()
+    with pytest.raises(ImageError) as caught:
+        images.check_image(path)
+    assert r"new\nline  two/\udcff.png: " in str(caught.value) and caught.value.paths == (str(path),)

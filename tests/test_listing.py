@@ -89,7 +89,7 @@ def test_what_is_left_out_is_counted_by_ending(root, capsys):
     folder = ImageFolder.open(root)
     assert folder.listing.left_out == {".avif": 2, "": 1, ".txt": 1, "images outside of the class folders": 1}
     (line,) = capsys.readouterr().out.splitlines()
-    assert "5 file(s) left out" in line and "2 .avif" in line and "1 without ending" in line
+    assert "5 file(s) left out by their ending or place (2 .avif, " in line and "1 without ending" in line
     (root / "loose.png").unlink()
     assert FolderImages(root, image_size=16).describe()["left_out"] == {".avif": 2, "": 1, ".txt": 1}
 

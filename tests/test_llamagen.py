@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from mutor_vision import checkpoint, foreign_checkpoint, llamagen
 from mutor_vision.config import TokenizerConfig, TrainConfig, TransformerConfig
@@ -282,6 +284,43 @@ def test_what_frameworks_keep_beside_the_weights_is_left_out(shared, tmp_path, g
     torch.save(build(gpt_weights(shared)), tmp_path / "file.pt")
     convert_gpt(tmp_path / "file.pt", tmp_path / "run", weights=weights)
     assert_golden(gpt, tmp_path / "run")
+
+
+def write_parts(folder, weights, **changes):
+    """Hugging Face's layout: two parts with wrapped names, and their index with `changes` in its map."""
+    folder.mkdir()
+    names, files = sorted(weights), [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for part, file in zip((names[::2], names[1::2]), files, strict=True):
+        save_file({f"model._orig_mod.{name}": weights[name] for name in part}, folder / file)
+    table = {name: files[i % 2] for i, name in enumerate(names)} | changes
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    return folder
+
+
+@pytest.mark.parametrize("given", ["", "model.safetensors.index.json"])
+def test_weights_in_several_parts_are_read_by_their_index(shared, tmp_path, gpt, given):
+    convert_gpt(write_parts(tmp_path / "parts", gpt_weights(shared)) / given, tmp_path / "run")
+    assert_golden(gpt, tmp_path / "run")
+
+
+def test_parts_without_each_other_are_refused(shared, tmp_path):
+    weights = gpt_weights(shared)
+    folder = write_parts(tmp_path / "parts", weights)
+    with pytest.raises(UserError, match="00001-of-00002.safetensors is one of several parts; give its folder"):
+        convert_gpt(folder / "model-00001-of-00002.safetensors", tmp_path / "run")
+    save_file({"model._orig_mod.norm.weight": torch.ones(64)}, folder / "model-00001-of-00002.safetensors")
+    save_file({"model._orig_mod.norm.weight": torch.ones(64)}, folder / "model-00002-of-00002.safetensors")
+    with pytest.raises(MismatchError, match="stands in another part as well"):
+        convert_gpt(folder, tmp_path / "run")
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(IntegrityError, match="00002-of-00002.safetensors, which .* names, does not exist"):
+        convert_gpt(folder, tmp_path / "run")
+    (folder / "model.safetensors.index.json").write_text("[1]")
+    with pytest.raises(IntegrityError, match="is no index"):
+        convert_gpt(folder, tmp_path / "run")
+    outside = write_parts(tmp_path / "outside", weights, x="../parts/model-00001-of-00002.safetensors")
+    with pytest.raises(IntegrityError, match="outside of its folder"):
+        convert_gpt(outside, tmp_path / "run")
 
 
 AMBIGUOUS = {

@@ -266,6 +266,19 @@ def duplicates(path):
     write_folder(path, np.concatenate([pictures(12, 1)] * 2))
 
 
+def copies_of_the_data(path):
+    """A class linked under another name, and one file that was copied."""
+    write_folder(path / "cat", pictures(12, 1))
+    shutil.copytree(path / "cat", path.parent / "disk")
+    (path / "dog").symlink_to(path.parent / "disk")
+    shutil.copy(path / "cat" / "000003.png", path / "cat" / "copy.png")
+
+
+def copies_in_a_class(path):
+    write_folder(path / "cat", np.concatenate([pictures(6, 1)] * 2))
+    write_folder(path / "dog", pictures(12, 2))
+
+
 def one_colour(path):
     write_folder(path, np.concatenate([pictures(22, 1), np.full((1, 16, 16, 3), 128, np.uint8)]))
 
@@ -315,6 +328,8 @@ SAMPLES = {
     "F34 of two runs": (two_runs, ["--num", "24"], 5, "has 27 images"),
     "F35 gap": (gap, [], 4, "image 5 is missing between 4 and 6"),
     "F36 duplicates": (duplicates, [], 4, "12 of 24 samples are copies"),
+    "F36 copies of the data": (copies_of_the_data, [], 0, "13 of 25 samples are copies"),
+    "F36 duplicates in a class": (copies_in_a_class, [], 4, "6 of 24 samples are copies"),
     "F37 one colour": (one_colour, [], 4, "of one colour"),
     "F38 unbalanced": (unbalanced, [], 0, "5 to 15 samples each"),
     "F38 unbalanced, strict": (unbalanced, ["--strict"], 4, "--strict"),

@@ -129,3 +129,18 @@ def test_a_command_prints_any_name_in_one_line(capfd):
         run_command(main)
     out, error = capfd.readouterr()
     assert out == "class \\udcff\n" and error == "error: class '\\x1b[31m \\udcff\\u202e' does not exist\n"
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "holds no name"), (b"\n \r\n", "holds no name"), ("\ufeff".encode(), "holds no name"),
+    (b'["ant", "bee"]', "looks like JSON"), (b'{\n"0": "ant",\n"1": "bee"\n}\n', "looks like JSON"),
+])  # fmt: skip
+def test_a_list_without_names_and_json_are_no_class_names(tmp_path, content, message):
+    (tmp_path / "names.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_names(tmp_path / "names.txt")
+
+
+def test_marks_of_joined_files_are_no_part_of_a_name(tmp_path):
+    (tmp_path / "names.txt").write_bytes("\ufeffant\r\n\ufeffbee\r\n{set}\r\n".encode())
+    assert read_names(tmp_path / "names.txt") == ["ant", "bee", "{set}"]

@@ -309,7 +309,7 @@ def test_training_does_not_begin_in_what_is_no_run(tmp_path, train_config, train
         (tmp_path / "pictures", "not empty and no transformer run"),
         (tmp_path / "exported", "an exported model, expected a run directory"),
         (tmp_path / "step-0000010", "a checkpoint or an exported model"),
-        (tmp_path / "file", "is a file, expected a run directory"),
+        (tmp_path / "file", "is a file, expected a folder"),
     ):
         before = files_of(out)
         with pytest.raises(UserError, match=message):

@@ -171,7 +171,7 @@ def evaluate(samples: ImageSet, reference: ImageSet, extractor: nn.Module, runti
             work=options.work, title="samples",
         )  # fmt: skip
         samples.record["images_sha256"] = ours.images_sha256
-        warnings += guards.pixels(ours)
+        warnings += guards.pixels(ours, samples.images.labels)
         warnings += guards.class_histogram(samples.images.labels) if samples.record.get("labels") != "random" else []
         ours_statistics = {layer: moments.total() for layer, moments in ours.moments.items()}
         if by_image is not None:

@@ -14,7 +14,7 @@ from mutor_vision.metrics.npz import Npz
 PUBLISHED_COUNT = 50_000  # samples behind published FID and IS
 SMOKE_COUNT = 10_000  # below, a distance says little
 ADM_SPLIT = 5000  # samples in each of ADM's splits for the Inception Score
-DUPLICATES_REFUSED = 0.01  # share of samples equal to another: the same seed on all ranks gives more
+DUPLICATES_REFUSED = 0.01  # share of samples equal to another of their class: the same seed on all ranks gives more
 CONSTANT_REFUSED = 0.001  # share of one-coloured samples
 
 
@@ -63,14 +63,17 @@ def lossy(samples, reference) -> list[Warning]:
     return found
 
 
-def pixels(extracted: Extracted) -> list[Warning]:
-    """Warnings about identical and one-coloured samples; IntegrityError when there are many."""
+def pixels(extracted: Extracted, labels: Tensor | None = None) -> list[Warning]:
+    """Warnings about identical and one-coloured samples; IntegrityError when there are many. labels: int64 (N,) where
+    classes are known. A single copy, and copies of another class, are of the data: no seed makes them."""
     n = len(extracted.digests)
     found = []
     repeated = n - len(torch.unique(extracted.digests, dim=0))
-    if repeated > DUPLICATES_REFUSED * n:
+    keyed = extracted.digests if labels is None else torch.cat([extracted.digests, labels[:, None]], dim=1)
+    of_a_seed = n - len(torch.unique(keyed, dim=0))
+    if of_a_seed > max(1, DUPLICATES_REFUSED * n):
         raise IntegrityError(
-            f"{repeated:,} of {n:,} samples are copies of others; was one seed used on all ranks? sample again"
+            f"{of_a_seed:,} of {n:,} samples are copies of others; was one seed used on all ranks? sample again"
         )
     if repeated:
         found.append(Warning("duplicates", f"{repeated:,} of {n:,} samples are copies of others"))

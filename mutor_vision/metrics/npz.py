@@ -13,7 +13,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,8 +59,12 @@ class NpzImageWriter:
     def __enter__(self) -> "NpzImageWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._zip = zipfile.ZipFile(self._partial, "w", zipfile.ZIP_STORED)
-        for name, array in self.arrays.items():
-            _write_member(self._zip, name, array)
+        try:
+            for name, array in self.arrays.items():
+                _write_member(self._zip, name, array)
+        except OSError:
+            _give_up(self._zip, self._partial)
+            raise
         self._member = self._zip.open(zipfile.ZipInfo("arr_0.npy", _EPOCH), "w", force_zip64=True)
         header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
         np.lib.format.write_array_header_1_0(self._member, header)
@@ -77,8 +81,12 @@ class NpzImageWriter:
         self.written += len(images)
 
     def __exit__(self, kind, error, trace) -> None:
-        self._member.close()
-        self._zip.close()
+        try:
+            self._member.close()
+            self._zip.close()
+        except OSError:  # the disk is full
+            _give_up(self._zip, self._partial)
+            raise
         if kind is not None or self.written != self.shape[0]:
             self._partial.unlink()
             if kind is None:
@@ -315,10 +323,22 @@ def write_arrays(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+    archive = zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED)
+    try:
         for name, array in arrays.items():
             _write_member(archive, name, array)
+        archive.close()
+    except OSError:
+        _give_up(archive, partial)
+        raise
     partial.replace(path)
+
+
+def _give_up(archive: zipfile.ZipFile, path: Path) -> None:
+    for _ in range(2):  # Python tries again, and complains, when an archive that could not be closed is thrown away
+        with suppress(OSError):
+            archive.close()
+    path.unlink()
 
 
 def _write_member(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:

@@ -30,6 +30,7 @@ from mutor_vision.listing import list_images, say_left_out
 from mutor_vision.metrics.features import resize
 from mutor_vision.metrics.moments import read_protocol
 from mutor_vision.metrics.npz import Npz, check_image_array
+from mutor_vision.names import printable
 
 READERS = 8  # decoding threads; Pillow releases Python's lock
 PEEKED = 64  # images looked at before the work begins
@@ -82,8 +83,11 @@ class FolderImages:
         if self.image_size:
             image = images.center_crop(image, self.image_size)
         if image.size != (self.width, self.height):
-            raise IntegrityError(f"{self.path / self.names[index]} has changed its size to {image.size} while read")
+            raise IntegrityError(f"{self._shown(self.names[index])} has changed its size to {image.size} while read")
         return images.to_tensor(image)
+
+    def _shown(self, name: Path) -> str:
+        return printable(str(self.path / name))
 
     def _check_headers(self) -> tuple[int, int, bool]:
         # Headers cost 0.1 ms each: much cheaper than finding image 40,000 of another size after an hour.
@@ -91,13 +95,13 @@ class FolderImages:
         lossy = [name for name, header in zip(self.names, headers, strict=True) if header.lossy]
         if lossy and not self.allow_lossy:
             raise IntegrityError(
-                f"{self.path / lossy[0]} and {len(lossy) - 1} more of {self.count} files are JPEG or WEBP, whose loss "
+                f"{self._shown(lossy[0])} and {len(lossy) - 1} more of {self.count} files are JPEG or WEBP, whose loss "
                 "shifts every metric; use PNG or npz, or pass --allow-lossy, which is recorded"
             )
         for name, header in zip(self.names, headers, strict=True):
             if header.mode == "P" and not self.allow_lossy:
                 raise IntegrityError(
-                    f"{self.path / name} has a palette of 256 colours, so pixels were lost; save RGB, or pass "
+                    f"{self._shown(name)} has a palette of 256 colours, so pixels were lost; save RGB, or pass "
                     "--allow-lossy, which is recorded"
                 )
         if self.image_size:
@@ -106,7 +110,7 @@ class FolderImages:
         for index, size in enumerate(header.size for header in headers):
             if size != first:
                 raise IntegrityError(
-                    f"{self.path / self.names[index]} (index {index}) is {size[0]}x{size[1]}, the images before it "
+                    f"{self._shown(self.names[index])} (index {index}) is {size[0]}x{size[1]}, the images before it "
                     f"{first[0]}x{first[1]}; give images of one size, or pass --image-size to centre-crop all"
                 )
         return first[1], first[0], bool(lossy)
