@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from mutor_vision import llamagen
 from mutor_vision.cli import Parser, run_command
 from mutor_vision.config import TransformerConfig
-from mutor_vision.transformer import Transformer
+from mutor_vision.interop import llamagen
+from mutor_vision.model.transformer import Transformer
 
 LAYERS = {"B": 12, "L": 24, "XL": 36, "XXL": 48, "3B": 24}
 

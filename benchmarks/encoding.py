@@ -16,15 +16,15 @@ import torch
 from PIL import Image
 from report import add_arguments, machine, measure, medians, table, write
 
-from mutor_vision import checkpoint
 from mutor_vision.cli import Parser, run_command
-from mutor_vision.config import preset
-from mutor_vision.encode import PRECISIONS, EncodeSettings, encode_folder
+from mutor_vision.data.folder import ImageFolder
+from mutor_vision.data.images import center_flip, read_image, to_float, to_tensor
 from mutor_vision.errors import UserError
-from mutor_vision.image_folder import ImageFolder
-from mutor_vision.images import center_flip, read_image, to_float, to_tensor
 from mutor_vision.presets import TOKENIZERS
 from mutor_vision.runtime import start
+from mutor_vision.settings import preset
+from mutor_vision.storage import checkpoint
+from mutor_vision.tokenizer.encode import PRECISIONS, EncodeSettings, encode_folder
 from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer
 
 

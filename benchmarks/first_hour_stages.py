@@ -29,7 +29,7 @@ def train(options) -> dict:
     import train_step
 
     from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig
-    from mutor_vision.plan import flops
+    from mutor_vision.training.cost import flops
 
     device, cuda = _device(options)
     size, batch, grid, vocab = ((2, 2, 64), 4, 4, 64) if options.tiny else ((12, 12, 768), 128, 16, 16384)
@@ -70,10 +70,11 @@ def sample(options) -> dict:
     from sampling import load, random_weights
 
     from mutor_vision.config import TransformerConfig
-    from mutor_vision.generate import SampleSettings, generate
-    from mutor_vision.inference import prepare
+    from mutor_vision.model.prepare import prepare
     from mutor_vision.runtime import start
-    from mutor_vision.static_steps import StaticSteps
+    from mutor_vision.sampling.decode import generate
+    from mutor_vision.sampling.draw import SampleSettings
+    from mutor_vision.sampling.static import StaticSteps
 
     device, cuda = _device(options)
     runtime = start("auto", options.device)
@@ -105,8 +106,8 @@ def sample(options) -> dict:
 def encode(options) -> dict:
     """VQ-16 with random weights at 256 pixels: both views' codes, and decoding, of images that are in memory."""
     from mutor_vision.config import TokenizerConfig
-    from mutor_vision.encode import _encode
     from mutor_vision.runtime import start
+    from mutor_vision.tokenizer.encode import _encode
     from mutor_vision.tokenizer.model import VQTokenizer
 
     device, _ = _device(options)
@@ -134,11 +135,10 @@ def encode(options) -> dict:
 
 def score(options) -> dict:
     """Inception features (random weights) of 299-pixel images, FID's statistics, precision and recall."""
+    from mutor_vision.features.extractors import load_extractor
+    from mutor_vision.features.moments import Moments
     from mutor_vision.metrics import frechet, scores
-    from mutor_vision.metrics.features import load_extractor
-    from mutor_vision.metrics.moments import Moments
-    from mutor_vision.precision import exact_float32
-    from mutor_vision.runtime import start
+    from mutor_vision.runtime import exact_float32, start
 
     device, _ = _device(options)
     runtime = start("float32", options.device)
@@ -227,7 +227,7 @@ def _device(options) -> tuple[torch.device, bool]:
 
 def _peak(device: torch.device) -> float:
     """Published dense bfloat16 FLOP/s of the card; 0 = not known."""
-    from mutor_vision.plan import ACCELERATORS
+    from mutor_vision.training.cost import ACCELERATORS
 
     name = torch.cuda.get_device_name(device).lower().replace(" ", "") if device.type == "cuda" else ""
     return next((1e12 * card.bfloat16 for key, card in ACCELERATORS.items() if key in name), 0.0)

@@ -11,8 +11,8 @@ import argparse
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
+from mutor_vision.features.moments import Moments
 from mutor_vision.metrics import frechet
-from mutor_vision.metrics.moments import Moments
 
 
 def rounding(images: int, features: int, seed: int = 0) -> dict[str, float]:

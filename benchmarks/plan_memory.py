@@ -20,8 +20,10 @@ from pathlib import Path
 from report import machine, table, write
 
 from mutor_vision.cli import Parser, run_command
-from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig, from_dict, to_dict
-from mutor_vision.plan import GIB, plan
+from mutor_vision.commands.plan import plan
+from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig
+from mutor_vision.settings import from_dict, to_dict
+from mutor_vision.training.cost import GIB
 
 SIZES = {  # layers, heads, width, codebook, batch
     "4x256": (4, 4, 256, 4096, 16),
@@ -74,8 +76,8 @@ def measure(config: TrainConfig) -> int:
 
     import torch
 
-    from mutor_vision.token_set import TokenSet
-    from mutor_vision.train_loop import train
+    from mutor_vision.data.token_set import TokenSet
+    from mutor_vision.training.loop import train
 
     with tempfile.TemporaryDirectory() as folder:
         write_random_codes(Path(folder) / "codes", config)
@@ -90,7 +92,7 @@ def measure(config: TrainConfig) -> int:
 def write_random_codes(path: Path, config: TrainConfig) -> None:
     import numpy as np
 
-    from mutor_vision.token_set import code_dtype, save_array, shard_names, write_manifest
+    from mutor_vision.data.token_set import code_dtype, save_array, shard_names, write_manifest
 
     model, images = config.model, 4 * config.batch_size
     (path / "tokenizer").mkdir(parents=True)

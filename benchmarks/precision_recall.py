@@ -43,8 +43,8 @@ def run_torch_fidelity(samples: torch.Tensor, reference: torch.Tensor) -> dict:
 
 
 def run_evaluation(samples: torch.Tensor, reference: torch.Tensor) -> dict:
+    from mutor_vision.features.moments import Moments
     from mutor_vision.metrics.frechet import jackknife, root
-    from mutor_vision.metrics.moments import Moments
     from mutor_vision.runtime import start
 
     runtime = start(device="cpu")

@@ -17,17 +17,19 @@ import torch
 from report import add_arguments, machine, measure, medians, table, write
 
 from mutor_vision.cli import Parser, run_command
-from mutor_vision.config import TransformerConfig, preset
+from mutor_vision.config import TransformerConfig
 from mutor_vision.errors import UserError
-from mutor_vision.generate import SampleSettings, draw, filtered_probabilities, generate
-from mutor_vision.inference import QUANTIZATIONS, prepare
+from mutor_vision.interop.llamagen import llamagen_transformer_state_dict
 from mutor_vision.keyed_random import uniforms
-from mutor_vision.llamagen import llamagen_transformer_state_dict
+from mutor_vision.model.prepare import QUANTIZATIONS, prepare
+from mutor_vision.model.transformer import Transformer
 from mutor_vision.presets import TRANSFORMERS
 from mutor_vision.runtime import start
-from mutor_vision.sample import COMPILE
-from mutor_vision.static_steps import StaticSteps
-from mutor_vision.transformer import Transformer
+from mutor_vision.sampling.decode import generate
+from mutor_vision.sampling.draw import SampleSettings, draw, filtered_probabilities
+from mutor_vision.sampling.load import COMPILE
+from mutor_vision.sampling.static import StaticSteps
+from mutor_vision.settings import preset
 
 
 def main() -> None:

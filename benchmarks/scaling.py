@@ -12,7 +12,7 @@ from report import machine, measure, medians, table, write
 from train_step import our_step, parse_arguments
 
 from mutor_vision.config import TransformerConfig
-from mutor_vision.transformer import Transformer, num_parameters
+from mutor_vision.model.transformer import Transformer, num_parameters
 
 GRIDS = (8, 12, 16, 24, 32)
 SIZES = ((2, 2, 128), (4, 4, 256), (6, 6, 384), (8, 8, 512), (10, 10, 640))  # layers, heads, width

@@ -25,14 +25,14 @@ import torch
 import torch.nn.functional as F
 from report import machine, measure, medians, table, write
 
-from mutor_vision.attention import dense_attention
 from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig
-from mutor_vision.data import Batch
-from mutor_vision.loss import LossSums, Objective
-from mutor_vision.optim import build_optimizer
+from mutor_vision.data.order import Batch
+from mutor_vision.model.attention import dense_attention
+from mutor_vision.model.transformer import Transformer
+from mutor_vision.objectives.objective import LossSums, Objective
 from mutor_vision.runtime import start
-from mutor_vision.train_step import train_step
-from mutor_vision.transformer import Transformer
+from mutor_vision.training.optim import build_optimizer
+from mutor_vision.training.step import train_step
 
 
 class NaiveObjective(Objective):
@@ -41,7 +41,8 @@ class NaiveObjective(Objective):
     def forward(self, labels, sequence):
         n = sequence.num_regular
         with patch(
-            "mutor_vision.transformer.SplitAttention", lambda p, dtype: partial(dense_attention, mask=p.dense_mask())
+            "mutor_vision.model.transformer.SplitAttention",
+            lambda p, dtype: partial(dense_attention, mask=p.dense_mask()),
         ):
             logits = self.transformer(sequence.tokens, labels, sequence.positions, sequence.pattern)
         both = [(logits[:, :n], sequence.targets[:, :n]), (logits[:, n:], sequence.targets[:, n:])]

@@ -15,15 +15,18 @@ from pathlib import Path
 
 import torch
 
-from mutor_vision import checkpoint, sample
 from mutor_vision.cli import Parser, run_command
+from mutor_vision.commands.sample import add_execution, add_settings, settings_from
 from mutor_vision.errors import UserError
+from mutor_vision.features.extract import forget
+from mutor_vision.features.extractors import load_extractor
+from mutor_vision.features.sources import RunImages
 from mutor_vision.metrics import sweep
 from mutor_vision.metrics.evaluate import ImageSet, Options, check_outputs, evaluate, open_set
-from mutor_vision.metrics.extract import forget
-from mutor_vision.metrics.features import load_extractor
-from mutor_vision.metrics.sources import RunImages
 from mutor_vision.runtime import finish, start
+from mutor_vision.sampling import stream as sample
+from mutor_vision.sampling.load import load
+from mutor_vision.storage.files import write_json
 
 
 def main() -> None:
@@ -48,8 +51,8 @@ def main() -> None:
     parser.add_argument("--run-weights", default="best", help="best (EMA where there is one), ema or model")
     parser.add_argument("--precision", default="auto", help="of sampling: auto, float32 or bfloat16")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    sample.add_execution(parser)
-    sample.add_settings(parser)
+    add_execution(parser)
+    add_settings(parser)
     arguments = parser.parse_args()
     scales = [] if arguments.scales is None else _parse_scales(arguments.scales)
     try:
@@ -58,14 +61,12 @@ def main() -> None:
         raise UserError("the plot needs matplotlib; pip install 'mutor-vision[demo]'") from None
     if arguments.num < 2 or arguments.image_size < 0 or not 0 <= arguments.seed < 2**63:
         raise UserError("--num-images must be 2 or more, --image-size not negative, and --seed 0 to 2^63 - 1")
-    base = sample.settings_from(arguments)
+    base = settings_from(arguments)
     runtime = start(arguments.precision, arguments.device)
     record, work = arguments.out / "sweep.json", arguments.out / "work"
     check_outputs(runtime, files=(record,), folders=(work,))
     reference = open_set(arguments.reference, image_size=arguments.image_size, allow_lossy=arguments.allow_lossy)
-    loaded = sample.load(
-        arguments.run, runtime, arguments.run_weights, quantize=arguments.quantize, compile=arguments.compile
-    )
+    loaded = load(arguments.run, runtime, arguments.run_weights, quantize=arguments.quantize, compile=arguments.compile)
     if not loaded.config.label_dropout:
         raise UserError("the model was trained with label_dropout 0 and has no null class, so there is no guidance")
     extractor = load_extractor(arguments.features, arguments.weights)
@@ -105,7 +106,7 @@ def main() -> None:
         done["points"].append(point)
         if runtime.is_main:
             arguments.out.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_json(record, done)
+            write_json(record, done)
             forget(work, source, extractor)
             print(f"cfg scale {scale:g}: {point['name']} {point['value']:.4g}", flush=True)
         runtime.barrier()

@@ -12,14 +12,17 @@ from a trained run and keeps no image.
 import shutil
 from pathlib import Path
 
-from mutor_vision import checkpoint, sample
 from mutor_vision.cli import Parser, run_command
+from mutor_vision.commands.sample import add_execution, add_settings, settings_from
 from mutor_vision.errors import UserError
+from mutor_vision.features.extractors import load_extractor
+from mutor_vision.features.sources import RunImages
 from mutor_vision.metrics import report
 from mutor_vision.metrics.evaluate import METRICS, ImageSet, Options, check_outputs, evaluate, open_set
-from mutor_vision.metrics.features import load_extractor
-from mutor_vision.metrics.sources import RunImages
 from mutor_vision.runtime import finish, start
+from mutor_vision.sampling import stream as sample
+from mutor_vision.sampling.load import load
+from mutor_vision.storage.files import write_json
 
 
 def main() -> None:
@@ -56,8 +59,8 @@ def main() -> None:
     sampling.add_argument("--sample-batch-size", type=int, default=0, help="images sampled at once, 0 = by free memory")
     sampling.add_argument("--run-weights", default="best", help="best (EMA where there is one), ema or model")
     sampling.add_argument("--precision", default="auto", help="of sampling: auto, float32 or bfloat16")
-    sample.add_execution(sampling)
-    sample.add_settings(parser)
+    add_execution(sampling)
+    add_settings(parser)
     arguments = parser.parse_args()
 
     if (arguments.samples is None) == (arguments.run is None):
@@ -74,14 +77,14 @@ def main() -> None:
         batch=arguments.batch_size, splits=arguments.splits, k=arguments.neighbours, groups=arguments.groups,
         work=work, strict=arguments.strict,
     )  # fmt: skip
-    settings = sample.settings_from(arguments)
+    settings = settings_from(arguments)
     runtime = start(arguments.precision, arguments.device)
     check_outputs(runtime, files=(arguments.json, arguments.report), folders=(work,))
     reference = open_set(
         arguments.reference, image_size=arguments.image_size, allow_lossy=arguments.allow_lossy
     )  # cheap checks first: nothing heavy is loaded before both sides are known to be readable
     if arguments.run:
-        loaded = sample.load(
+        loaded = load(
             arguments.run, runtime, arguments.run_weights, quantize=arguments.quantize, compile=arguments.compile
         )
         if settings.cfg_scale != 1 and not loaded.config.label_dropout:
@@ -102,7 +105,7 @@ def main() -> None:
         # Everything is written before anything is printed: whoever reads the output may have gone.
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_json(arguments.json, result)
+            write_json(arguments.json, result)
         if arguments.report:
             report.write_page(arguments.report, report.page(result, samples.images, reference.images))
         if work is not None and not arguments.keep_features and arguments.work is None:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from mutor_vision.cli import Parser, run_command
+from mutor_vision.data.folder import ImageFolder, batched, check_apart
+from mutor_vision.data.images import center
+from mutor_vision.data.reading import Views, read_batches
 from mutor_vision.errors import MismatchError, UserError
-from mutor_vision.image_folder import ImageFolder, Views, batched, check_apart, read_batches
-from mutor_vision.images import center
+from mutor_vision.features.train import FeatureTraining, train
 from mutor_vision.keyed_random import permutation
 from mutor_vision.metrics.evaluate import check_outputs
-from mutor_vision.metrics.train_features import FeatureTraining, train
 from mutor_vision.runtime import start
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mutor_vision.checkpoint import read_json
-from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig, from_dict
+from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig
 from mutor_vision.errors import UserError
-from mutor_vision.plan import flops
+from mutor_vision.settings import from_dict
+from mutor_vision.storage.files import read_json
+from mutor_vision.training.cost import flops
 
 # 97.5 % points of Student's t at 1, 2, ... degrees of freedom (any table; exact to the digits shown).
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

@@ -16,7 +16,7 @@ from comparison import (
     select,
 )
 
-from mutor_vision.plots import COLORS
+from mutor_vision.commands.plot import COLORS
 
 
 def draw(runs: list[dict], folder: Path) -> None:

@@ -21,12 +21,12 @@ import numpy as np
 from comparison import t_interval
 from subset import subset
 
-from mutor_vision import checkpoint
 from mutor_vision.cli import Parser, run_command
 from mutor_vision.config import RegisterConfig, TokenizerConfig, TokenizerTrainConfig, TrainConfig, TransformerConfig
+from mutor_vision.data.token_set import TokenSet
 from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import choose
-from mutor_vision.token_set import TokenSet
+from mutor_vision.storage.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_suffix(".json")
@@ -115,14 +115,14 @@ def stages(zips: Path, work: Path):
 
 
 def train_vq(images: Path, out: Path) -> None:
-    from mutor_vision.tokenizer.train_loop import train_tokenizer
+    from mutor_vision.tokenizer.train import train_tokenizer
 
     data = {"data": str(images / "pretrain/train"), "val_data": str(images / "pretrain/val")}
     train_tokenizer(dataclasses.replace(TOKENIZER, **data), out)
 
 
 def pretrain(config: TrainConfig, out: Path) -> None:
-    from mutor_vision.train_loop import train
+    from mutor_vision.training.loop import train
 
     train(config, out)
 
@@ -156,11 +156,12 @@ def unzip(zips: Path, images: Path) -> None:
 
 def fine_tune(key: str, config: TrainConfig, work: Path) -> None:
     """One run, its held-out loss along the way, and the Fréchet distance of its samples."""
-    from mutor_vision.generate import SampleSettings
-    from mutor_vision.run_log import read_log
     from mutor_vision.runtime import start
-    from mutor_vision.sample import label_plan, load, sample_in_order
-    from mutor_vision.train_loop import train
+    from mutor_vision.sampling.draw import SampleSettings
+    from mutor_vision.sampling.load import load
+    from mutor_vision.sampling.stream import label_plan, sample_in_order
+    from mutor_vision.storage.run_log import read_log
+    from mutor_vision.training.loop import train
 
     out = work / "runs" / re.sub(r"[ ,]+", "-", key)
     begun = time.monotonic()
@@ -181,7 +182,7 @@ def fine_tune(key: str, config: TrainConfig, work: Path) -> None:
 
 def floor(work: Path) -> None:
     """The distance of real held-out images that went through the tokenizer: what no model here can beat by much."""
-    from mutor_vision.images import to_uint8
+    from mutor_vision.data.images import to_uint8
     from mutor_vision.tokenizer.model import load_tokenizer
 
     tokens, tokenizer = TokenSet.open(work / "codes/val"), load_tokenizer(work / "vq")
@@ -191,9 +192,9 @@ def floor(work: Path) -> None:
 
 
 def distance(work: Path, batches) -> float:
-    from mutor_vision.metrics import in_training
-    from mutor_vision.metrics.features import load_extractor
+    from mutor_vision.features.extractors import load_extractor
     from mutor_vision.runtime import start
+    from mutor_vision.training import distance as in_training
 
     runtime, extractor = start("float32", "cpu"), load_extractor(str(work / "features"))
     reference = in_training.load_reference(work / "reference.npz", extractor, runtime)
@@ -205,7 +206,7 @@ def results() -> dict:
 
 
 def keep(key: str, values: dict) -> None:
-    checkpoint.write_json(RESULTS, {**results(), key: values})
+    write_json(RESULTS, {**results(), key: values})
     print(key, values, flush=True)
 
 

@@ -26,12 +26,14 @@ from comparison import relative_compute
 from grid import CFG_SCALE, CLASSES, FEATURE_EPOCHS, FEATURE_SIZE, GRIDS, TEST_SAMPLES, TOKENIZER, Run
 from subset import subset
 
-from mutor_vision import checkpoint
 from mutor_vision.cli import Parser, run_command
-from mutor_vision.config import TrainConfig, preset
+from mutor_vision.config import TrainConfig
+from mutor_vision.data.token_set import TokenSet
 from mutor_vision.errors import UserError
-from mutor_vision.plan import flops
-from mutor_vision.token_set import TokenSet
+from mutor_vision.settings import preset
+from mutor_vision.storage import checkpoint
+from mutor_vision.storage.files import read_json, write_json
+from mutor_vision.training.cost import flops
 
 ROOT = Path(__file__).resolve().parents[1]
 DRAFT_IMAGES = 100  # held-out images behind the figures of each offset
@@ -61,7 +63,7 @@ def main() -> None:
         with lock(work / run.name, wait=False) as mine:
             if mine and not (results / f"{run.name}.json").exists():
                 result = measure(run, train(run, work), work)
-                checkpoint.write_json(results / f"{run.name}.json", result)
+                write_json(results / f"{run.name}.json", result)
                 print(f"{run.name}: done", flush=True)
     page = ROOT / "docs/results.md" if arguments.grid == "main" else work / "results.md"
     if any((results / f"{run.name}.json").exists() for run in runs):
@@ -94,7 +96,7 @@ def prepare(arguments, results: Path) -> None:
             raise UserError("neither --zips nor --images is given, and --work has no images yet; give one of them")
         unzip(arguments.zips, images)
     if not (work / f"tokenizer/checkpoints/step-{TOKENIZER.steps:07d}").exists():
-        from mutor_vision.tokenizer.train_loop import train_tokenizer
+        from mutor_vision.tokenizer.train import train_tokenizer
 
         data = {"data": str(images / "train"), "val_data": str(images / "val")}
         train_tokenizer(dataclasses.replace(TOKENIZER, **data), work / "tokenizer")
@@ -118,7 +120,7 @@ def prepare(arguments, results: Path) -> None:
         command("eval/reference.py", "--data", work / "decoded/train", "--image-size", TOKENIZER.model.image_size,
                 "--features", work / "features", "--keep-images", "0", "--out", work / "reference.npz")  # fmt: skip
     if not (results / "setup.json").exists():
-        checkpoint.write_json(results / "setup.json", describe(work))
+        write_json(results / "setup.json", describe(work))
 
 
 def command(*parts) -> None:
@@ -141,7 +143,7 @@ def decode(source: Path, out: Path) -> None:
     """The first view of every image of a token set as OUT/<class>/<number>.png, where they are not there yet."""
     import torch
 
-    from mutor_vision.images import to_pil, to_uint8
+    from mutor_vision.data.images import to_pil, to_uint8
     from mutor_vision.tokenizer.model import load_tokenizer
 
     if (out / "done").exists():
@@ -160,8 +162,8 @@ def describe(work: Path) -> dict:
     """What a reader must know of the set-up, and what real images score after the tokenizer."""
     import torch
 
-    from mutor_vision.images import to_uint8
-    from mutor_vision.run_log import read_log
+    from mutor_vision.data.images import to_uint8
+    from mutor_vision.storage.run_log import read_log
     from mutor_vision.tokenizer.model import load_tokenizer
 
     training, validation, test = (TokenSet.open(work / "codes" / name) for name in ("train", "validation", "test"))
@@ -169,7 +171,7 @@ def describe(work: Path) -> dict:
     chosen = np.random.default_rng(0).permutation(test.num_images)[:TEST_SAMPLES]
     codes = test.codes()[chosen, 0].long().unflatten(1, test.grid)
     pictures = [to_uint8(tokenizer.decode(part)) for part in codes.split(100)]
-    features = checkpoint.read_json(work / "features/config.json")
+    features = read_json(work / "features/config.json")
     scored = [line for line in read_log(work / "tokenizer") if any("psnr" in name for name in line)][-1]
     return {
         "classes": len(training.class_names), "train_images": training.num_images, "views": training.num_views,
@@ -188,7 +190,7 @@ def describe(work: Path) -> dict:
 
 def train(run: Run, work: Path) -> Path:
     """Train, or go on; every validation leaves a checkpoint."""
-    from mutor_vision.train_loop import train as train_transformer
+    from mutor_vision.training.loop import train as train_transformer
 
     codes = work / "codes/train"
     if run.per_class:
@@ -204,8 +206,8 @@ def train(run: Run, work: Path) -> Path:
 
 def measure(run: Run, out: Path, work: Path) -> dict:
     """Curves, and the scores of the checkpoints that count; afterwards only those checkpoints are kept."""
-    from mutor_vision.run_log import read_log
-    from mutor_vision.transformer import Transformer, num_parameters
+    from mutor_vision.model.transformer import Transformer, num_parameters
+    from mutor_vision.storage.run_log import read_log
 
     log = read_log(out)
     validation = {line["step"]: round(line["val_next_token"], 4) for line in log if "val_next_token" in line}
@@ -240,9 +242,10 @@ def score(folder: Path, work: Path, panel: Run) -> dict:
     """Loss on the test images, and how good and how right in class its samples are."""
     import torch
 
-    from mutor_vision.generate import SampleSettings
     from mutor_vision.runtime import start
-    from mutor_vision.sample import label_plan, load, sample_images, sample_stream
+    from mutor_vision.sampling.draw import SampleSettings
+    from mutor_vision.sampling.load import load
+    from mutor_vision.sampling.stream import label_plan, sample_images, sample_stream
 
     runtime = start("float32", "cpu")
     loaded = load(folder, runtime)
@@ -251,7 +254,7 @@ def score(folder: Path, work: Path, panel: Run) -> dict:
     settings = SampleSettings(cfg_scale=CFG_SCALE)
     pictures = [batch for _, batch in sample_stream(loaded, labels, settings, 0, 125)]
     if panel.block in ("headline", "longest") and panel.config.seed == 0:
-        from mutor_vision.images import to_pil
+        from mutor_vision.data.images import to_pil
 
         chosen = torch.arange(PANEL_COLUMNS) % len(loaded.class_names)
         row = sample_images(loaded, chosen, np.arange(PANEL_COLUMNS), settings, 1)
@@ -266,7 +269,7 @@ def save_panel(runs: list[Run], strips: Path, path: Path) -> None:
     import torch
     from PIL import Image
 
-    from mutor_vision.images import grid, save_png
+    from mutor_vision.data.images import grid, save_png
 
     rows, labels = [], []
     for run in runs:
@@ -299,9 +302,9 @@ def fidelity(work: Path, pictures: list, labels) -> dict:
     class that was asked for."""
     import torch
 
-    from mutor_vision.metrics import in_training
-    from mutor_vision.metrics.features import load_extractor
+    from mutor_vision.features.extractors import load_extractor
     from mutor_vision.runtime import start
+    from mutor_vision.training import distance as in_training
 
     runtime, extractor = start("float32", "cpu"), load_extractor(str(work / "features"))
     reference = in_training.load_reference(work / "reference.npz", extractor, runtime)
@@ -313,11 +316,12 @@ def fidelity(work: Path, pictures: list, labels) -> dict:
 
 def drafts(run: Run, folder: Path, work: Path) -> dict:
     """Offset or head -> acceptance with and without guidance, and losses in nats, over some test images."""
-    from mutor_vision.drafts import head_drafts, register_drafts
-    from mutor_vision.parallel_heads import ParallelHeads
-    from mutor_vision.registers import offset_pairs
+    from drafts import head_drafts, register_drafts
+
+    from mutor_vision.objectives.heads import ParallelHeads
+    from mutor_vision.objectives.registers import offset_pairs
     from mutor_vision.runtime import start
-    from mutor_vision.sample import load
+    from mutor_vision.sampling.load import load
 
     model = load(folder, start("float32", "cpu")).transformer
     tokens = TokenSet.open(work / "codes/test")

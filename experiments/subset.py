@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mutor_vision import checkpoint
-from mutor_vision.token_set import TokenSet, save_array, shard_names, write_manifest
+from mutor_vision.data.token_set import TokenSet, save_array, shard_names, write_manifest
+from mutor_vision.storage import checkpoint
 
 
 def subset(source: Path, of_each_class: slice, out: Path) -> None:

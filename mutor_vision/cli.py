@@ -4,6 +4,7 @@ reader may leave, and the settings of a training run from a preset, --set and fl
 import argparse
 import dataclasses
 import errno
+import importlib
 import io
 import json
 import os
@@ -14,9 +15,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from mutor_vision.config import Config, override, preset
 from mutor_vision.errors import UserError
 from mutor_vision.names import printable
+from mutor_vision.settings import Config, override, preset
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # full, over a quota, of small files (FAT), read-only
 
@@ -139,48 +140,30 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+# Subcommand of `mutor` -> (what it does, for --help). Each is a module of commands/ with `add_arguments(parser)` and
+# `main(arguments)`, imported only when it is asked for: `mutor info` needs no image library.
+COMMANDS = {
+    "sample": "make an image grid, or a set of images for evaluation",
+    "info": "say what a run, checkpoint or token set is",
+    "convert": "LlamaGen's checkpoints and codes in, our checkpoints out",
+    "merge": "a base and its LoRA adapter -> a plain run",
+    "plot": "curves of one or more training runs as a picture",
+    "plan": "what a training run costs: FLOPs, memory, days",
+}
+
+
 def main() -> None:
     """Entry point of the command `mutor` and of `python -m mutor_vision` (which torchrun starts with -m)."""
     run_command(_main)
 
 
 def _main() -> None:
-    # Each subcommand's module is imported only when it is asked for: `mutor info` needs no image library.
     parser = Parser(prog="mutor", description="Sample from a trained model, or ask what a folder holds.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    sample_parser = commands.add_parser("sample", help="make an image grid, or a set of images for evaluation")
-    info_parser = commands.add_parser("info", help="say what a run, checkpoint or token set is")
-    info_parser.add_argument("path")
-    convert_parser = commands.add_parser("convert", help="LlamaGen's checkpoints and codes in, our checkpoints out")
-    merge_parser = commands.add_parser("merge", help="a base and its LoRA adapter -> a plain run")
-    plot_parser = commands.add_parser("plot", help="curves of one or more training runs as a picture")
-    plan_parser = commands.add_parser("plan", help="what a training run costs: FLOPs, memory, days")
-    if sys.argv[1:2] == ["sample"]:
-        from mutor_vision import sample
-
-        sample.add_arguments(sample_parser)
-        sample.main(parser.parse_args())
-    elif sys.argv[1:2] == ["convert"]:
-        from mutor_vision import convert
-
-        convert.add_arguments(convert_parser)
-        convert.main(parser.parse_args())
-    elif sys.argv[1:2] == ["plot"]:
-        from mutor_vision import plots
-
-        plots.add_arguments(plot_parser)
-        plots.main(parser.parse_args())
-    elif sys.argv[1:2] == ["merge"]:
-        from mutor_vision import lora
-
-        lora.add_arguments(merge_parser)
-        lora.main(parser.parse_args())
-    elif sys.argv[1:2] == ["plan"]:
-        from mutor_vision import plan
-
-        plan.add_arguments(plan_parser)
-        plan.main(parser.parse_args())
-    else:
-        from mutor_vision.info import describe
-
-        print(describe(parser.parse_args().path))
+    parsers = {name: commands.add_parser(name, help=text) for name, text in COMMANDS.items()}
+    command = None
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        command = importlib.import_module(f"mutor_vision.commands.{sys.argv[1]}")
+        command.add_arguments(parsers[sys.argv[1]])
+    arguments = parser.parse_args()
+    command.main(arguments)

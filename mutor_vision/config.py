@@ -6,50 +6,10 @@ type, values out of range, and values that contradict each other. What needs a t
 checked by the training loops.
 """
 
-import dataclasses
-import difflib
-import functools
-import json
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from mutor_vision.errors import UserError
-
-Config = TypeVar("Config")
-FORMAT = 2  # of config.json; see _ABSENT_IN_FORMAT_1
-
-
-class _Settings:
-    """Base of every configuration: refuses values that are not of their field's type."""
-
-    _prefix = ""  # what --set writes before the names of these fields
-
-    def __post_init__(self) -> None:
-        for name, hint in _hints(type(self)).items():
-            self._require(name, lambda value, hint=hint: _is_of(value, hint), _described(hint))
-
-    def _require(self, names: str, holds: Callable[[Any], bool], expected: str) -> None:
-        """Raise UserError for the first of the names, separated by blanks, whose value does not hold."""
-        for name in names.split():
-            if not holds(value := getattr(self, name)):
-                raise UserError(f"{self._prefix}{name} is {_shown(value)}, expected {expected}")
-
-    def _require_one_of(self, name: str, *choices: str) -> None:
-        self._require(name, choices.__contains__, f"{', '.join(choices[:-1])} or {choices[-1]}")
-
-    def _require_positive(self, names: str) -> None:
-        self._require(names, lambda value: value > 0, "more than 0")
-
-    def _require_not_negative(self, names: str) -> None:
-        self._require(names, lambda value: value >= 0, "0 or more")
-
-    def _require_share(self, names: str) -> None:
-        self._require(names, lambda value: 0 <= value < 1, "at least 0 and below 1")
-
-    def _require_betas(self) -> None:
-        self._require("betas", lambda betas: all(0 <= beta < 1 for beta in betas), "two numbers of at least 0, below 1")
+from mutor_vision.settings import _Settings
 
 
 @dataclass(frozen=True)
@@ -128,6 +88,8 @@ class TokenizerTrainConfig(_Settings):
     sample_every: int = 1000  # steps between grids of reconstructions, 0 = never
     save_every: int = 1000  # steps, 0 = only at the end
     keep: int = 2  # checkpoints kept, at least 2
+
+    _absent_in_format_1 = {"val_images": 2000, "quantize_after": 0}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -282,6 +244,12 @@ class TrainConfig(_Settings):
     save_every: int = 5000  # steps, 0 = only at the end
     keep: int = 2  # checkpoints kept, at least 2
 
+    _absent_in_format_1 = {
+        "registers.weight_schedule": "constant", "parallel_heads": 1, "init": "", "lora_rank": 0, "lora_alpha": 16.0,
+        "activation_checkpointing": False, "parallel": "ddp", "compile": "auto", "eval_every": 0, "eval_reference": "",
+        "eval_features": "inception", "eval_weights": "", "eval_images": 5000,
+    }  # fmt: skip
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("steps batch_size lr parallel_heads lora_alpha sample_classes eval_images")
@@ -307,149 +275,3 @@ class TrainConfig(_Settings):
                             "fsdp")  # fmt: skip
         if self.eval_every and not self.eval_reference:
             raise UserError("eval_every needs eval_reference, a file of statistics made by eval/reference.py")
-
-
-# Files of format 1 were written while fields were still being added. What a file does not have was the value here when
-# its weights were trained; a default that changes later must not change it. Format 2 has every field.
-_ABSENT_IN_FORMAT_1: dict[type, dict[str, Any]] = {
-    TokenizerTrainConfig: {"val_images": 2000, "quantize_after": 0},
-    TrainConfig: {
-        "registers.weight_schedule": "constant", "parallel_heads": 1, "init": "", "lora_rank": 0, "lora_alpha": 16.0,
-        "activation_checkpointing": False, "parallel": "ddp", "compile": "auto", "eval_every": 0, "eval_reference": "",
-        "eval_features": "inception", "eval_weights": "", "eval_images": 5000,
-    },
-}  # fmt: skip
-
-
-def from_dict(kind: type[Config], values: Any, format: int = FORMAT) -> Config:
-    """JSON object -> dataclass, strictly: unknown and missing fields are errors. format: of the file it comes from;
-    what an older one did not have yet is filled in with what it meant then."""
-    if not isinstance(values, dict):
-        raise UserError(f"the settings are {_shown(values)}, expected an object with a value for each name")
-    given, hints = _flat(values), _leaves(kind)
-    for name in given:
-        if name not in hints:
-            raise UserError(f"unknown setting '{name}'; {_nearest(name, list(hints))}")
-    if format == 1:
-        given = _ABSENT_IN_FORMAT_1.get(kind, {}) | given
-    if missing := [name for name in hints if name not in given]:
-        raise UserError(f"setting '{missing[0]}' is missing ({len(missing)} of {len(hints)}); restore the file")
-    return _build(kind, {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Dataclass -> JSON-ready dict; from_dict reads it back."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def override(config: Config, settings: list[str], **flags: Any) -> Config:
-    """Apply 'name=value' strings, dotted for nested fields ('registers.count=80'), whose values are read by the field's
-    type, and flags, each the value of the setting of its name, None = not given. All are applied at once, so that
-    settings which belong together may come in any order; of two strings with one name the later counts.
-
-    Raises UserError for an unknown name (naming the nearest), for a value of another type, and for a flag and a string
-    that contradict each other."""
-    values, hints, strings = _flat(dataclasses.asdict(config)), _leaves(type(config)), {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise UserError(f"setting '{setting}' has no '='; write --set name=value")
-        if name not in hints:
-            raise UserError(f"unknown setting '{name}'; {_nearest(name, list(hints))}")
-        strings[name] = _parse(text, hints[name])
-    flags = {name: value for name, value in flags.items() if value is not None}
-    for name, value in flags.items():
-        if strings.get(name, value) != value:
-            raise UserError(f"--{name.replace('_', '-')} {value} and --set {name}={strings[name]} contradict each "
-                            "other; give one of them")  # fmt: skip
-    return _build(type(config), values | strings | flags)
-
-
-def preset(presets: dict[str, Config], name: str) -> Config:
-    """Look a preset up; the error names the nearest."""
-    if name not in presets:
-        raise UserError(f"unknown preset '{name}'; {_nearest(name, list(presets))}")
-    return presets[name]
-
-
-def differences(old: Any, new: Any) -> list[str]:
-    """'name: old -> new' for every field in which two configurations of one type differ."""
-    old_values, new_values = _flat(to_dict(old)), _flat(to_dict(new))
-    return [f"{name}: {old_values[name]} -> {new_values[name]}" for name in old_values
-            if old_values[name] != new_values[name]]  # fmt: skip
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def _build(kind: type[Config], values: dict[str, Any], prefix: str = "") -> Config:
-    """Dataclass of the values under dotted names, one for each."""
-    return kind(**{
-        name: _build(hint, values, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else values[prefix + name]
-        for name, hint in _hints(kind).items()
-    })  # fmt: skip
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    """Name -> type of each field."""
-    hints = get_type_hints(kind)
-    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
-
-
-def _leaves(kind: type, prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> type of every field that holds a value, nested ones too."""
-    found = {}
-    for name, hint in _hints(kind).items():
-        found |= _leaves(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {prefix + name: hint}
-    return found
-
-
-def _is_of(value: Any, hint: Any) -> bool:
-    """Whether a value is of a field's type. A truth value is no number, a whole number is a float, nan is nothing."""
-    if get_origin(hint) is tuple:
-        kinds = get_args(hint)
-        if not isinstance(value, tuple) or not value:
-            return False
-        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
-        return len(kinds) == len(value) and all(map(_is_of, value, kinds))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-
-
-def _described(hint: Any) -> str:
-    if get_origin(hint) is tuple:
-        kinds = get_args(hint)
-        whole = "whole " if kinds[0] is int else ""
-        return f"{whole}numbers with commas" + ("" if kinds[-1] is Ellipsis else f", {len(kinds)} of them")
-    words = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
-    return words.get(hint) or f"a {getattr(hint, '__name__', hint)}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _parse(text: str, hint: Any) -> Any:
-    """A --set value of the field's type, or the text itself where it is none, which the configuration then refuses."""
-    try:
-        if hint is bool:
-            return {"true": True, "false": False}[text.lower()]
-        if get_origin(hint) is tuple:
-            return tuple(get_args(hint)[0](part) for part in text.strip("()[]").split(",") if part.strip())
-        return hint(text)
-    except (ValueError, KeyError):
-        return text
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    leaves = {n.rsplit(".", 1)[-1]: n for n in names}
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    close = close or [leaves[leaf] for leaf in difflib.get_close_matches(name, list(leaves), n=1, cutoff=0.5)]
-    return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(names)}"

@@ -3,7 +3,8 @@ torch.distributed are `sharding`, for the transformer, and the tokenizer's train
 DistributedDataParallel."""
 
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -120,3 +121,28 @@ def finish() -> None:
     """Leave the process group, if one was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Convolutions and products in IEEE float32, restored afterwards; may be nested. cuDNN uses TF32 by default, which
+    makes features depend on the batch size (torch-fidelity issue 43)."""
+    convolution, product = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = convolution.fp32_precision, product.fp32_precision
+    convolution.fp32_precision = product.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolution.fp32_precision, product.fp32_precision = before
+
+
+@contextmanager
+def fixed_convolutions() -> Iterator[None]:
+    """cuDNN chooses the same deterministic kernel for the same shapes every time; restored afterwards."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before

@@ -67,7 +67,7 @@ def drawing(request) -> dict:
 @pytest.fixture
 def random_model(tiny_config):
     """A model whose head is not zero, so that its logits depend on its inputs."""
-    from mutor_vision.transformer import Transformer
+    from mutor_vision.model.transformer import Transformer
 
     torch.manual_seed(0)
     model = Transformer(tiny_config)
@@ -79,8 +79,8 @@ def random_model(tiny_config):
 @pytest.fixture(scope="session")
 def tiny_tokenizer_path(tmp_path_factory) -> Path:
     """An exported tokenizer with random weights: 16 pixels, 4x4 codes of 32."""
-    from mutor_vision import checkpoint
     from mutor_vision.config import TokenizerConfig, TokenizerTrainConfig
+    from mutor_vision.storage import checkpoint
     from mutor_vision.tokenizer.model import VQTokenizer
 
     torch.manual_seed(0)
@@ -99,8 +99,8 @@ def _write_token_set(path: Path, tokenizer: Path, num_images: int, seed: int) ->
     images are listed class by class, and classes have different numbers of them: 20, 4, 12, 8 and 16 of 60."""
     import numpy as np
 
-    from mutor_vision import checkpoint
-    from mutor_vision.token_set import save_array, shard_names, write_manifest
+    from mutor_vision.data.token_set import save_array, shard_names, write_manifest
+    from mutor_vision.storage import checkpoint
     from mutor_vision.tokenizer.model import load_tokenizer, tokenizer_identity
 
     generator = np.random.default_rng(seed)
@@ -145,7 +145,7 @@ def train_config(token_set_path):
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory, train_config) -> Path:
     """A finished run of 10 steps."""
-    from mutor_vision.train_loop import train
+    from mutor_vision.training.loop import train
 
     out = tmp_path_factory.mktemp("runs") / "trained"
     train(train_config, out)

@@ -10,9 +10,9 @@ import sys
 import pytest
 from safetensors import SafetensorError
 
-from mutor_vision import lora
 from mutor_vision.cli import run_command
 from mutor_vision.errors import DataError, UserError
+from mutor_vision.model import lora
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -4,22 +4,11 @@ import math
 
 import pytest
 
-from mutor_vision import config as module
 from mutor_vision.cli import choose_settings
-from mutor_vision.config import (
-    RegisterConfig,
-    TokenizerConfig,
-    TokenizerTrainConfig,
-    TrainConfig,
-    TransformerConfig,
-    differences,
-    from_dict,
-    override,
-    preset,
-    to_dict,
-)
+from mutor_vision.config import RegisterConfig, TokenizerConfig, TokenizerTrainConfig, TrainConfig, TransformerConfig
 from mutor_vision.errors import UserError
 from mutor_vision.presets import TOKENIZERS, TRANSFORMERS
+from mutor_vision.settings import _flat, differences, from_dict, override, preset, to_dict
 
 
 @pytest.mark.parametrize("config", [*TRANSFORMERS.values(), *TOKENIZERS.values()])
@@ -147,12 +136,12 @@ def test_a_missing_setting_is_an_error():
 @pytest.mark.parametrize("kind", [TrainConfig, TokenizerTrainConfig])
 def test_what_a_file_of_format_1_lacks_keeps_the_meaning_it_had(kind):
     """It comes from a table of then, not from the defaults of today."""
-    values, absent = to_dict(kind()), module._ABSENT_IN_FORMAT_1[kind]
+    values, absent = to_dict(kind()), kind._absent_in_format_1
     for name in absent:
         *path, leaf = name.split(".")
         del (values[path[0]] if path else values)[leaf]
     found = from_dict(kind, values, format=1)
-    flat = module._flat(to_dict(found))
+    flat = _flat(to_dict(found))
     assert {name: flat[name] for name in absent} == absent
     with pytest.raises(UserError, match="is missing"):
         from_dict(kind, values)

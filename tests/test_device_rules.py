@@ -15,24 +15,27 @@ from timm.utils import ModelEmaV3
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mutor_vision import encode, lora, train_loop
 from mutor_vision.config import RegisterConfig, TokenizerConfig, TokenizerTrainConfig, TrainConfig
-from mutor_vision.data import SampleOrder, read_batch
-from mutor_vision.generate import SampleSettings, generate
-from mutor_vision.loss import Objective
-from mutor_vision.metrics import moments
-from mutor_vision.metrics.features import TimmFeatures, create_small
-from mutor_vision.optim import build_optimizer
-from mutor_vision.parallel_heads import ParallelHeads
-from mutor_vision.registers import add_registers
+from mutor_vision.data.order import SampleOrder, read_batch
+from mutor_vision.data.token_set import TokenSet
+from mutor_vision.features import moments
+from mutor_vision.features.extractors import TimmFeatures, create_small
+from mutor_vision.model import lora
+from mutor_vision.model.transformer import Transformer
+from mutor_vision.objectives.heads import ParallelHeads
+from mutor_vision.objectives.objective import Objective
+from mutor_vision.objectives.registers import add_registers
 from mutor_vision.runtime import Runtime
-from mutor_vision.static_steps import StaticSteps
-from mutor_vision.token_set import TokenSet
-from mutor_vision.tokenizer import losses
+from mutor_vision.sampling.decode import generate
+from mutor_vision.sampling.draw import SampleSettings
+from mutor_vision.sampling.static import StaticSteps
+from mutor_vision.tokenizer import encode, losses
 from mutor_vision.tokenizer.model import VQTokenizer
 from mutor_vision.tokenizer.quantizer import count_codes, revive_dead_codes
-from mutor_vision.train_step import train_step
-from mutor_vision.transformer import Transformer
+from mutor_vision.training import loop as train_loop
+from mutor_vision.training.optim import build_optimizer
+from mutor_vision.training.step import train_step
+from mutor_vision.training.validate import validate
 
 CUDA, META = torch.device("cuda", 0), torch.device("meta")
 WAITS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.unique", "aten.bincount")
@@ -209,7 +212,7 @@ def test_validation_obeys_the_rules(on_fake_cuda, training, registers, monkeypat
 
     def work():
         config = training(registers=registers)
-        return train_loop.validate(fake_model(config.model), fake_set(), np.arange(20), config, runtime_on(CUDA))
+        return validate(fake_model(config.model), fake_set(), np.arange(20), config, runtime_on(CUDA))
 
     assert on_fake_cuda(work).device == CUDA
 
@@ -286,16 +289,16 @@ def test_a_planted_fault_is_caught(on_fake_cuda, fault):
 
 def test_the_fault_that_stopped_every_training_is_caught(on_fake_cuda, monkeypatch):
     """Codes that lay on the GPU were pinned."""
-    import mutor_vision.data
+    import mutor_vision.data.order
 
-    monkeypatch.setattr(mutor_vision.data, "to_device", lambda tensor, device: tensor.pin_memory().to(device))
+    monkeypatch.setattr(mutor_vision.data.order, "to_device", lambda tensor, device: tensor.pin_memory().to(device))
     with pytest.raises(BrokenRule, match="pins memory"):
         on_fake_cuda(lambda: read(fake_set()))
 
 
 def in_train_step(fault):
     """train_step's loss with a fault in it."""
-    from mutor_vision import train_step as module
+    from mutor_vision.training import step as module
 
     total = module.total_loss
     return module, "total_loss", lambda *arguments: fault(total(*arguments))

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from drafts import head_drafts, register_drafts
 
 from mutor_vision.config import RegisterConfig
-from mutor_vision.drafts import head_drafts, register_drafts
-from mutor_vision.parallel_heads import ParallelHeads
+from mutor_vision.objectives.heads import ParallelHeads
 
 
 def images(config, count=2):

@@ -13,17 +13,19 @@ import pytest
 import torch
 from PIL import Image
 
-from mutor_vision import sample
 from mutor_vision.cli import main as mutor_main
 from mutor_vision.errors import IntegrityError
-from mutor_vision.generate import SampleSettings
-from mutor_vision.metrics import in_training, report, sweep
+from mutor_vision.features.extract import CHUNK, extract
+from mutor_vision.features.extractors import load_extractor
+from mutor_vision.features.sources import RunImages
+from mutor_vision.metrics import report, sweep
 from mutor_vision.metrics.evaluate import ImageSet, Options, evaluate, open_set
-from mutor_vision.metrics.extract import CHUNK, extract
-from mutor_vision.metrics.features import load_extractor
-from mutor_vision.metrics.npz import Npz, NpzImageWriter, write_arrays
-from mutor_vision.metrics.sources import RunImages
 from mutor_vision.runtime import Runtime
+from mutor_vision.sampling import stream as sample
+from mutor_vision.sampling.draw import SampleSettings
+from mutor_vision.sampling.load import load
+from mutor_vision.storage.npz import Npz, NpzImageWriter, write_arrays
+from mutor_vision.training import distance as in_training
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = Runtime(0, 1, torch.device("cpu"), None)
@@ -167,7 +169,7 @@ def test_sampling_on_the_fly_measures_the_images_that_the_sampler_writes(trained
                                       str(tmp_path / "set.npz")])  # fmt: skip
     mutor_main()
     written = open_set(tmp_path / "set.npz")
-    source = RunImages(sample.load(trained_run, ALONE), 12, SampleSettings(cfg_scale=1.5))
+    source = RunImages(load(trained_run, ALONE), 12, SampleSettings(cfg_scale=1.5))
     assert torch.equal(written.images.labels, source.labels), "labels come from the record beside the set"
     ours, theirs = (extract(images, extractor, ALONE, batch=5) for images in (source, written.images))
     assert ours.images_sha256 == theirs.images_sha256
@@ -227,8 +229,8 @@ def test_images_of_a_run_are_sampled_once_and_in_the_samplers_own_batches(traine
     launched = []
     launch = sample._launch
     monkeypatch.setattr(sample, "_launch", lambda *all: launched.append(all[2].tolist()) or launch(*all))
-    monkeypatch.setattr("mutor_vision.metrics.extract.CHUNK", 24)
-    loaded = sample.load(trained_run, ALONE)
+    monkeypatch.setattr("mutor_vision.features.extract.CHUNK", 24)
+    loaded = load(trained_run, ALONE)
     monkeypatch.setattr(sample, "default_batch_size", lambda loaded: 16)
     source = RunImages(loaded, 60, SampleSettings(cfg_scale=1.5))
     assert (source.height, source.width) == (16, 16) and not launched, "no image is sampled to learn its size"
@@ -350,7 +352,7 @@ def test_a_reference_goes_on_after_a_kill(sets, tmp_path, extractor, monkeypatch
     from mutor_vision.metrics import reference
 
     monkeypatch.setattr(reference, "SNAPSHOT_EVERY", 1)
-    monkeypatch.setattr("mutor_vision.metrics.extract.CHUNK", 40)
+    monkeypatch.setattr("mutor_vision.features.extract.CHUNK", 40)
     monkeypatch.setattr(reference, "CHUNK", 40)
     source = open_set(sets / "reference").images
     expected = reference.write_reference(source, extractor, ALONE, tmp_path / "a.npz", keep_images=0)
@@ -532,7 +534,7 @@ def test_a_disk_that_fills_while_arrays_are_written_leaves_nothing(tmp_path, mon
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mutor_vision.metrics.npz._write_member", full)
+    monkeypatch.setattr("mutor_vision.storage.npz._write_member", full)
     with pytest.raises(OSError, match="No space"):
         write_arrays(tmp_path / "c.npz", {"mu": np.zeros(3)})
     with pytest.raises(OSError, match="No space"), NpzImageWriter(tmp_path / "c.npz", 1, 16, 16, {"mu": np.zeros(3)}):

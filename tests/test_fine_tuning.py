@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from mutor_vision import checkpoint, fine_tuning, lora
 from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig
 from mutor_vision.errors import MismatchError, UserError
-from mutor_vision.run_log import read_log
-from mutor_vision.train_loop import train
-from mutor_vision.transformer import Transformer
+from mutor_vision.model import base as fine_tuning
+from mutor_vision.model import lora
+from mutor_vision.model.transformer import Transformer
+from mutor_vision.storage import checkpoint
+from mutor_vision.storage.files import write_json
+from mutor_vision.storage.run_log import read_log
+from mutor_vision.training.loop import train
 
 SIZES = TransformerConfig(2, 2, 32, 32, 5, (4, 4))
 
@@ -28,7 +31,7 @@ def write_base(run, config=SIZES, drop_register_row=False, tokenizer_sha256=None
         weights["token_embedding.weight"] = weights["token_embedding.weight"][:-1].clone()
     checkpoint.save(run, 0, "transformer", TrainConfig(model=config, ema_decay=0.0), {"model": weights}, {}, keep=2)
     if tokenizer_sha256:
-        checkpoint.write_json(run / "token_set.json", {"tokenizer_sha256": tokenizer_sha256, "class_names": []})
+        write_json(run / "token_set.json", {"tokenizer_sha256": tokenizer_sha256, "class_names": []})
     return run
 
 
@@ -189,9 +192,10 @@ def test_merging_changes_linear_layers_the_class_table_and_the_register_row_alon
 
 
 def test_a_base_samples_with_its_adapter_as_the_merged_run_does(tmp_path, base, adapter):
-    from mutor_vision.generate import SampleSettings
     from mutor_vision.runtime import start
-    from mutor_vision.sample import load, sample_images
+    from mutor_vision.sampling.draw import SampleSettings
+    from mutor_vision.sampling.load import load
+    from mutor_vision.sampling.stream import sample_images
 
     lora.merge(base, adapter, tmp_path / "merged")
     runtime = start("float32", "cpu")
@@ -236,7 +240,7 @@ def test_the_head_that_stays_as_it_is_gets_no_gradient(base):
     """Nor the product that would make one, which costs as much as the logits."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from mutor_vision.loss import linear_cross_entropy
+    from mutor_vision.objectives.cross_entropy import linear_cross_entropy
 
     class Products(TorchDispatchMode):
         number = 0

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from mutor_vision import fast_paths
 from mutor_vision.config import TransformerConfig
 from mutor_vision.errors import UserError
-from mutor_vision.generate import SampleSettings, draw, filtered_probabilities, generate, guidance_scales
-from mutor_vision.inference import PackedLinear, prepare
-from mutor_vision.static_steps import StaticSteps
-from mutor_vision.transformer import Transformer
+from mutor_vision.model import fast_paths
+from mutor_vision.model.prepare import PackedLinear, prepare
+from mutor_vision.model.transformer import Transformer
+from mutor_vision.sampling.decode import generate
+from mutor_vision.sampling.draw import SampleSettings, draw, filtered_probabilities, guidance_scales
+from mutor_vision.sampling.static import StaticSteps
 
 LABELS = torch.tensor([0, 3, 1, 4, 2, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0])
 INDICES = np.arange(16)

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig
-from mutor_vision.generate import SampleSettings, generate
-from mutor_vision.run_log import read_log
+from mutor_vision.model.transformer import Transformer
 from mutor_vision.runtime import Runtime
-from mutor_vision.static_steps import StaticSteps
-from mutor_vision.transformer import Transformer
+from mutor_vision.sampling.decode import generate
+from mutor_vision.sampling.draw import SampleSettings
+from mutor_vision.sampling.static import StaticSteps
+from mutor_vision.storage.run_log import read_log
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -46,7 +47,7 @@ def exact_products():
 @pytest.fixture
 def train_on(monkeypatch):
     """train(config, out) on a given device."""
-    from mutor_vision import train_loop
+    from mutor_vision.training import loop as train_loop
 
     def run(device, config, out):
         start = train_loop.start
@@ -109,7 +110,7 @@ def test_dropout_trains_and_resumes(train_config, train_on, tmp_path):
 
 def test_a_steady_step_never_synchronises(train_config, train_on, tmp_path, monkeypatch):
     """torch itself raises at every wait for the device, in every step after the first."""
-    from mutor_vision import train_loop
+    from mutor_vision.training import loop as train_loop
 
     calls = Counter()
 
@@ -160,7 +161,7 @@ def test_graphs_take_no_new_memory_from_batch_to_batch(tiny_config):
 
 
 def test_encoding_gives_the_codes_of_the_cpu(tiny_tokenizer_path):
-    from mutor_vision.precision import exact_float32
+    from mutor_vision.runtime import exact_float32
     from mutor_vision.tokenizer.model import load_tokenizer
 
     images = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -174,7 +175,7 @@ def test_encoding_gives_the_codes_of_the_cpu(tiny_tokenizer_path):
 
 def test_a_tokenizer_trains(tmp_path):
     from mutor_vision.config import TokenizerConfig, TokenizerTrainConfig
-    from mutor_vision.tokenizer.train_loop import train_tokenizer
+    from mutor_vision.tokenizer.train import train_tokenizer
 
     write_pictures(tmp_path / "images", ("ant", "bee"), each=12, pixels=32)
     config = TokenizerTrainConfig(
@@ -187,8 +188,8 @@ def test_a_tokenizer_trains(tmp_path):
 
 
 def test_metrics_equal_those_of_the_cpu():
+    from mutor_vision.features.moments import Moments
     from mutor_vision.metrics import frechet, scores
-    from mutor_vision.metrics.moments import Moments
 
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(500, 64, generator=generator), torch.randn(400, 64, generator=generator) + 0.1
@@ -207,8 +208,8 @@ def test_metrics_equal_those_of_the_cpu():
 
 
 def test_features_equal_those_of_the_cpu():
-    from mutor_vision.metrics.features import load_extractor
-    from mutor_vision.precision import exact_float32
+    from mutor_vision.features.extractors import load_extractor
+    from mutor_vision.runtime import exact_float32
 
     images = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     extractor = load_extractor("inception", "random")
@@ -289,11 +290,11 @@ def test_ddp_and_fsdp_over_nccl_train_like_neither(root):
 def test_memory_is_what_the_plan_says(registers, compiled, above):
     """GPT-B's width with fewer layers; peak of allocated memory after three steps. For compiled blocks the plan is up
     to a third too high (measured: a quarter), since the compiler keeps less than is counted; never too low."""
-    from mutor_vision import plan
-    from mutor_vision.data import Batch
-    from mutor_vision.loss import Objective
-    from mutor_vision.optim import build_optimizer
-    from mutor_vision.train_step import train_step
+    from mutor_vision.data.order import Batch
+    from mutor_vision.objectives.objective import Objective
+    from mutor_vision.training import cost as plan
+    from mutor_vision.training.optim import build_optimizer
+    from mutor_vision.training.step import train_step
 
     config = TrainConfig(
         model=TransformerConfig(4, 12, 768, 16384, 1000, (16, 16)), batch_size=32, ema_decay=0.0,

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from mutor_vision import image_folder
+from mutor_vision.data import folder as image_folder
+from mutor_vision.data.folder import ImageFolder, batched, check_apart
+from mutor_vision.data.images import center_flip
+from mutor_vision.data.reading import TrainingCrops, Views, read_batches
 from mutor_vision.errors import DataError, UserError
-from mutor_vision.image_folder import ImageFolder, TrainingCrops, Views, batched, check_apart, read_batches
-from mutor_vision.images import center_flip
 
 
 def write(path, shade=0, size=(20, 16)):

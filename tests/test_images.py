@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from mutor_vision import images
+from mutor_vision.data import images
 from mutor_vision.errors import DataError, ImageError, UserError
 
 RED = (200, 30, 10)

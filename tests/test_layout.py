@@ -45,8 +45,8 @@ def test_the_package_imports_no_command(root):
 
 def test_the_transformer_and_the_registers_do_not_know_each_other(root):
     package = root / "mutor_vision"
-    assert "mutor_vision.registers" not in set(imports_of(package / "transformer.py"))
-    assert "mutor_vision.transformer" not in set(imports_of(package / "registers.py"))
+    assert "mutor_vision.objectives.registers" not in set(imports_of(package / "transformer.py"))
+    assert "mutor_vision.model.transformer" not in set(imports_of(package / "registers.py"))
 
 
 def test_importing_the_package_imports_nothing_heavy(root):
@@ -56,7 +56,7 @@ def test_importing_the_package_imports_nothing_heavy(root):
 
 
 def test_training_needs_neither_diffusers_nor_torch_fidelity():
-    code = ("import mutor_vision.train_loop, sys; "
+    code = ("import mutor_vision.training.loop, sys; "
             "print(*(m for m in ('diffusers', 'torch_fidelity', 'transformers') if m in sys.modules))")  # fmt: skip
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.strip() == "", result.stdout

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mutor_vision import listing
+from mutor_vision.data import listing
+from mutor_vision.data.folder import ImageFolder
 from mutor_vision.errors import DataError, ImageError
-from mutor_vision.image_folder import ImageFolder
-from mutor_vision.metrics.sources import FolderImages
+from mutor_vision.features.sources import FolderImages
 
 
 def write(path, seed=0, **settings):

@@ -13,14 +13,18 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from mutor_vision import checkpoint, foreign_checkpoint, llamagen
 from mutor_vision.config import TokenizerConfig, TrainConfig, TransformerConfig
-from mutor_vision.convert import convert, convert_back
 from mutor_vision.errors import DataError, IntegrityError, MismatchError, UserError
-from mutor_vision.generate import SampleSettings, generate
-from mutor_vision.llamagen_codes import import_codes
+from mutor_vision.interop import llamagen
+from mutor_vision.interop.convert import convert, convert_back
+from mutor_vision.interop.llamagen_codes import import_codes
+from mutor_vision.model.transformer import Transformer, num_parameters
+from mutor_vision.sampling.decode import generate
+from mutor_vision.sampling.draw import SampleSettings
+from mutor_vision.storage import checkpoint
+from mutor_vision.storage import foreign as foreign_checkpoint
+from mutor_vision.storage.files import read_json
 from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer
-from mutor_vision.transformer import Transformer, num_parameters
 
 GPT, VQ = "llamagen_gpt_tiny", "llamagen_vq_tiny"
 
@@ -351,7 +355,7 @@ def test_names_of_windows_editors_reach_the_run(shared, tmp_path, monkeypatch):
     words += ["--class-names", tmp_path / "names.txt"]
     monkeypatch.setattr(sys, "argv", ["mutor", *map(str, words)])
     main()
-    token_set = checkpoint.read_json(tmp_path / "run" / "token_set.json")
+    token_set = read_json(tmp_path / "run" / "token_set.json")
     assert token_set["class_names"] == ["ant", "bee", "cat", "dog", "elk"]
 
 
@@ -407,7 +411,8 @@ def test_a_converted_run_with_a_tokenizer_samples_at_384_and_resizes(
 ):
     """A 6x6 model on a tokenizer made for 16 pixels: decoded at 24, resized to 16 as LlamaGen's protocol does."""
     from mutor_vision.runtime import start
-    from mutor_vision.sample import load, sample_images
+    from mutor_vision.sampling.load import load
+    from mutor_vision.sampling.stream import sample_images
 
     config = TransformerConfig(1, 2, 32, 32, 5, (6, 6))
     torch.manual_seed(0)
@@ -432,13 +437,14 @@ def test_a_converted_run_with_a_tokenizer_samples_at_384_and_resizes(
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert np.load(tmp_path / "set.npz")["arr_0"].shape == (4, 16, 16, 3)
-    assert checkpoint.read_json(tmp_path / "set.npz.json")["resize"] == 16
+    assert read_json(tmp_path / "set.npz.json")["resize"] == 16
 
 
 def test_one_command_makes_a_run_that_samples(shared, tmp_path):
-    from mutor_vision.images import to_uint8
+    from mutor_vision.data.images import to_uint8
     from mutor_vision.runtime import start
-    from mutor_vision.sample import load, sample_images
+    from mutor_vision.sampling.load import load
+    from mutor_vision.sampling.stream import sample_images
 
     convert_gpt(shared / "golden" / f"{GPT}.pt", tmp_path / "run", tokenizer=shared / "golden" / f"{VQ}.pt")
     assert sorted(os.listdir(tmp_path / "run")) == [
@@ -583,9 +589,9 @@ def write_codes(path, num_images=7, views=10, seed=0):
 
 
 def test_codes_become_a_token_set(tmp_path, tiny_tokenizer_path, monkeypatch):
-    import mutor_vision.llamagen_codes
+    import mutor_vision.interop.llamagen_codes
 
-    monkeypatch.setattr(mutor_vision.llamagen_codes, "SHARD_SIZE", 3)
+    monkeypatch.setattr(mutor_vision.interop.llamagen_codes, "SHARD_SIZE", 3)
     first, second = write_codes(tmp_path / "ten"), write_codes(tmp_path / "ten_105", seed=1)
     names = ["ant", "bee", "cat", "dog", "eel"]
     tokens = import_codes(tmp_path / "ten", tmp_path / "set", tiny_tokenizer_path, names, tmp_path / "ten_105")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mutor_vision.errors import UserError
+from mutor_vision.features.moments import Moments, Statistics
 from mutor_vision.metrics import frechet, scores
-from mutor_vision.metrics.moments import Moments, Statistics
 from mutor_vision.runtime import Runtime
 
 ALONE = Runtime(0, 1, torch.device("cpu"), None)

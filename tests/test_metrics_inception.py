@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from mutor_vision.errors import IntegrityError
+from mutor_vision.features.extract import extract
+from mutor_vision.features.inception import load_inception
 from mutor_vision.metrics import frechet, scores
-from mutor_vision.metrics.extract import extract
-from mutor_vision.metrics.inception import load_inception
-from mutor_vision.precision import exact_float32
-from mutor_vision.runtime import Runtime
+from mutor_vision.runtime import Runtime, exact_float32
 
 ALONE = Runtime(0, 1, torch.device("cpu"), None)
 

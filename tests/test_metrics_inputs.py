@@ -25,10 +25,12 @@ from PIL import Image
 
 from mutor_vision.cli import run_command
 from mutor_vision.errors import IntegrityError, UserError
-from mutor_vision.metrics import frechet, npz, weights
+from mutor_vision.features.extractors import load_extractor
+from mutor_vision.features.moments import Statistics
+from mutor_vision.metrics import frechet
 from mutor_vision.metrics.evaluate import open_set
-from mutor_vision.metrics.features import load_extractor
-from mutor_vision.metrics.moments import Statistics
+from mutor_vision.storage import downloads as weights
+from mutor_vision.storage import npz
 
 ROOT = Path(__file__).resolve().parents[1]
 DIM = 96  # features of timm's test_resnet

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from mutor_vision.config import RegisterConfig
-from mutor_vision.loss import Objective, linear_cross_entropy, total_loss
-from mutor_vision.registers import NO_TARGET, add_registers
-from mutor_vision.transformer import Transformer
+from mutor_vision.model.transformer import Transformer
+from mutor_vision.objectives.cross_entropy import linear_cross_entropy
+from mutor_vision.objectives.objective import Objective, total_loss
+from mutor_vision.objectives.registers import add_registers
+from mutor_vision.objectives.sequence import NO_TARGET
 
 GENERATOR = torch.Generator().manual_seed(0)
 CODES = torch.randint(32, (4, 4, 4), generator=GENERATOR)
@@ -108,7 +110,7 @@ def test_registers_with_a_target_are_those_whose_target_is_given(registers):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("chunk", [1, 7 * 11, 10**9], ids=["6 rows", "7 rows", "at once"])
 def test_the_chunked_cross_entropy_equals_torchs_in_value_and_gradients(monkeypatch, chunk, dtype, tolerance):
-    monkeypatch.setattr("mutor_vision.loss.CHUNK", chunk)
+    monkeypatch.setattr("mutor_vision.objectives.cross_entropy.CHUNK", chunk)
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(20, 6, dtype=dtype, generator=generator, requires_grad=True)
     head = torch.randn(11, 6, dtype=dtype, generator=generator, requires_grad=True)

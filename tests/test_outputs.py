@@ -2,9 +2,9 @@ import os
 
 import pytest
 
-from mutor_vision import outputs
 from mutor_vision.errors import UserError
-from mutor_vision.outputs import check_out_file, check_out_folder, replaced_folder
+from mutor_vision.storage import outputs
+from mutor_vision.storage.outputs import check_out_file, check_out_folder, replaced_folder
 
 
 def test_what_can_be_written_passes_and_leaves_nothing(tmp_path):

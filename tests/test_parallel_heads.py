@@ -4,14 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mutor_vision import checkpoint
 from mutor_vision.config import RegisterConfig
 from mutor_vision.errors import MismatchError, UserError
-from mutor_vision.loss import Objective, register_weight, total_loss
-from mutor_vision.parallel_heads import ParallelHeads
-from mutor_vision.registers import add_registers
-from mutor_vision.run_log import read_log
-from mutor_vision.train_loop import train
+from mutor_vision.objectives.heads import ParallelHeads
+from mutor_vision.objectives.objective import Objective, register_weight, total_loss
+from mutor_vision.objectives.registers import add_registers
+from mutor_vision.storage import checkpoint
+from mutor_vision.storage.run_log import read_log
+from mutor_vision.training.loop import train
 
 
 @pytest.fixture

@@ -7,15 +7,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mutor_vision import fast_paths
-from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig, override
+from mutor_vision.commands.plan import plan, table, with_token_set
+from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig
 from mutor_vision.errors import UserError
-from mutor_vision.loss import Objective
-from mutor_vision.parallel_heads import ParallelHeads
-from mutor_vision.plan import ACCELERATORS, flops, memory, parameters, plan, saved_per_layer, table, with_token_set
+from mutor_vision.model import fast_paths
+from mutor_vision.model.transformer import Transformer, num_parameters
+from mutor_vision.objectives.heads import ParallelHeads
+from mutor_vision.objectives.objective import Objective
+from mutor_vision.objectives.registers import add_registers
 from mutor_vision.presets import TRANSFORMERS
-from mutor_vision.registers import add_registers
-from mutor_vision.transformer import Transformer, num_parameters
+from mutor_vision.settings import override
+from mutor_vision.training.cost import ACCELERATORS, flops, memory, parameters, saved_per_layer
 
 SIZES = [(2, 2, 64, 128, (4, 4)), (3, 4, 128, 512, (8, 8)), (1, 4, 96, 64, (8, 4))]
 BATCH = 5  # with which no activation has the shape of a weight

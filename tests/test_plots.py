@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mutor_vision.cli import main
-from mutor_vision.plots import shortest_names
-from mutor_vision.run_log import read_log
+from mutor_vision.commands.plot import shortest_names
+from mutor_vision.storage.run_log import read_log
 
 pytest.importorskip("matplotlib")
 

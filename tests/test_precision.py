@@ -5,9 +5,8 @@ import itertools
 import pytest
 import torch
 
-from mutor_vision.encode import _encode
-from mutor_vision.precision import exact_float32, fixed_convolutions
-from mutor_vision.runtime import Runtime
+from mutor_vision.runtime import Runtime, exact_float32, fixed_convolutions
+from mutor_vision.tokenizer.encode import _encode
 from mutor_vision.tokenizer.model import load_tokenizer
 
 ALONE = Runtime(0, 1, torch.device("cpu"), None)

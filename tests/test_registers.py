@@ -8,14 +8,8 @@ import torch
 
 from mutor_vision.config import RegisterConfig
 from mutor_vision.errors import UserError
-from mutor_vision.registers import (
-    NO_TARGET,
-    add_registers,
-    crosses_edge,
-    offset_pairs,
-    place_registers,
-    raster_offset,
-)
+from mutor_vision.objectives.registers import add_registers, crosses_edge, offset_pairs, place_registers, raster_offset
+from mutor_vision.objectives.sequence import NO_TARGET
 
 INDEX = np.arange(3)
 

@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from mutor_vision import checkpoint
 from mutor_vision.config import RegisterConfig, TransformerConfig
 from mutor_vision.errors import MismatchError
+from mutor_vision.storage.files import read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,9 @@ SETUP = {
 
 def write(folder, experiments, effect, keep=lambda run: True):
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(folder / "setup.json", SETUP)
+    write_json(folder / "setup.json", SETUP)
     for run in filter(keep, experiments["grid"].GRIDS["main"]):
-        checkpoint.write_json(folder / f"{run.name}.json",
+        write_json(folder / f"{run.name}.json",
                               invented(run, experiments["comparison"].relative_compute, effect))  # fmt: skip
     return experiments["results"].page(*experiments["comparison"].read(folder), "results")
 
@@ -77,7 +77,7 @@ def test_the_committed_page_is_what_the_committed_json_says(root, experiments):
 def test_every_committed_run_is_declared_and_says_how_to_repeat_it(root, experiments):
     declared = {run.name: run for run in experiments["grid"].GRIDS["main"]}
     for path in (root / "experiments/results").glob("*-seed-*.json"):
-        found, run = checkpoint.read_json(path), declared[path.stem]
+        found, run = read_json(path), declared[path.stem]
         assert (found["method"], found["seed"], found["steps"]) == (run.method, run.config.seed, run.config.steps)
         assert found["registers"] == dataclasses.asdict(run.config.registers) and path.stem in found["command"]
         assert path.stat().st_size < 20_000
@@ -148,14 +148,14 @@ def test_a_page_of_runs_whose_compute_was_counted_otherwise_says_so(tmp_path, ex
     """And a page of runs that are counted as `mutor plan` counts says nothing."""
     assert "Equal compute is not quite equal" not in write(tmp_path, experiments, 0.0)
     for path in tmp_path.glob("headline-MuToR-2D-31*.json"):
-        checkpoint.write_json(path, checkpoint.read_json(path) | {"relative_compute": 1.313})
+        write_json(path, read_json(path) | {"relative_compute": 1.313})
     setup, runs = experiments["comparison"].read(tmp_path)
     text = experiments["results"].page(setup, runs, "results")
     assert "MuToR-2D, 31 %: 1.328 instead of 1.313 (+1.1%) next-token steps" in text
 
 
 def test_the_page_and_the_plan_count_the_same(experiments):
-    from mutor_vision.plan import plan
+    from mutor_vision.commands.plan import plan
 
     for run in experiments["grid"].GRIDS["main"][:5]:
         model = dataclasses.replace(run.config.model, vocab_size=512, num_classes=20, grid=(8, 8))
@@ -208,7 +208,7 @@ def test_a_folder_of_images_becomes_a_page_and_a_killed_grid_goes_on(tmp_path, e
     assert "2 classes, 24 training images" in text and "## Registers as drafts" in text
     assert {"samples", "curves", "offsets"} <= {path.stem for path in (tmp_path / "work/results").glob("*.png")}
     lost = tmp_path / "work/json" / f"{runs[0].name}.json"
-    before = checkpoint.read_json(lost)
+    before = read_json(lost)
     lost.unlink()
     run.main()
-    assert checkpoint.read_json(lost) == before and page.read_text() == text
+    assert read_json(lost) == before and page.read_text() == text

@@ -10,14 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from mutor_vision import checkpoint, sample
 from mutor_vision.cli import main
 from mutor_vision.config import TrainConfig
-from mutor_vision.generate import SampleSettings
-from mutor_vision.metrics.sources import RunImages
+from mutor_vision.features.sources import RunImages
 from mutor_vision.runtime import Runtime
-from mutor_vision.sample import label_plan
-from mutor_vision.static_steps import StaticSteps
+from mutor_vision.sampling import stream as sample
+from mutor_vision.sampling.draw import SampleSettings
+from mutor_vision.sampling.load import load
+from mutor_vision.sampling.static import StaticSteps
+from mutor_vision.sampling.stream import label_plan
+from mutor_vision.storage import checkpoint
+from mutor_vision.storage.files import read_json, write_json
 
 ALONE = Runtime(0, 1, torch.device("cpu"), None)
 
@@ -87,13 +90,13 @@ def test_quantized_weights_are_recorded(mutor, trained_run, tmp_path):
     code, _, err = mutor("sample", trained_run, "--quantize", "int8", "--num", 4, "--out", tmp_path / "int8.npz")
     assert code == 0, err
     assert json.loads((tmp_path / "int8.npz.json").read_text())["model"]["quantize"] == "int8"
-    loaded = sample.load(trained_run, ALONE, quantize="int8")
+    loaded = load(trained_run, ALONE, quantize="int8")
     assert RunImages(loaded, 2, SampleSettings()).describe()["model"]["quantize"] == "int8"
-    assert "quantize" not in sample.load(trained_run, ALONE).identity
+    assert "quantize" not in load(trained_run, ALONE).identity
 
 
 def test_static_steps_draw_the_same_images(trained_run):
-    loaded, labels = sample.load(trained_run, ALONE), label_plan(5, 5)
+    loaded, labels = load(trained_run, ALONE), label_plan(5, 5)
     static = dataclasses.replace(loaded, static=StaticSteps())
     images = [torch.cat([part for _, part in sample.sample_stream(each, labels, SampleSettings(), 0, 2)])
               for each in (loaded, static)]  # fmt: skip
@@ -105,7 +108,7 @@ def test_on_a_gpu_the_next_batch_is_launched_before_the_last_is_fetched(trained_
     calls = []
     monkeypatch.setattr(sample, "_launch", lambda loaded, labels, indices, *_: calls.append(indices[0]) or (indices, 0))
     monkeypatch.setattr(sample, "_arrived", lambda images, event: calls.append(f"fetched {images[0]}") or images)
-    loaded = sample.load(trained_run, ALONE)
+    loaded = load(trained_run, ALONE)
     loaded = dataclasses.replace(loaded, runtime=dataclasses.replace(ALONE, device=torch.device("cuda")))
     yielded = [indices.tolist() for indices, _ in sample.sample_stream(loaded, label_plan(5, 5), None, 0, 2)]
     assert yielded == [[0, 1], [2, 3], [4]]
@@ -113,7 +116,7 @@ def test_on_a_gpu_the_next_batch_is_launched_before_the_last_is_fetched(trained_
 
 
 def test_the_batch_follows_from_free_memory(trained_run, monkeypatch):
-    loaded = sample.load(trained_run, ALONE)
+    loaded = load(trained_run, ALONE)
     decoder, image = sample.DECODED_AT_ONCE["cpu"] * sample.decoder_bytes(loaded), sample.bytes_per_image(loaded)
     # 2 layers of 32, 16 tokens, keys and values of two streams; 36 bytes for each of 32 codes. Six activations.
     assert image == 2 * 2 * 2 * 16 * 32 * 4 + 32 * 36 and decoder == 6 * 8 * 16 * 16 * 4
@@ -126,9 +129,9 @@ def test_the_batch_follows_from_free_memory(trained_run, monkeypatch):
 
 def test_classes_are_chosen_by_names_with_commas_and_one_by_one(mutor, trained_run, tmp_path):
     shutil.copytree(trained_run, tmp_path / "run")
-    token_set = checkpoint.read_json(tmp_path / "run" / "token_set.json")
+    token_set = read_json(tmp_path / "run" / "token_set.json")
     token_set["class_names"] = ["tench, Tinca tinca", " padded ", "3", "new\nline \udcff\x1b[31m", "dog"]
-    checkpoint.write_json(tmp_path / "run" / "token_set.json", token_set)
+    write_json(tmp_path / "run" / "token_set.json", token_set)
     seen = []
     for arguments in (
         ["--classes", "tench, Tinca tinca"], ["--classes", "tench,padded"], ["--classes", "3"], ["--class", "3"],
@@ -241,7 +244,7 @@ def test_no_command_or_a_wrong_one_is_one_line(mutor):
 
 def test_pixels_do_not_depend_on_how_many_images_are_drawn_with_them(trained_run, monkeypatch):
     """With many images and the codes given: a pixel near a half shows the last bit of a decoder's kernel."""
-    loaded = sample.load(trained_run, ALONE)
+    loaded = load(trained_run, ALONE)
     config = loaded.transformer.config
     codes = torch.randint(config.vocab_size, (400, *config.grid), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(sample, "generate", lambda model, labels, settings, *, seed, indices, static: codes[indices])

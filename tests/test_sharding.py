@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mutor_vision import checkpoint
-from mutor_vision.config import RegisterConfig, TransformerConfig, to_dict
-from mutor_vision.run_log import read_log
-from mutor_vision.train_loop import train
+from mutor_vision.config import RegisterConfig, TransformerConfig
+from mutor_vision.settings import to_dict
+from mutor_vision.storage import checkpoint
+from mutor_vision.storage.run_log import read_log
+from mutor_vision.training.loop import train
 
 pytestmark = pytest.mark.slow
 NO_DROPOUT = TransformerConfig(2, 2, 32, token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0)
@@ -106,7 +107,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(runs):
 
 def test_a_sharded_run_is_read_like_any_other(runs):
     from mutor_vision.runtime import start
-    from mutor_vision.sample import load
+    from mutor_vision.sampling.load import load
 
     folder = checkpoint.newest(runs / "two")
     assert checkpoint.weight_names(folder) == ["ema", "model"]
@@ -131,11 +132,11 @@ def test_in_bfloat16_norms_keep_float32_weights():
     """A norm's weights rounded to bfloat16 are another model's, and the fused kernel refuses them beside float32."""
     import torch.distributed as dist
 
-    from mutor_vision import sharding
-    from mutor_vision.loss import Objective
-    from mutor_vision.registers import add_registers
+    from mutor_vision.model.transformer import Transformer
+    from mutor_vision.objectives.objective import Objective
+    from mutor_vision.objectives.registers import add_registers
     from mutor_vision.runtime import Runtime
-    from mutor_vision.transformer import Transformer
+    from mutor_vision.training import sharding
 
     config = dataclasses.replace(NO_DROPOUT, vocab_size=32, num_classes=5, grid=(4, 4))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from mutor_vision.data.token_set import TokenSet, code_dtype, load_array, save_array
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
-from mutor_vision.token_set import TokenSet, code_dtype, load_array, save_array
 from mutor_vision.tokenizer.model import load_tokenizer, tokenizer_identity
 
 

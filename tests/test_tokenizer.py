@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.nn.functional import mse_loss
 
-from mutor_vision import checkpoint
 from mutor_vision.config import TokenizerConfig, TokenizerTrainConfig
+from mutor_vision.data.images import to_uint8
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
-from mutor_vision.images import to_uint8
-from mutor_vision.llamagen import tokenizer_config, tokenizer_state_dict
+from mutor_vision.interop.llamagen import tokenizer_config, tokenizer_state_dict
 from mutor_vision.presets import TOKENIZERS
+from mutor_vision.storage import checkpoint
 from mutor_vision.tokenizer import losses
 from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer, tokenizer_identity
 from mutor_vision.tokenizer.quantizer import VectorQuantizer, assignment_entropy, nearest, revive_dead_codes, usage

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mutor_vision import checkpoint
+from mutor_vision.data.reading import Views
+from mutor_vision.data.token_set import TokenSet
 from mutor_vision.errors import ImageError, IntegrityError, MismatchError, UserError
-from mutor_vision.image_folder import Views
-from mutor_vision.token_set import TokenSet
+from mutor_vision.storage import checkpoint
 from mutor_vision.tokenizer.model import tokenizer_identity
 
 SMALL = {
@@ -87,9 +87,9 @@ def trained(root, pictures, tmp_path_factory):
 
 
 def train(root, data, out, steps, **changes):
-    from mutor_vision.config import override
     from mutor_vision.presets import TOKENIZERS
-    from mutor_vision.tokenizer.train_loop import train_tokenizer
+    from mutor_vision.settings import override
+    from mutor_vision.tokenizer.train import train_tokenizer
 
     settings = [f"{key}={value}" for key, value in {**SMALL, "val_fraction": 0.2, **changes}.items()]
     config = override(TOKENIZERS["digits"], [*settings, f"data={data}", f"steps={steps}"])
@@ -191,7 +191,7 @@ def test_every_0_means_never_and_the_last_step_is_saved(root, pictures, tmp_path
 
 def test_weights_that_are_not_finite_are_never_saved(root, pictures, tmp_path, monkeypatch):
     """Nothing is logged, so that nothing but the check before saving can see it."""
-    from mutor_vision.tokenizer import train_loop
+    from mutor_vision.tokenizer import train as train_loop
 
     rate = train_loop.learning_rate
     monkeypatch.setattr(train_loop, "learning_rate", lambda step, **k: 1e38 if step >= 3 else rate(step, **k))
@@ -555,7 +555,7 @@ def test_what_is_left_out_is_in_the_manifest(command, pictures, tiny_tokenizer_p
 def test_crops_that_say_how_another_precision_agrees_are_of_all_classes(
     command, tiny_tokenizer_path, tmp_path, monkeypatch
 ):
-    from mutor_vision import encode
+    from mutor_vision.tokenizer import encode
 
     for number in range(60):
         path = tmp_path / "data" / "ab"[number // 30] / f"{number:02d}.png"

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from mutor_vision import checkpoint
 from mutor_vision.config import RegisterConfig, TransformerConfig
-from mutor_vision.data import SampleOrder, read_batch, split
+from mutor_vision.data.order import SampleOrder, read_batch, split
+from mutor_vision.data.token_set import TokenSet
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
-from mutor_vision.optim import due, learning_rate
-from mutor_vision.run_log import read_log
-from mutor_vision.token_set import TokenSet
-from mutor_vision.train_loop import train
+from mutor_vision.schedule import due, learning_rate
+from mutor_vision.storage import checkpoint
+from mutor_vision.storage.run_log import read_log
+from mutor_vision.training.loop import train
 
 NO_DROPOUT = TransformerConfig(layers=2, heads=2, dim=32, token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0)
 
@@ -149,7 +149,7 @@ def test_held_out_images_are_never_trained_on(token_set_path):
 def test_validation_is_of_all_classes_and_the_same_for_every_seed(tmp_path, train_config, token_set_path, monkeypatch,
                                                                   seed):  # fmt: skip
     """Real sets are listed class by class: the first images would be of the first class."""
-    from mutor_vision import train_loop
+    from mutor_vision.training import loop as train_loop
 
     scored = []
     monkeypatch.setattr(train_loop, "validate", lambda model, codes, images, *rest: scored.append(images) or {})
@@ -248,7 +248,7 @@ def test_a_diverging_run_stops_and_says_so(tmp_path, train_config):
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, train_config, monkeypatch):
     """Nothing is logged, so that nothing but the check before saving can see it."""
-    from mutor_vision import train_step
+    from mutor_vision.training import step as train_step
 
     rate = train_step.learning_rate
     monkeypatch.setattr(train_step, "learning_rate", lambda step, **k: 1e38 if step >= 4 else rate(step, **k))
@@ -262,7 +262,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, train_config, mon
 
 
 def test_whatever_ends_a_run_is_in_its_status(tmp_path, train_config, monkeypatch):
-    from mutor_vision import train_loop
+    from mutor_vision.training import loop as train_loop
 
     def broken(*arguments, **settings):
         raise RuntimeError("the cable\nwas pulled")
@@ -346,9 +346,12 @@ def test_training_writes_sample_grids(tmp_path, train_config):
 
 def test_the_distance_in_training_is_that_of_the_finished_run(tmp_path, train_config, trained_run):
     """The metric changes nothing in the training, and its value is eval's on the same samples."""
-    from mutor_vision.metrics import features, frechet, moments
+    from mutor_vision.features import extractors as features
+    from mutor_vision.features import moments
+    from mutor_vision.metrics import frechet
     from mutor_vision.runtime import start
-    from mutor_vision.sample import label_plan, load, sample_images, settings_in_training
+    from mutor_vision.sampling.load import load
+    from mutor_vision.sampling.stream import label_plan, sample_images, settings_in_training
 
     extractor = features.load_extractor("timm:test_resnet.r160_in1k@32", "random")
     statistics = tmp_path / "reference.npz"
@@ -382,7 +385,7 @@ def test_a_distance_without_a_reference_is_refused(tmp_path, train_config):
 def test_curves_are_plotted(tmp_path, trained_run):
     from PIL import Image
 
-    from mutor_vision.plots import plot_runs
+    from mutor_vision.commands.plot import plot_runs
 
     plot_runs({"a run": trained_run}, tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").width > 1000

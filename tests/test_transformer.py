@@ -5,11 +5,12 @@ import pytest
 import torch
 from timm.layers import SwiGLU
 
-from mutor_vision.attention import AttentionPattern, SplitAttention, causal_attention, dense_attention
 from mutor_vision.config import TransformerConfig
 from mutor_vision.errors import UserError
-from mutor_vision.rope import rope_table
-from mutor_vision.transformer import Dropout, FeedForward, KVCache, StaticStep, Transformer, num_parameters, recomputed
+from mutor_vision.model.attention import AttentionPattern, SplitAttention, causal_attention, dense_attention, rope_table
+from mutor_vision.model.cache import KVCache, StaticStep
+from mutor_vision.model.layers import Dropout, FeedForward, recomputed
+from mutor_vision.model.transformer import Transformer, num_parameters
 
 SLOTS = torch.arange(16)[None]
 

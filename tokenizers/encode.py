@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--weights", default="best", help="best (EMA where there is one, default), ema or model")
     arguments = parser.parse_args()
 
-    from mutor_vision.encode import EncodeSettings, encode_folder
+    from mutor_vision.tokenizer.encode import EncodeSettings, encode_folder
 
     settings = EncodeSettings(
         views=arguments.views, image_size=arguments.image_size, batch_size=arguments.batch_size,

@@ -16,13 +16,14 @@ import torch
 
 import mutor_vision
 from mutor_vision import runtime
-from mutor_vision.checkpoint import write_json
 from mutor_vision.cli import Parser, run_command
+from mutor_vision.data.folder import ImageFolder, batched, check_apart
+from mutor_vision.data.images import center, save_png, to_pil
+from mutor_vision.data.reading import Views, read_batches
 from mutor_vision.errors import UserError
-from mutor_vision.image_folder import ImageFolder, Views, batched, check_apart, read_batches
-from mutor_vision.images import center, save_png, to_pil
 from mutor_vision.keyed_random import permutation
-from mutor_vision.outputs import check_out_folder, replaced_folder
+from mutor_vision.storage.files import write_json
+from mutor_vision.storage.outputs import check_out_folder, replaced_folder
 
 SAVED = ("originals", "reconstructions")  # folders of --save-images
 

@@ -11,8 +11,8 @@ import json
 
 from mutor_vision import runtime
 from mutor_vision.cli import Parser, choose_settings, run_command
-from mutor_vision.config import to_dict
 from mutor_vision.presets import TOKENIZERS
+from mutor_vision.settings import to_dict
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
         print(json.dumps(to_dict(config), indent=1))
         return
 
-    from mutor_vision.tokenizer.train_loop import train_tokenizer
+    from mutor_vision.tokenizer.train import train_tokenizer
 
     train_tokenizer(config, arguments.out)
     runtime.finish()

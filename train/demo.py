@@ -118,10 +118,10 @@ def write_report(out: Path, stages: list[tuple[str, float]], total: float, num_s
     """report.html and the pictures beside it."""
     import torch
 
-    from mutor_vision.image_folder import ImageFolder
-    from mutor_vision.images import grid, read_image, save_png, to_tensor
-    from mutor_vision.plots import PANELS, plot_runs
-    from mutor_vision.run_log import read_log
+    from mutor_vision.commands.plot import PANELS, plot_runs
+    from mutor_vision.data.folder import ImageFolder
+    from mutor_vision.data.images import grid, read_image, save_png, to_tensor
+    from mutor_vision.storage.run_log import read_log
 
     folder = ImageFolder.open(out / "images" / "train")
     labelled = list(zip(folder.paths, folder.labels, strict=True))
@@ -144,7 +144,7 @@ def write_report(out: Path, stages: list[tuple[str, float]], total: float, num_s
 
 def measured(out: Path, name: str) -> dict:
     """The rows of the results table of one model."""
-    from mutor_vision.run_log import read_log
+    from mutor_vision.storage.run_log import read_log
 
     metrics = json.loads((out / f"metrics-{name}.json").read_text())
     log = read_log(out / name)

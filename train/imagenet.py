@@ -14,8 +14,8 @@ import json
 from pathlib import Path
 
 from mutor_vision.cli import Parser, choose_settings, run_command
-from mutor_vision.config import to_dict
 from mutor_vision.presets import TRANSFORMERS
+from mutor_vision.settings import to_dict
 
 
 def main() -> None:
@@ -35,9 +35,9 @@ def main() -> None:
         init=arguments.init, steps=arguments.steps,
     )  # fmt: skip
 
-    from mutor_vision.runtime import finish  # after the cheap mistakes: importing torch takes seconds
-    from mutor_vision.token_set import TokenSet
-    from mutor_vision.train_loop import resolve, train
+    from mutor_vision.data.token_set import TokenSet
+    from mutor_vision.runtime import finish
+    from mutor_vision.training.loop import resolve, train
 
     if arguments.dry_run:
         print(json.dumps(to_dict(resolve(config, TokenSet.open(config.codes))), indent=1))

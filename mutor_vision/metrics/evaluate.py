@@ -9,16 +9,15 @@ import torch
 from torch import nn
 
 import mutor_vision
-from mutor_vision.checkpoint import read_json, sha256
 from mutor_vision.errors import IntegrityError, UserError
+from mutor_vision.features.extract import extract
+from mutor_vision.features.moments import Moments, Statistics, read_protocol, read_statistics
+from mutor_vision.features.sources import FolderImages, NpzImages, check_count, check_labels, read_labels
 from mutor_vision.metrics import frechet, guards, per_class, scores
-from mutor_vision.metrics.extract import extract
-from mutor_vision.metrics.moments import Moments, Statistics, read_protocol, read_statistics
-from mutor_vision.metrics.npz import Npz, is_statistics
-from mutor_vision.metrics.sources import FolderImages, NpzImages, check_count, check_labels, read_labels
-from mutor_vision.outputs import check_out_file, check_out_folder
-from mutor_vision.precision import exact_float32
-from mutor_vision.runtime import Runtime
+from mutor_vision.runtime import Runtime, exact_float32
+from mutor_vision.storage.files import read_json, sha256
+from mutor_vision.storage.npz import Npz, is_statistics
+from mutor_vision.storage.outputs import check_out_file, check_out_folder
 
 METRICS = ("fid", "sfid", "is", "pr", "kid")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mutor_vision.errors import IntegrityError
-from mutor_vision.metrics.moments import Moments, Statistics
+from mutor_vision.features.moments import Moments, Statistics
 from mutor_vision.runtime import Runtime
 
 NEGATIVE_TOLERANCE = 1e-6  # of the largest eigenvalue; below -that, a matrix is no covariance

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mutor_vision.errors import IntegrityError, MismatchError
-from mutor_vision.metrics.extract import Extracted
-from mutor_vision.metrics.npz import Npz
+from mutor_vision.features.extract import Extracted
+from mutor_vision.storage.npz import Npz
 
 PUBLISHED_COUNT = 50_000  # samples behind published FID and IS
 SMOKE_COUNT = 10_000  # below, a distance says little

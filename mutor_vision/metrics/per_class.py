@@ -8,7 +8,7 @@ A class has too few images for a covariance, so its distance is Fréchet's with 
 import torch
 from torch import Tensor, nn
 
-from mutor_vision.metrics.extract import Extracted
+from mutor_vision.features.extract import Extracted
 
 
 def measure(samples, reference, ours: Extracted | None, theirs: Extracted | None, extractor: nn.Module) -> dict | None:

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mutor_vision.errors import IntegrityError, UserError
+from mutor_vision.features.extract import CHUNK, chunks, gather_chunks
+from mutor_vision.features.extractors import identity_text
+from mutor_vision.features.moments import LAYER_KEYS, Moments, statistics_arrays
+from mutor_vision.features.sources import FolderImages
 from mutor_vision.keyed_random import permutation
-from mutor_vision.metrics.extract import CHUNK, chunks, gather_chunks
-from mutor_vision.metrics.features import identity_text
-from mutor_vision.metrics.moments import LAYER_KEYS, Moments, statistics_arrays
-from mutor_vision.metrics.npz import NpzImageWriter, write_arrays
-from mutor_vision.metrics.sources import FolderImages
 from mutor_vision.runtime import Runtime
+from mutor_vision.storage.npz import NpzImageWriter, write_arrays
 
 SNAPSHOT_EVERY = 40  # chunks of a rank between two snapshots: what a kill can cost
 

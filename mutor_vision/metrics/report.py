@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mutor_vision import images
-from mutor_vision.metrics.features import resize
-from mutor_vision.metrics.sources import in_order
+from mutor_vision.data import images
+from mutor_vision.features.extractors import resize
+from mutor_vision.features.sources import in_order
 
 STRIP_COLUMNS = 8  # pictures of a class in the page
 STRIP_PIXELS = 104  # about the sides of a picture in the page: larger ones shrink, smaller ones grow by a factor

@@ -5,9 +5,9 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from mutor_vision.checkpoint import read_json
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
 from mutor_vision.metrics.report import markdown, number
+from mutor_vision.storage.files import read_json
 
 GOLDEN = (5**0.5 - 1) / 2
 

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mutor_vision import checkpoint
 from mutor_vision.config import TokenizerTrainConfig
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
+from mutor_vision.storage import checkpoint
 from mutor_vision.tokenizer.model import Reconstruction
 
 ENTROPY_TEMPERATURE = 0.01  # LlamaGen's

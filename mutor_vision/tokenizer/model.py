@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mutor_vision import checkpoint
 from mutor_vision.config import TokenizerConfig, TokenizerTrainConfig
 from mutor_vision.errors import UserError
+from mutor_vision.storage import checkpoint
 from mutor_vision.tokenizer.quantizer import Quantized, VectorQuantizer
 
 

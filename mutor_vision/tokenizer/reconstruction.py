@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mutor_vision.images import grid, to_float, to_uint8
+from mutor_vision.data.images import grid, to_float, to_uint8
 from mutor_vision.runtime import Runtime
 from mutor_vision.tokenizer.model import VQTokenizer
 from mutor_vision.tokenizer.quantizer import count_codes, usage

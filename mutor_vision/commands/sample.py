@@ -1,0 +1,180 @@
+"""The command `mutor sample`: an image grid, or a set of images for evaluation."""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import mutor_vision
+from mutor_vision.data import images
+from mutor_vision.errors import UserError
+from mutor_vision.model.prepare import QUANTIZATIONS
+from mutor_vision.names import match_class, parse_classes
+from mutor_vision.runtime import Runtime, finish, start
+from mutor_vision.sampling.draw import CFG_SCHEDULES, SampleSettings
+from mutor_vision.sampling.load import load
+from mutor_vision.sampling.stream import _spread_classes, default_batch_size, label_plan, sample_in_order, sample_stream
+from mutor_vision.storage.outputs import check_out_file
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The flags of SampleSettings."""
+    group = parser.add_argument_group("drawing")
+    defaults = SampleSettings()
+    group.add_argument("--cfg-scale", type=float, default=defaults.cfg_scale, help="guidance, 1 = none (default 2)")
+    group.add_argument("--cfg-schedule", default=defaults.cfg_schedule, help=", ".join(CFG_SCHEDULES))
+    group.add_argument("--cfg-power", type=float, default=defaults.cfg_power, help="exponent of power-cosine")
+    group.add_argument("--cfg-interval", default="0,0", help="guided tokens first,end; end 0 = to the last")
+    group.add_argument("--temperature", type=float, default=defaults.temperature, help="0 = greedy")
+    group.add_argument("--top-k", type=int, default=defaults.top_k, help="0 = all")
+    group.add_argument("--top-p", type=float, default=defaults.top_p, help="1 = all")
+
+
+def add_execution(parser) -> None:
+    """The flags of `load` that say how to compute. parser: an argparse parser, or a group of one."""
+    parser.add_argument(
+        "--compile", default="auto", help="auto (CUDA graphs on CUDA), on (torch.compile too: for long runs) or off"
+    )
+    parser.add_argument("--quantize", default="none", help=f"{' or '.join(QUANTIZATIONS)} (weights; recorded)")
+
+
+def settings_from(arguments: argparse.Namespace) -> SampleSettings:
+    """SampleSettings from parsed flags; raises UserError for values out of range."""
+    try:
+        interval = tuple(int(part) for part in arguments.cfg_interval.split(","))
+    except ValueError:
+        raise UserError(f"--cfg-interval is '{arguments.cfg_interval}', expected first,end such as 0,64") from None
+    names = [f.name for f in dataclasses.fields(SampleSettings) if f.name != "cfg_interval"]
+    return SampleSettings(cfg_interval=interval, **{name: getattr(arguments, name) for name in names})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="run directory or checkpoint")
+    parser.add_argument("--classes", help="ids or names with commas; default: eight spread over all classes")
+    parser.add_argument("--class", action="append", default=[], dest="named", metavar="NAME",
+                        help="a class by its name, which may hold commas or be a number; may be repeated")  # fmt: skip
+    parser.add_argument("--per-class", type=int, default=4, help="images of each class in the grid (default 4)")
+    # torchrun takes a bare --num for an abbreviation of its own options, so the flag has a longer name as well.
+    parser.add_argument("--num-images", "--num", type=int, dest="num", help="make a set of N images, not a grid")
+    parser.add_argument("--labels", default="balanced", help="classes of a set: balanced (default) or random")
+    parser.add_argument("--out", required=True, help="grid: FILE.png; set: FILE.npz, or a folder of PNGs")
+    parser.add_argument("--adapter", default="", help="LoRA run trained on the model; its classes then count")
+    parser.add_argument("--resize", type=int, default=0, help="pixels (LlamaGen: 256 for 384 models), 0 = as decoded")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--weights", default="best", help="best (default: EMA where there is one), ema or model")
+    parser.add_argument("--batch-size", type=int, default=0, help="images at once per process, 0 = by free memory")
+    parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add_execution(parser)
+    add_settings(parser)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    settings = settings_from(arguments)
+    out = Path(arguments.out)
+    if arguments.per_class < 1:
+        raise UserError(f"--per-class is {arguments.per_class}, expected 1 or more")
+    if arguments.batch_size < 0:
+        raise UserError(f"--batch-size is {arguments.batch_size}, expected 1 or more, or 0 to choose by free memory")
+    if arguments.resize < 0:
+        raise UserError(f"--resize is {arguments.resize}, expected pixels, or 0 for images as decoded")
+    if not 0 <= arguments.seed < 2**63:
+        raise UserError(f"--seed is {arguments.seed}, expected 0 to 2^63 - 1")
+    if arguments.num is not None:
+        if arguments.num < 1:
+            raise UserError(f"--num is {arguments.num}, expected 1 or more")
+        if arguments.classes is not None or arguments.named:
+            raise UserError("--num makes a set over all classes; drop --classes, or drop --num for a grid")
+        if out.suffix == ".png":
+            raise UserError(f"--num makes a set, but --out is {out}; use FILE.npz or a folder")
+        if out.exists():
+            raise UserError(f"{out} exists already; remove it or give another --out")
+    elif out.suffix != ".png":
+        raise UserError(f"--out is {out}, expected FILE.png for a grid; use --num for a set of images")
+    check_out_file(out)
+    runtime = start(arguments.precision, arguments.device)
+    loaded = load(arguments.model, runtime, arguments.weights, arguments.adapter, arguments.quantize, arguments.compile)
+    loaded = dataclasses.replace(loaded, resize=arguments.resize)
+    if settings.cfg_scale != 1 and not loaded.config.label_dropout:
+        raise UserError("the model was trained with label_dropout 0 and has no null class; use --cfg-scale 1")
+    vocab_size = loaded.config.model.vocab_size
+    if settings.top_k > vocab_size:
+        raise UserError(f"--top-k is {settings.top_k}, expected at most the codebook's {vocab_size}")
+    batch_size = arguments.batch_size or default_batch_size(loaded)
+    if arguments.num is None:
+        _write_grid(loaded, settings, arguments, out, batch_size)
+    else:
+        _write_set(loaded, settings, arguments, out, batch_size)
+    finish()
+
+
+def _write_grid(loaded, settings, arguments, out: Path, batch_size: int) -> None:
+    num_classes = len(loaded.class_names)
+    classes = parse_classes(arguments.classes, loaded.class_names) if arguments.classes is not None else []
+    classes += [match_class(name, loaded.class_names) for name in arguments.named]
+    classes = classes or _spread_classes(num_classes, 8)
+    labels = torch.tensor(classes).repeat_interleave(arguments.per_class)
+    stream = sample_in_order(loaded, labels, settings, arguments.seed, min(batch_size, len(labels)))
+    parts = list(_progress(stream, len(labels), loaded.runtime))
+    if loaded.runtime.is_main:
+        names = [loaded.class_names[c] for c in classes]
+        images.save_png(images.grid(torch.cat(parts), arguments.per_class, names), out)
+        identity = loaded.identity
+        print(f"{out}: {len(labels)} images of {len(classes)} classes from {identity['run']}/{identity['checkpoint']} "
+              f"({identity['weights']} weights), cfg {settings.cfg_scale:g}, seed {arguments.seed}")  # fmt: skip
+
+
+def _write_set(loaded, settings, arguments, out: Path, batch_size: int) -> None:
+    runtime, num = loaded.runtime, arguments.num
+    labels = label_plan(num, len(loaded.class_names), arguments.labels, arguments.seed)
+    record = {
+        "num": num, "labels": arguments.labels, "seed": arguments.seed, "sampler": dataclasses.asdict(settings),
+        "resize": loaded.resize, "model": loaded.identity, "mutor_vision": mutor_vision.__version__,
+        "torch": torch.__version__,
+    }  # fmt: skip
+    if out.suffix == ".npz":
+        from mutor_vision.storage.npz import NpzImageWriter
+
+        stream = sample_in_order(loaded, labels, settings, arguments.seed, batch_size)
+        if runtime.is_main:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with NpzImageWriter(out, num, *loaded.image_size) as writer:
+                for part in _progress(stream, num, runtime):
+                    writer.write(part)
+        else:
+            for _ in stream:
+                pass
+    else:
+        partial = out.with_name(f".{out.name}.partial")
+        if runtime.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        runtime.barrier()
+        bar = tqdm(total=num, unit=" images", disable=not runtime.is_main, dynamic_ncols=True)
+        for indices, part in sample_stream(loaded, labels, settings, arguments.seed, batch_size):
+            for index, image in zip(indices, part, strict=True):
+                images.save_png(images.to_pil(image), partial / f"{index:06d}.png")
+            bar.update(min(len(part) * runtime.world_size, num - bar.n))
+        bar.close()
+        runtime.barrier()
+        if runtime.is_main:
+            os.replace(partial, out)
+    if runtime.is_main:
+        # Beside the set rather than in it, so that the set is images and nothing else.
+        record["labels_of_images"] = labels.tolist()
+        out.with_name(out.name + ".json").write_text(json.dumps(record) + "\n")
+        print(f"{out}: {num} images, {arguments.labels} labels, seed {arguments.seed}; how they were made: {out}.json")
+
+
+def _progress(parts: Iterator[Tensor], total: int, runtime: Runtime) -> Iterator[Tensor]:
+    with tqdm(total=total, unit=" images", disable=not runtime.is_main, dynamic_ncols=True) as bar:
+        for part in parts:
+            bar.update(len(part))
+            yield part

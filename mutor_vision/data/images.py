@@ -1,0 +1,260 @@
+"""Pixels: reading files, crops, the two ways between uint8 and [-1, 1], and grids. No other module scales a pixel.
+
+Legend: B batch, H x W pixels. uint8 images are (B, 3, H, W) in 0..255, float images the same in [-1, 1].
+"""
+
+import math
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFile, ImageFont, UnidentifiedImageError
+from torch import Tensor
+
+from mutor_vision.data.image_bytes import looks_complete, pixel_bytes
+from mutor_vision.errors import ImageError, UserError
+from mutor_vision.names import printable
+
+# Allow-lists: Pillow's other decoders are an attack surface, or are not in every build of it (AVIF, JPEG 2000).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".ppm",
+    ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
+MAX_PIXELS = 89_000_000  # read from the header, before anything is decoded; from where Pillow itself warns
+MAX_ASPECT = 50  # long side over short side; a strip of 10000x1 would be enlarged to gigabytes before it is cropped
+_LOSSY = {"JPEG", "WEBP"}
+_LOSSY_TIFF = {"jpeg", "tiff_jpeg", "webp"}
+_MODES_8_BIT = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LA", "PA", "La", "RGBA", "RGBa"}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an image file says of itself."""
+
+    format: str  # Pillow's name, such as 'PNG'
+    mode: str  # Pillow's mode, such as 'L' or 'P'
+    size: tuple[int, int]  # (width, height)
+    lossy: bool  # whether its compression may have changed pixels
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """A file -> an RGB Pillow image of its pixels as they are stored.
+
+    Greyscale, bilevel, palette, CMYK (Pillow's plain formula) and YCbCr files are converted; transparency is
+    composited on white. Metadata never decides: EXIF orientation, colour profiles and gamma are ignored, as ADM,
+    LlamaGen and torchvision ignore them, and of a phone's several pictures the first counts. TIFF's own orientation
+    is how its rows are stored and is followed.
+
+    Raises ImageError naming the file when it is truncated, no image, of more than 8 bits a channel, of floats, LAB,
+    animated, of several pages, a strip, or over MAX_PIXELS."""
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES, "grey-filled images must never enter a data set"
+    with _opened(path) as image:
+        image.load()
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+        return image.convert("RGB")
+
+
+def check_image(path: str | Path) -> Header:
+    """Raise ImageError for a file that read_image refuses, at the cost of reading its header and, for JPEG, PNG and
+    WEBP, of finding its end; only what looks cut short, and files of the rarer formats, are decoded. Damage inside of
+    a file whose end is there shows when it is decoded, in training or encoding."""
+    with _opened(path, header=True) as image:
+        compression = image.info.get("compression") if image.format == "TIFF" else ""
+        header = Header(image.format, image.mode, image.size, image.format in _LOSSY or compression in _LOSSY_TIFF)
+    with open(path, "rb") as file:
+        complete = looks_complete(file)
+    if not complete:
+        read_image(path)
+    return header
+
+
+@contextmanager
+def _opened(path: str | Path, header: bool = False) -> Iterator[Image.Image]:
+    """The file as Pillow sees it without its metadata, and every one of Pillow's many exceptions as an ImageError."""
+    shown = printable(str(path))
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for, for ever
+            raise ImageError(f"{shown}: not a regular file; remove it", path)
+        with (
+            open(path, "rb") as file,
+            Image.open(pixel_bytes(file, header=header), formats=FORMATS) as image,
+        ):
+            _check_kind(path, image)
+            yield image
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError(f"{shown}: no such file", path) from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"{shown}: too many pixels, at most {MAX_PIXELS:,} are read; make it smaller", path) from None
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and its own kinds for damaged files
+        if isinstance(error, OSError) and error.errno is not None:
+            raise ImageError(f"{shown}: cannot be read ({error.strerror}); mend its rights or its disk", path) from None
+        reason = " ".join(str(error).split())[:160]
+        if isinstance(error, UnidentifiedImageError):
+            with open(path, "rb") as file:
+                reason = f"it begins with {file.read(16)!r}" if os.path.getsize(path) else "it is empty"
+        raise ImageError(f"{shown}: not a complete image ({reason}); replace or remove it", path) from None
+
+
+def _check_kind(path: str | Path, image: Image.Image) -> None:
+    shown = printable(str(path))
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(f"{shown}: {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are read", path)
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ImageError(f"{shown}: {image.width}x{image.height} pixels, at most {MAX_ASPECT}:1 is cropped", path)
+    if image.format == "TIFF":
+        if (pages := _full_pages(image)) > 1:
+            raise ImageError(f"{shown}: a TIFF of {pages} pages; save each as an image of its own", path)
+    elif image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+        raise ImageError(f"{shown}: animated with {image.n_frames} frames; extract one frame", path)
+    if _bits(image) > 8:
+        raise ImageError(f"{shown}: a {_bits(image)}-bit {image.format}, expected 8 bits a channel; convert it", path)
+    if image.mode not in _MODES_8_BIT:
+        raise ImageError(f"{shown}: pixels of kind {image.mode}, expected RGB, CMYK, grey or palette; convert it", path)
+
+
+def _full_pages(image: Image.Image) -> int:
+    """Pages of a TIFF but for those marked as smaller copies or masks of another (NewSubfileType), such as previews."""
+    pages = 1
+    for frame in range(1, image.n_frames):
+        image.seek(frame)
+        pages += not image.tag_v2.get(254, 0) & 0b101
+    image.seek(0)
+    return pages
+
+
+def _bits(image: Image.Image) -> int:
+    """Bits a channel in the file. Pillow reduces 16-bit colour to 8 bits and clips 16-bit grey, both without a word."""
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(258, (1,)))
+    arguments = image.tile[0].args if image.tile else ""
+    if image.format == "PNG":
+        return 16 if "16" in str(arguments) else 8
+    if image.format == "PPM" and isinstance(arguments, tuple):
+        return int(arguments[1]).bit_length() if arguments[1] > 0 else 32  # -1: floats
+    return 16 if image.mode.startswith("I") else 8
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop: halve with a box filter while the short side is at least 2 * size, bicubic to the exact
+    short side, cut the centre. Source: guided-diffusion image_datasets.py, center_crop_arr."""
+    image = _resize_short_side(image, size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def ten_crop(image: Image.Image, size: int, ratio: float = 1.1) -> list[Image.Image]:
+    """LlamaGen's ten views: ADM centre crop to int(size * ratio), then top-left, top-right, bottom-left,
+    bottom-right and centre crops of `size`, then the same five of the mirror image, so that the sixth is the mirrored
+    top right. Source: torchvision's ten_crop."""
+    outer = int(size * ratio)
+    image = center_crop(image, outer)
+    far, mid = outer - size, round((outer - size) / 2)
+    corners = [(0, 0), (far, 0), (0, far), (far, far), (mid, mid)]
+    return [whole.crop((x, y, x + size, y + size)) for whole in (image, mirror(image)) for x, y in corners]
+
+
+def center_flip(image: Image.Image, size: int) -> list[Image.Image]:
+    """ADM centre crop and its mirror image: the paper's two views."""
+    crop = center_crop(image, size)
+    return [crop, mirror(crop)]
+
+
+def center(image: Image.Image, size: int) -> list[Image.Image]:
+    """ADM centre crop alone, for images whose mirror image is something else, such as text."""
+    return [center_crop(image, size)]
+
+
+VIEWS = {"center-flip": center_flip, "ten-crop": ten_crop, "center": center}
+
+
+def views_named(name: str):
+    """'center', 'center-flip' or 'ten-crop' -> function (image, size) -> list of views."""
+    if name not in VIEWS:
+        raise UserError(f"views is '{name}', expected one of {', '.join(VIEWS)}")
+    return VIEWS[name]
+
+
+def mirror(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def random_crop(image: Image.Image, size: int, uniforms: np.ndarray, min_scale: float = 0.8) -> Image.Image:
+    """Tokenizer training view: ADM's random_crop_arr, which LlamaGen trains with, and a mirror image with probability
+    1/2. The short side becomes a whole number drawn uniformly from ceil(size) to ceil(size / min_scale), and a random
+    square of `size` is cut. uniforms: 4 numbers in [0, 1). Source: guided-diffusion image_datasets.py."""
+    largest = math.ceil(size / min_scale)
+    image = _resize_short_side(image, size + int(uniforms[0] * (largest - size + 1)))
+    left = int(uniforms[1] * (image.width - size + 1))
+    top = int(uniforms[2] * (image.height - size + 1))
+    crop = image.crop((left, top, left + size, top + size))
+    return mirror(crop) if uniforms[3] < 0.5 else crop
+
+
+def _resize_short_side(image: Image.Image, size: int) -> Image.Image:
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB Pillow image -> uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 (..., H, W) in 0..255 -> float32 in [-1, 1]."""
+    return images.float().div_(127.5).sub_(1.0)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float (..., H, W) in [-1, 1] -> uint8 by clamp(127.5 x + 128) and truncation, the rule of ADM and LlamaGen."""
+    return images.float().mul(127.5).add_(128).clamp_(0, 255).to(torch.uint8)
+
+
+def grid(images: Tensor, columns: int, row_labels: list[str] | None = None, min_cell: int = 128) -> Image.Image:
+    """uint8 (B, 3, H, W) -> one Pillow image, row by row with white lines between the cells and an optional name before
+    each row. Images narrower than `min_cell` pixels are enlarged by a whole factor, pixel by pixel."""
+    from torchvision.utils import make_grid
+
+    factor = max(1, -(-min_cell // images.shape[-1])) if images.shape[-1] < min_cell else 1
+    images = images.cpu().repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    padding = 4
+    cells = to_pil(make_grid(images, nrow=columns, padding=padding, pad_value=255))
+    if row_labels is None:
+        return cells
+    row_labels = [printable(label, limit=40) for label in row_labels]
+    font = ImageFont.load_default(size=max(12, images.shape[-2] // 8))
+    margin = max(int(font.getlength(label)) for label in row_labels) + 16
+    labelled = Image.new("RGB", (cells.width + margin, cells.height), "white")
+    labelled.paste(cells, (margin, 0))
+    pen = ImageDraw.Draw(labelled)
+    for row, label in enumerate(row_labels):
+        middle = padding + row * (images.shape[-2] + padding) + images.shape[-2] // 2
+        pen.text((margin - 8, middle), label, fill="black", font=font, anchor="rm")
+    return labelled
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """uint8 (3, H, W) -> RGB Pillow image."""
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def save_png(image: Image.Image, path: str | Path) -> None:
+    """Write a PNG that appears under its name only when it is complete."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    image.save(partial, format="PNG")
+    partial.replace(path)

@@ -1,0 +1,161 @@
+"""Images read in worker processes."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from mutor_vision.data.folder import ImageFolder
+from mutor_vision.data.images import center_crop, random_crop, read_image, to_tensor
+from mutor_vision.errors import UserError
+from mutor_vision.keyed_random import permutation, uniforms
+
+PATIENCE = 600  # seconds that a batch may take to be read
+_CURE = "use fewer workers, or none (--workers 0, --set workers=0); in a container, more --shm-size"
+
+
+class TrainingCrops(Dataset):
+    """Position k of training -> uint8 (3, size, size): image `permutation(epoch)[k % n]` with a crop keyed by k, so
+    that k alone says what step, process and restart would read. indices are the images of `folder` to train on."""
+
+    def __init__(self, folder: ImageFolder, indices: np.ndarray, size: int, seed: int, min_scale: float):
+        self.folder, self.indices, self.size, self.seed, self.min_scale = folder, indices, size, seed, min_scale
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, k: int) -> Tensor:
+        epoch, place = divmod(k, len(self.indices))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(self.seed, "order", epoch, len(self.indices))
+        image = read_image(self.folder.root / self.folder.paths[self.indices[self._order[place]]])
+        if self.min_scale == 1:
+            return to_tensor(center_crop(image, self.size))
+        draws = uniforms(self.seed, "crop", np.array([k]), 4)[0]
+        return to_tensor(random_crop(image, self.size, draws, self.min_scale))
+
+
+class Views(Dataset):
+    """Image number i of a folder -> uint8 (views, 3, size, size), cut by `crops`: (image, size) -> list of images."""
+
+    def __init__(self, folder: ImageFolder, size: int, crops: Callable[[Image.Image, int], list[Image.Image]]):
+        self.folder, self.size, self.crops = folder, size, crops
+
+    def __getitem__(self, i: int) -> Tensor:
+        image = read_image(self.folder.root / self.folder.paths[i])
+        return torch.stack([to_tensor(view) for view in self.crops(image, self.size)])
+
+
+def read_batches(dataset: Dataset, batches: Iterable[Iterable[int]], workers: int) -> Iterator[Tensor]:
+    """The items of `dataset` at each batch's indices, stacked, in order, read ahead by `workers` processes (0 = none).
+    Raises the DataError of an unreadable image here, as one clear line, not as a worker's traceback; UserError when
+    the workers cannot be started, one dies, or none delivers for PATIENCE seconds."""
+    if workers < 0:
+        raise UserError(f"workers is {workers}, expected 0 or more")
+    loader = DataLoader(
+        _ErrorsAsItems(dataset), batch_sampler=batches, num_workers=workers, collate_fn=_stack,
+        pin_memory=torch.cuda.is_available(), timeout=PATIENCE if workers else 0,
+    )  # fmt: skip
+    try:
+        if workers:
+            torch.multiprocessing.Queue().close()  # tried by itself: half a loader complains when it is thrown away
+        stream = iter(loader)
+    except OSError as error:
+        raise UserError(f"{workers} reading processes cannot be started ({error}); {_CURE}") from None
+    with _deaths() as heard_here:
+        while True:
+            failure = None
+            try:
+                with heard_here:
+                    batch = next(stream, None)
+            except (RuntimeError, OSError, EOFError) as error:  # the last two where one died while handing a batch over
+                failure = _worker_failure(error) if workers else error
+            if failure is not None:
+                raise failure
+            if batch is None:
+                return
+            if isinstance(batch, UserError):
+                raise batch
+            yield torch.from_numpy(batch) if isinstance(batch, np.ndarray) else batch
+
+
+def _worker_failure(error: Exception) -> Exception:
+    """What is raised when a worker died or delivers nothing -> the one line of it; any other error stays."""
+    text = " ".join(f"{error}".split()) or type(error).__name__
+    if isinstance(error, RuntimeError) and not text.startswith(("DataLoader worker", "DataLoader timed out")):
+        return error
+    return UserError(
+        f"the processes that read images failed: {text} A killed one was often short of memory, and one that delivers "
+        f"nothing waits for its disk; {_CURE}"
+    )
+
+
+class _Deaths:
+    """torch's handler of SIGCHLD raises wherever the main thread is when a worker dies. This one raises inside its own
+    context only, and on entering that what it was told before. The handler is called at once in any case: it can tell
+    that a worker has died only until the process is waited for, which starting another one does."""
+
+    def __init__(self, handler):
+        self.handler, self.here, self.told, self.readers = handler, False, None, 0
+
+    def __call__(self, number, frame):
+        try:
+            self.handler(number, frame)
+        except RuntimeError as error:
+            if self.here:
+                raise
+            self.told = error
+
+    def __enter__(self):
+        self.here, told, self.told = self.told is None, self.told, None
+        if told is not None:
+            raise told
+
+    def __exit__(self, *_):
+        self.here = False
+
+
+@contextmanager
+def _deaths() -> Iterator[AbstractContextManager]:
+    """While batches are read: the context in which the next is waited for."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield nullcontext()
+        return
+    if not isinstance(handler, _Deaths):
+        signal.signal(signal.SIGCHLD, handler := _Deaths(handler))
+    if handler.readers == 0:
+        handler.told = None  # of a worker whose reader has ended
+    handler.readers += 1
+    try:
+        yield handler
+    finally:
+        handler.readers -= 1
+
+
+class _ErrorsAsItems(Dataset):
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Tensor | UserError:
+        try:
+            return self.dataset[index]
+        except UserError as error:
+            return error
+
+
+def _stack(items: list[Tensor | UserError]) -> Tensor | np.ndarray | UserError:
+    errors = [item for item in items if isinstance(item, UserError)]
+    if errors:
+        return errors[0]
+    batch = torch.stack(items)
+    if get_worker_info() is None:
+        return batch
+    try:
+        return batch.share_memory_()
+    except (RuntimeError, OSError):  # /dev/shm is full: a container has 64 MB. An array travels through a pipe instead
+        return batch.numpy()

@@ -1,0 +1,174 @@
+"""A token set on disk: the codes of every view of every image, made by tokenizers/encode.py.
+
+    manifest.json        what it is; written last, so a set that has one is complete
+    codes-00000.npy      uint16 (uint32 when V > 65536), (images, views, N), row-major codes; never pickled
+    labels-00000.npy     int64 (images,)
+    tokenizer/           a copy of the tokenizer, so that later commands can decode
+
+Legend: n images, h x w grid, N = h * w, V codebook size. A shard is written under another name and renamed.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mutor_vision.errors import IntegrityError, MismatchError, UserError
+from mutor_vision.runtime import to_device
+from mutor_vision.storage.files import read_json, sha256, write_json
+
+FORMAT = 1
+PLAN = "plan.json"  # the settings of an encoding that has begun; they must be the same when it continues
+
+
+class TokenSet:
+    """A complete, verified token set. Codes stay memory-mapped until asked for."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any], shards: list[np.ndarray], labels: Tensor):
+        self.path = path
+        self.manifest = manifest
+        self.grid: tuple[int, int] = tuple(manifest["grid"])  # (h, w) codes
+        self.codebook_size: int = manifest["codebook_size"]
+        self.image_size: int = manifest["image_size"]  # pixels, square
+        self.class_names: list[str] = manifest["class_names"]
+        self.views: list[str] = manifest["views"]  # in the order of the second axis
+        self.num_images = len(labels)
+        self.num_views = len(self.views)
+        self.labels = labels  # (n,) int64 in [0, len(class_names))
+        self.tokenizer_path = path / "tokenizer"
+        self.tokenizer_identity: str = manifest["tokenizer_sha256"]
+        self.identity = sha256(path / "manifest.json")  # of this very set: the manifest holds the hash of every shard
+        self._shards = shards
+        self._resident: Tensor | None = None
+        self._starts = np.cumsum([0] + [len(shard) for shard in shards])
+
+    @classmethod
+    def open(cls, path: str | Path) -> "TokenSet":
+        """Open and check everything: sizes, sha256 (1.8 GB/s), code and label ranges. Raises UserError when it is
+        none, IntegrityError when it is incomplete or damaged, MismatchError when it is of another format."""
+        path = Path(path)
+        manifest = _read_manifest(path)
+        shards, labels = [], []
+        for shard in manifest["shards"]:
+            for name, expected in ((shard["file"], shard["sha256"]), (shard["labels_file"], shard["labels_sha256"])):
+                _check_file(path / name, expected)
+            codes_shape = (shard["images"], len(manifest["views"]), manifest["grid"][0] * manifest["grid"][1])
+            codes = load_array(path / shard["file"], code_dtype(manifest["codebook_size"]), codes_shape)
+            label = load_array(path / shard["labels_file"], np.int64, (shard["images"],))
+            _check_range(path / shard["file"], "code", codes, manifest["codebook_size"])
+            _check_range(path / shard["labels_file"], "label", label, len(manifest["class_names"]))
+            shards.append(codes)
+            labels.append(torch.from_numpy(np.array(label)))
+        return cls(path, manifest, shards, torch.cat(labels))
+
+    def take(self, indices: Tensor, views: Tensor) -> Tensor:
+        """(B,) int64 image numbers and (B,) int64 view numbers, on the CPU -> (B, h, w) int64 codes, on the CPU or
+        where `keep_on` put them."""
+        if self._resident is not None:
+            indices, views = (to_device(numbers, self._resident.device) for numbers in (indices, views))
+            return self._resident[indices, views].long().unflatten(1, self.grid)
+        indices, views = indices.numpy(), views.numpy()
+        codes = np.empty((len(indices), self.grid[0] * self.grid[1]), dtype=np.int64)
+        shard_of = np.searchsorted(self._starts, indices, side="right") - 1
+        for number in np.unique(shard_of):
+            rows = shard_of == number
+            codes[rows] = self._shards[number][indices[rows] - self._starts[number], views[rows]]
+        return torch.from_numpy(codes).unflatten(1, self.grid)
+
+    def keep_on(self, device: torch.device) -> None:
+        """Move all codes to `device`, so that a batch is gathered there and no step waits for the host."""
+        self._resident = self.codes().to(device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all codes in memory."""
+        return self.num_images * self.num_views * self.grid[0] * self.grid[1] * _signed(self.codebook_size).itemsize
+
+    def codes(self) -> Tensor:
+        """All codes in memory, (n, views, N): int16 where V allows (1.3 GB for ImageNet's two views), else int32."""
+        dtype = _signed(self.codebook_size)
+        return torch.from_numpy(np.concatenate([shard.astype(dtype) for shard in self._shards]))
+
+
+def code_dtype(codebook_size: int) -> type:
+    """The smallest of uint16 and uint32 that holds every code."""
+    return np.uint16 if codebook_size <= 2**16 else np.uint32
+
+
+def _signed(codebook_size: int) -> np.dtype:
+    # torch indexes and converts signed integers on every device; uint16 not.
+    return np.dtype(np.int16 if codebook_size <= 2**15 else np.int32)
+
+
+def shard_names(number: int) -> tuple[str, str]:
+    """File names of shard `number`: codes, labels."""
+    return f"codes-{number:05d}.npy", f"labels-{number:05d}.npy"
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write an .npy that appears under its name only when it is complete and on the disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        np.save(file, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    """Memory-map an .npy file of this type and shape; anything else in it is an IntegrityError."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise IntegrityError(f"{path} is not a complete .npy file ({error}); remove it, run encode.py again") from None
+    if array.dtype != dtype or array.shape != shape:
+        raise IntegrityError(
+            f"{path} holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}; "
+            "remove it, run encode.py again"
+        )
+    return array
+
+
+def write_manifest(path: Path, plan: dict[str, Any], shard_images: list[int]) -> None:
+    """Publish a set whose shards are all there. plan: the encoding's settings; shard_images: images of each shard."""
+    shards = []
+    for number, images in enumerate(shard_images):
+        codes, labels = shard_names(number)
+        shards.append({
+            "file": codes, "sha256": sha256(path / codes),
+            "labels_file": labels, "labels_sha256": sha256(path / labels), "images": images,
+        })  # fmt: skip
+    write_json(path / "manifest.json", {**plan, "shards": shards})
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder; expected a token set made by tokenizers/encode.py")
+    if not (path / "manifest.json").is_file():
+        if not (path / PLAN).is_file():
+            raise UserError(f"{path} has no manifest.json; expected a token set made by tokenizers/encode.py")
+        total = read_json(path / PLAN)["num_shards"]
+        done = len(list(path.glob("labels-*.npy")))
+        raise IntegrityError(f"{path}: token set incomplete: {done} of {total} shards; run encode.py again to continue")
+    manifest = read_json(path / "manifest.json")
+    if manifest.get("format") != FORMAT:
+        raise MismatchError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}; encode again")
+    return manifest
+
+
+def _check_file(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise IntegrityError(f"{path} is missing; remove manifest.json and run encode.py again")
+    if (got := sha256(path)) != expected:
+        raise IntegrityError(
+            f"{path} is damaged: sha256 {got[:12]}, expected {expected[:12]}; remove it and manifest.json, "
+            "run encode.py again"
+        )
+
+
+def _check_range(path: Path, what: str, values: np.ndarray, limit: int) -> None:
+    if values.size and (values.min() < 0 or values.max() >= limit):
+        raise IntegrityError(f"{path} holds {what} {values.max()}, expected 0 to {limit - 1}; encode again")

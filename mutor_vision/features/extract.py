@@ -1,0 +1,213 @@
+"""Images -> features, once: split over ranks in chunks, kept on disk chunk by chunk if one wants to survive a kill,
+streamed into moments, gathered where a metric needs every row."""
+
+import hashlib
+import json
+import shutil
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mutor_vision.features.extractors import identity_text
+from mutor_vision.features.moments import LAYER_KEYS, Moments
+from mutor_vision.features.sources import in_order
+from mutor_vision.runtime import Runtime, exact_float32, to_device
+
+CHUNK = 250  # images: the unit of work of a rank, and what a kill can cost
+DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """Features of a whole source, the same on every rank."""
+
+    moments: dict[str, Moments]  # per layer
+    rows: dict[str, Tensor]  # kept layers (N, D) float32 on the CPU
+    digests: Tensor  # (N, 16) uint8, a hash of each image's pixels
+    mean_rgb: Tensor  # (N, 3) float32, 0..255
+    constant: Tensor  # (N,) uint8, 1 where all pixels of an image are equal
+
+    @property
+    def images_sha256(self) -> str:
+        """Of the pixels in order: the same for a folder and an npz of the same images."""
+        return hashlib.sha256(self.digests.numpy().tobytes()).hexdigest()
+
+
+def extract(
+    source,
+    extractor: nn.Module,
+    runtime: Runtime,
+    *,
+    batch: int = 50,
+    groups: int = 1,
+    keep: tuple[str, ...] = (),
+    work: Path | None = None,
+    title: str = "images",
+) -> Extracted:
+    """Collective. Run every image of a source through an extractor (on runtime.device).
+
+    batch: images per forward pass. groups: of the moments. keep: layers whose rows are gathered. work: a folder in
+    which features of finished chunks are kept, so that the same call after a kill goes on where it was."""
+    layers = [layer for layer in extractor.layers if layer in LAYER_KEYS]
+    moments = {layer: Moments(extractor.layers[layer], groups, runtime.device) for layer in layers}
+    kept_names = (*keep, "digests", "mean_rgb", "constant")
+    kept: dict[str, list[Tensor]] = {name: [] for name in kept_names}
+    error = None
+    try:
+        for start, chunk in chunks(source, extractor, runtime, batch=batch, work=work, title=title):
+            for layer in layers:
+                moments[layer].update(chunk[layer], start)
+            for name in kept_names:
+                kept[name].append(chunk[name].clone())  # a chunk's own memory is pinned on CUDA, and used again
+    except Exception as caught:  # told to the other ranks, which would wait for this one for ever
+        error = caught
+    runtime.raise_together(error)
+    for layer in layers:
+        moments[layer].all_reduce(runtime)
+    shapes = {layer: ((width,), torch.float32) for layer, width in extractor.layers.items()}
+    shapes |= {"digests": ((DIGEST_BYTES,), torch.uint8), "mean_rgb": ((3,), torch.float32)}
+    shapes |= {"constant": ((), torch.uint8)}
+    rows = {name: gather_chunks(kept[name], source.count, *shapes[name], runtime) for name in kept_names}
+    return Extracted(moments, {name: rows[name] for name in keep}, rows["digests"], rows["mean_rgb"], rows["constant"])
+
+
+def chunks(
+    source, extractor: nn.Module, runtime: Runtime, *, batch: int, work: Path | None, title: str, first: int = 0
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """(index of its first image, tensors) of each of this rank's chunks from chunk number `first` on: chunk c belongs
+    to rank c % world_size. Tensors are on the CPU: every layer of the extractor, and what Extracted has per image.
+
+    On CUDA a chunk is yielded when the next one has been launched, so that the device goes on meanwhile."""
+    from tqdm import tqdm
+
+    folder = _work_folder(work, source, extractor) if work is not None else None
+    starts = list(range(0, source.count, CHUNK))[first:]
+    mine = [start for start in starts if start // CHUNK % runtime.world_size == runtime.rank]
+    stops = {start: min(start + CHUNK, source.count) for start in mine}
+    paths = {start: folder / f"chunk-{start // CHUNK:06d}.safetensors" if folder else None for start in mine}
+    missing = {start for start in mine if not _is_whole(paths[start], stops[start] - start)}
+    spans = {start: [(i, min(i + batch, stops[start])) for i in range(start, stops[start], batch)] for start in missing}
+    pictures = in_order(source, [span for start in mine if start in missing for span in spans[start]])
+    ahead = 1 if runtime.device.type == "cuda" else 0
+    waiting = deque()
+    with tqdm(total=sum(stops[start] - start for start in mine), desc=title, unit="img",
+              disable=not runtime.is_main) as bar:  # fmt: skip
+        for start in mine:
+            if start in missing:
+                batches = _shown(islice(pictures, len(spans[start])), bar)
+                waiting.append((start, _Launched(batches, extractor, runtime, paths[start])))
+            else:
+                waiting.append((start, _Kept(paths[start])))
+                bar.update(stops[start] - start)
+            if len(waiting) > ahead:
+                start, chunk = waiting.popleft()
+                yield start, chunk.tensors()
+        for start, chunk in waiting:
+            yield start, chunk.tensors()
+
+
+def gather_chunks(
+    parts: list[Tensor], count: int, shape: tuple[int, ...], dtype: torch.dtype, runtime: Runtime
+) -> Tensor:
+    """Collective. Each rank's chunks, in order -> all rows (count, *shape) in index order."""
+    if runtime.world_size == 1:
+        return torch.cat(parts)
+    per_rank = -(-count // (CHUNK * runtime.world_size))
+    here = torch.zeros(per_rank, CHUNK, *shape, dtype=dtype, device=runtime.device)
+    for index, part in enumerate(parts):
+        here[index, : len(part)] = part.to(runtime.device)
+    gathered = runtime.gather(here).cpu().unflatten(0, (runtime.world_size, per_rank))
+    # Chunk c is the (c // world_size)-th of rank c % world_size.
+    return gathered.transpose(0, 1).flatten(0, 2)[:count].contiguous()
+
+
+class _Launched:
+    """A chunk whose features are being computed. On CUDA its constructor does not wait for them."""
+
+    # Not in inference_mode: batches may come from the sampler, which writes later into buffers that it makes here.
+    @torch.no_grad()
+    def __init__(self, batches: Iterator[Tensor], extractor: nn.Module, runtime: Runtime, path: Path | None):
+        self.path, self.event = path, None
+        features, facts = [], []
+        for images in batches:
+            with exact_float32():  # not around the iterator, which may be the sampler
+                features.append(extractor(to_device(images, runtime.device)))
+            facts.append(_facts(images))
+        found = {name: torch.cat([part[name] for part in features]) for name in features[0]}
+        if runtime.device.type == "cuda":
+            pinned = {name: torch.empty(value.shape, pin_memory=True) for name, value in found.items()}
+            found = {name: pinned[name].copy_(value, non_blocking=True) for name, value in found.items()}
+            self.event = torch.cuda.Event()
+            self.event.record()
+        self.found = found | {name: torch.cat([part[name] for part in facts]) for name in facts[0]}
+
+    def tensors(self) -> dict[str, Tensor]:
+        if self.event is not None:
+            self.event.synchronize()
+        if self.path is not None:
+            _save_chunk(self.path, self.found)
+        return self.found
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A chunk that an earlier run has left."""
+
+    path: Path
+
+    def tensors(self) -> dict[str, Tensor]:
+        return load_file(self.path)
+
+
+def _shown(batches: Iterator[Tensor], bar) -> Iterator[Tensor]:
+    for images in batches:
+        yield images
+        bar.update(len(images))
+
+
+def _facts(batch_images: Tensor) -> dict[str, Tensor]:
+    flat = batch_images.flatten(1)
+    hashes = (hashlib.blake2b(image.numpy().data, digest_size=DIGEST_BYTES).digest() for image in flat.contiguous())
+    return {
+        "digests": torch.frombuffer(bytearray(b"".join(hashes)), dtype=torch.uint8).view(-1, DIGEST_BYTES),
+        "mean_rgb": batch_images.float().mean((2, 3)),
+        "constant": (flat == flat[:, :1]).all(1).to(torch.uint8),
+    }
+
+
+def forget(work: Path, source, extractor: nn.Module) -> None:
+    """Remove what is kept of a source's features."""
+    shutil.rmtree(_work_folder(work, source, extractor), ignore_errors=True)
+
+
+def _work_folder(work: Path, source, extractor: nn.Module) -> Path:
+    """One folder per (images, extractor), so that features of anything else can never be taken for these."""
+    key = hashlib.sha256(f"{source.key()} {identity_text(extractor)} {CHUNK}".encode()).hexdigest()
+    folder = work / f"features-{key[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.json").write_text(json.dumps({"extractor": extractor.identity, "images": source.count}))
+    return folder
+
+
+def _is_whole(path: Path | None, count: int) -> bool:
+    """Are features of `count` images there? Only the header is read; a file torn by a crash is computed again."""
+    if path is None or not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return all(file.get_slice(name).get_shape()[0] == count for name in file.keys())
+    except (SafetensorError, OSError):
+        return False
+
+
+def _save_chunk(path: Path, chunk: dict[str, Tensor]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    save_file({name: value.contiguous() for name, value in chunk.items()}, partial)
+    partial.replace(path)

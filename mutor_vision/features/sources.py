@@ -1,0 +1,315 @@
+"""Where images come from: a folder, an npz, or the sampler itself. A source has
+
+count, height, width
+read(start, stop)   uint8 (stop - start, 3, H, W) of those images, in index order, on the CPU
+labels              int64 (count,) or None, with `class_names`
+describe()          its part of the protocol block
+key()               changes whenever the images may have changed; names what may be kept of them
+prefetch            whether read may run in a second thread
+stream(spans)       optional: as `in_order`, where the source has a faster way than read after read
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mutor_vision.data import images
+from mutor_vision.data.folder import check_images
+from mutor_vision.data.listing import list_images, say_left_out
+from mutor_vision.errors import DataError, IntegrityError, MismatchError, UserError
+from mutor_vision.features.extractors import resize
+from mutor_vision.features.moments import read_protocol
+from mutor_vision.names import printable
+from mutor_vision.storage.npz import Npz, check_image_array
+
+READERS = 8  # decoding threads; Pillow releases Python's lock
+PEEKED = 64  # images looked at before the work begins
+LARGEST_CLASS = 99_999  # of labels; every class has an entry in results, so an id must not be any number
+
+
+class FolderImages:
+    """Every image below a folder, in natural order (2.png before 10.png). Where all of them lie in sub-folders, the
+    first level is the class. image_size > 0 cuts and resizes all to that size by ADM's centre crop.
+
+    Raises DataError for an empty folder and IntegrityError for lossy files without `allow_lossy`, palette files,
+    mixed sizes, and a gap in a numbered sequence."""
+
+    prefetch = True
+
+    def __init__(self, path: str | Path, *, image_size: int = 0, allow_lossy: bool = False):
+        self.path = Path(path)
+        self.image_size = image_size
+        self.allow_lossy = allow_lossy
+        self.listing = list_images(self.path)
+        self.names = sorted(map(Path, self.listing.paths), key=_natural)
+        self.count = len(self.names)
+        if not self.count:
+            raise DataError(f"{path} holds no image; looked for {', '.join(images.EXTENSIONS)}, at any depth")
+        say_left_out(self.path, self.listing)
+        _check_numbering(self.path, self.names)
+        self.height, self.width, self.lossy = self._check_headers()
+        self.labels, self.class_names = self._classes()
+
+    def read(self, start: int, stop: int) -> Tensor:
+        with ThreadPoolExecutor(READERS) as pool:
+            return torch.stack(list(pool.map(self._read_one, range(start, stop))))
+
+    def describe(self) -> dict:
+        return {
+            "source": "folder", "path": self.path.name, "files": "lossy" if self.lossy else "lossless",
+            "centre_crop": self.image_size or None, "classes": len(self.class_names) or None,
+            "left_out": self.listing.left_out, "ignored": self.listing.ignored,
+        }  # fmt: skip
+
+    def key(self) -> str:
+        digest = hashlib.sha256(os.fsencode(f"{self.path.resolve()} {self.image_size};"))
+        for name in self.names:
+            state = (self.path / name).stat()
+            digest.update(os.fsencode(f"{name} {state.st_size} {state.st_mtime_ns};"))
+        return digest.hexdigest()
+
+    def _read_one(self, index: int) -> Tensor:
+        image = images.read_image(self.path / self.names[index])
+        if self.image_size:
+            image = images.center_crop(image, self.image_size)
+        if image.size != (self.width, self.height):
+            raise IntegrityError(f"{self._shown(self.names[index])} has changed its size to {image.size} while read")
+        return images.to_tensor(image)
+
+    def _shown(self, name: Path) -> str:
+        return printable(str(self.path / name))
+
+    def _check_headers(self) -> tuple[int, int, bool]:
+        # Headers cost 0.1 ms each: much cheaper than finding image 40,000 of another size after an hour.
+        headers = check_images([self.path / name for name in self.names])
+        lossy = [name for name, header in zip(self.names, headers, strict=True) if header.lossy]
+        if lossy and not self.allow_lossy:
+            raise IntegrityError(
+                f"{self._shown(lossy[0])} and {len(lossy) - 1} more of {self.count} files are JPEG or WEBP, whose loss "
+                "shifts every metric; use PNG or npz, or pass --allow-lossy, which is recorded"
+            )
+        for name, header in zip(self.names, headers, strict=True):
+            if header.mode == "P" and not self.allow_lossy:
+                raise IntegrityError(
+                    f"{self._shown(name)} has a palette of 256 colours, so pixels were lost; save RGB, or pass "
+                    "--allow-lossy, which is recorded"
+                )
+        if self.image_size:
+            return self.image_size, self.image_size, bool(lossy)
+        first = headers[0].size
+        for index, size in enumerate(header.size for header in headers):
+            if size != first:
+                raise IntegrityError(
+                    f"{self._shown(self.names[index])} (index {index}) is {size[0]}x{size[1]}, the images before it "
+                    f"{first[0]}x{first[1]}; give images of one size, or pass --image-size to centre-crop all"
+                )
+        return first[1], first[0], bool(lossy)
+
+    def _classes(self) -> tuple[Tensor | None, tuple[str, ...]]:
+        if any(len(name.parts) < 2 for name in self.names):
+            return None, ()
+        # In composed Unicode, as ImageFolder has them: classes are compared by name.
+        folders = [unicodedata.normalize("NFC", name.parts[0]) for name in self.names]
+        class_names = tuple(sorted(set(folders)))
+        number = {name: index for index, name in enumerate(class_names)}
+        return torch.tensor([number[folder] for folder in folders]), class_names
+
+
+class NpzImages:
+    """`arr_0` of an npz, streamed. Labels: `arr_1` (N,) where the file has it."""
+
+    prefetch = True
+
+    def __init__(self, npz: Npz, *, nchw: bool = False, image_size: int = 0):
+        self.npz = npz
+        self.path = npz.path
+        self.nchw = nchw
+        self.image_size = image_size
+        self.count, self.height, self.width = check_image_array(npz, nchw)
+        protocol = read_protocol(npz) or {}
+        self.class_names = tuple(protocol.get("class_names", ()))
+        self.labels = None
+        if "arr_1" in npz.arrays and npz.arrays["arr_1"].dtype.kind in "iu":
+            # Before it is read: a small file can unpack to a large array.
+            check_labels_header(npz.arrays["arr_1"], self.count, f"{npz.path}: arr_1")
+            self.labels = check_labels(npz.read("arr_1"), self.count, f"{npz.path}: arr_1")
+        if self.count:
+            with npz.rows("arr_0") as read:
+                first = self._as_uint8(read(0, min(self.count, PEEKED)))
+            if first.max() <= 1:
+                raise IntegrityError(
+                    f"{npz.path}: no value of the first {len(first)} images is above 1; it looks like 0 to 1 cast "
+                    "to uint8. Multiply by 255 first"
+                )
+        if image_size:
+            self.height = self.width = image_size
+        self._rows = self._context = None
+
+    def read(self, start: int, stop: int) -> Tensor:
+        if self._rows is None:  # kept open: compressed members can only be read forward
+            self._context = self.npz.rows("arr_0")
+            self._rows = self._context.__enter__()
+        found = torch.from_numpy(self._as_uint8(self._rows(start, stop)).copy())
+        found = found if self.nchw else found.permute(0, 3, 1, 2).contiguous()
+        if self.image_size:
+            crops = [images.center_crop(images.to_pil(image), self.image_size) for image in found]
+            found = torch.stack([images.to_tensor(crop) for crop in crops])
+        return found
+
+    def _as_uint8(self, values: np.ndarray) -> np.ndarray:
+        """Integers of another width, as np.array makes them of a list, are the same pixels if they are 0 to 255."""
+        if values.dtype != np.uint8 and values.size and not (0 <= values.min() and values.max() <= 255):
+            raise IntegrityError(
+                f"{self.path}: images are {values.dtype} from {values.min()} to {values.max()}, expected 0 to 255; "
+                "write samples as uint8"
+            )
+        return values.astype(np.uint8, copy=False)
+
+    def describe(self) -> dict:
+        return {
+            "source": "npz", "path": self.path.name, "files": "lossless", "centre_crop": self.image_size or None,
+            "classes": None if self.labels is None else int(self.labels.max()) + 1,
+        }  # fmt: skip
+
+    def key(self) -> str:
+        state = self.path.stat()
+        text = f"{self.path.resolve()} {state.st_size} {state.st_mtime_ns} {self.image_size} {self.nchw}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class RunImages:
+    """Images sampled from a trained model as they are needed; nothing on disk. Image i has label `labels[i]` of a
+    seeded plan ('balanced' or 'random') and is the same however many processes sample. image_size > 0 resizes them
+    (bicubic, antialias), as when a 384-pixel model is compared at 256. batch: images sampled at once, 0 = by free
+    memory, which is a collective call."""
+
+    prefetch = False  # the sampler has the device to itself
+
+    def __init__(
+        self, loaded, count: int, settings, *, plan: str = "balanced", seed: int = 0, image_size: int = 0,
+        batch: int = 0,
+    ):  # fmt: skip
+        from mutor_vision.sampling.stream import default_batch_size, label_plan
+
+        if count < 2:
+            raise UserError(f"--num is {count}, expected 2 or more images")
+        self.loaded, self.count, self.settings, self.plan, self.seed = loaded, count, settings, plan, seed
+        self.image_size = image_size
+        self.class_names = tuple(loaded.class_names)
+        self.labels = label_plan(count, loaded.config.model.num_classes, plan, seed)
+        self.height, self.width = (image_size, image_size) if image_size else loaded.image_size
+        self.batch = batch or default_batch_size(loaded)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return next(self.stream([(start, stop)]))
+
+    def stream(self, spans: list[tuple[int, int]]) -> Iterator[Tensor]:
+        """The images of each span, sampled `batch` at once however long the spans are."""
+        from mutor_vision.sampling.stream import sample_batches
+
+        wanted = np.concatenate([np.arange(*span) for span in spans])
+        batches = (wanted[first : first + self.batch] for first in range(0, len(wanted), self.batch))
+        sampled = sample_batches(self.loaded, self.labels, batches, self.settings, self.seed)
+        ready = torch.empty(0, 3, *self.loaded.image_size, dtype=torch.uint8)
+        for start, stop in spans:
+            while len(ready) < stop - start:
+                ready = torch.cat([ready, next(sampled)[1]])
+            found, ready = ready[: stop - start], ready[stop - start :]
+            yield resize(found, self.image_size) if self.image_size else found
+
+    def describe(self) -> dict:
+        return {
+            "source": "sampler", "model": self.loaded.identity, "settings": dataclasses.asdict(self.settings),
+            "labels": self.plan, "seed": self.seed, "classes": len(self.class_names) or None,
+            "uint8": "clamp(127.5 x + 128), truncated", "resized_to": self.image_size or None,
+        }  # fmt: skip
+
+    def key(self) -> str:
+        text = json.dumps(self.describe() | {"count": self.count}, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def in_order(source, spans: list[tuple[int, int]]) -> Iterator[Tensor]:
+    """The images of each span [start, stop) of a source, uint8 (stop - start, 3, H, W): sampled in the sampler's own
+    batches, or the next span read in a second thread while the caller works."""
+    if not spans:
+        return
+    if hasattr(source, "stream"):
+        yield from source.stream(spans)
+    elif source.prefetch:
+        with ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(source.read, *spans[0])
+            for span in spans[1:]:
+                found, coming = coming.result(), reader.submit(source.read, *span)
+                yield found
+            yield coming.result()
+    else:
+        for span in spans:
+            yield source.read(*span)
+
+
+def check_labels_header(header, count: int, what: str) -> None:
+    """IntegrityError unless an array of this shape and dtype can be the class ids of `count` images."""
+    if len(header.shape) != 1 or header.dtype.kind not in "iu":
+        raise IntegrityError(f"{what} is {header.dtype} {header.shape}, expected class ids from 0, one per image")
+    if header.shape[0] != count:
+        raise IntegrityError(f"{what} has {header.shape[0]} labels for {count} images; give one per image")
+
+
+def check_labels(labels: np.ndarray, count: int, what: str) -> Tensor:
+    """Integer class ids (count,) from 0 to LARGEST_CLASS, as int64; IntegrityError otherwise."""
+    check_labels_header(labels, count, what)
+    if labels.size and not (0 <= labels.min() and labels.max() <= LARGEST_CLASS):
+        raise IntegrityError(f"{what} has class ids from {labels.min()} to {labels.max()}, expected 0 to "
+                             f"{LARGEST_CLASS:,} at most")  # fmt: skip
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def read_labels(path: str | Path, count: int) -> Tensor:
+    """Class ids from an .npy file (N,)."""
+    try:
+        # Mapped, so that a file whose header claims terabytes is refused instead of allocated.
+        labels = np.load(path, allow_pickle=False, mmap_mode="r")
+        if not isinstance(labels, np.ndarray):
+            raise ValueError("it is an npz")
+    except FileNotFoundError:
+        raise DataError(f"labels {path} do not exist; expected an .npy file of {count} class ids") from None
+    except Exception as error:  # numpy raises many kinds for what is no .npy
+        reason = " ".join(str(error).split())[:100]
+        raise IntegrityError(f"labels {path} are no plain .npy array ({reason}); write them with np.save") from None
+    return check_labels(labels, count, f"labels {path}")
+
+
+def check_count(source, expected: int) -> None:
+    """MismatchError unless a source has exactly the number of images that its result is to be named after."""
+    if expected and source.count != expected:
+        raise MismatchError(
+            f"{source.path} has {source.count:,} images, expected exactly {expected:,} (--num); "
+            + ("remove what is of another run" if source.count > expected else "sample the missing ones")
+        )
+
+
+def _check_numbering(folder: Path, names: list[Path]) -> None:
+    """A flat folder of 000000.png, 000001.png, ... must have no gap: one of its files was lost."""
+    if any(len(name.parts) > 1 or not name.stem.isascii() or not name.stem.isdigit() for name in names):
+        return
+    numbers = sorted(int(name.stem) for name in names)
+    for before, after in zip(numbers, numbers[1:], strict=False):
+        if after - before > 1:
+            raise IntegrityError(
+                f"{folder}: image {before + 1} is missing between {before} and {after}; sample it, or rename the files"
+            )
+
+
+def _natural(name: Path) -> list:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name.as_posix())]

@@ -1,0 +1,87 @@
+"""The layers of a block of the transformer.
+
+Legend: B batch, T inputs, C width, H heads, D width of a head."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, SwiGLU
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mutor_vision.config import TransformerConfig
+from mutor_vision.model.attention import apply_rope
+
+
+def recomputed(function, *inputs: Tensor) -> Tensor:
+    """function(*inputs), of which only the inputs are kept for the backward pass: for what is cheap to do twice."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+class Dropout(nn.Dropout):
+    """On a CPU with a mask of one byte for each number, where F.dropout keeps four and takes longer to draw them. Other
+    devices have a fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        if not self.training or self.p == 0:
+            return x
+        keep = torch.rand_like(x, dtype=torch.float32) >= self.p
+        return (x * keep).mul_(1 / (1 - self.p))
+
+
+class FeedForward(SwiGLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(_Gated.apply(self.fc1_g(x), self.fc1_x(x)))
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) * x, keeping no more than its inputs: these are the largest tensors of a block."""
+
+    @staticmethod
+    def forward(ctx, gate, x):
+        ctx.save_for_backward(gate, x)
+        return F.silu(gate).mul_(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, x = ctx.saved_tensors
+        grad_silu = grad * x
+        return torch.ops.aten.silu_backward(grad_silu, gate), F.silu(gate).mul_(grad)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        self.dropout = Dropout(config.residual_dropout)
+
+    def forward(self, x: Tensor, sin: Tensor, cos: Tensor, attend) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k, v = apply_rope(q, sin, cos), apply_rope(k, sin, cos), v.contiguous()  # nothing keeps all of qkv alive
+        return self.dropout(self.out(attend(q, k, v).transpose(1, 2).flatten(2)))  # (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config: TransformerConfig, drop_path: float):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, eps=1e-5)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=1e-5)
+        self.ffn = FeedForward(config.dim, config.ffn_dim, bias=False)
+        self.ffn_dropout = Dropout(config.ffn_dropout)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, sin: Tensor, cos: Tensor, attend) -> Tensor:
+        x = x + self.drop_path(self.attention(recomputed(self.attention_norm, x), sin, cos, attend))
+        return x + self.drop_path(self.ffn_dropout(self.ffn(recomputed(self.ffn_norm, x))))
+
+
+def initialise(module: nn.Module) -> None:
+    """N(0, 0.02) for every matrix, no depth scaling, as LlamaGen."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)

@@ -1,0 +1,31 @@
+"""Inputs and targets of one batch of training.
+
+Legend: B batch, N slots, R registers."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mutor_vision.model.attention import AttentionPattern
+
+NO_TARGET = -100  # cross_entropy's ignore_index
+
+
+@dataclass(frozen=True)
+class TrainingSequence:
+    """Inputs and targets of one batch. The class token is not among `tokens`: the transformer puts it at slot 0."""
+
+    tokens: Tensor  # (B, N - 1 + R) int64: x_1 .. x_(N-1), then R times the register's id
+    positions: Tensor  # (B or 1, N + R) int64: slot of every input
+    pattern: AttentionPattern | None  # None = plain causal
+    targets: Tensor  # (B, N + R) int64: token to predict, NO_TARGET where there is none
+    num_regular: int  # N; the inputs after it are registers
+    with_target: Tensor  # (K,) int64 in [0, B * R): the registers that have a target, counted over the batch
+
+    @property
+    def num_next_token_targets(self) -> int:
+        return len(self.targets) * self.num_regular
+
+    @property
+    def num_register_targets(self) -> int:
+        return len(self.with_target)

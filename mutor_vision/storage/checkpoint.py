@@ -1,0 +1,302 @@
+"""What is kept of a run, and how it is read back.
+
+    RUN/config.json                     kind, version and the whole resolved configuration
+    RUN/checkpoints/step-0000420/       config.json, model.safetensors, ema.safetensors, training.pt, MANIFEST.json
+                                        and, of a sharded training, optimizer/ with the shards of its moments
+    RUN/tokenizer/                      a copy of the tokenizer, so that a run samples by itself
+
+A checkpoint is written under another name, hashed into its MANIFEST.json, flushed to the disk and then renamed, so
+one that can be seen is whole; an old one is renamed before it is deleted. Older checkpoints go only when as many newer
+ones as are kept have been read again and verify. Weights are safetensors; training.pt holds tensors and numbers only
+and is read with weights_only=True.
+"""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import mutor_vision
+from mutor_vision.errors import IntegrityError, MismatchError, UserError
+from mutor_vision.runtime import Runtime
+from mutor_vision.settings import FORMAT, from_dict, to_dict
+from mutor_vision.storage.files import _fsync, read_json, sha256, write_json
+
+OPTIMIZER = "optimizer"  # folder of a checkpoint: the shards of a sharded training's moments
+_STEP = re.compile(r"^step-(\d{7})$")
+
+
+def write_config(folder: Path, kind: str, config: Any) -> None:
+    """config.json of a run, checkpoint or exported model. kind: 'tokenizer' or 'transformer'."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {"format": FORMAT, "kind": kind, "mutor_vision": mutor_vision.__version__, "config": to_dict(config)}
+    write_json(folder / "config.json", values)
+
+
+def read_config(folder: Path, kind: str, config_type: type) -> Any:
+    """The configuration in folder/config.json, which must be of `kind`; older formats are migrated."""
+    path = folder / "config.json"
+    values = _read_kind(folder, kind)
+    written = values.get("format")
+    if written not in range(1, FORMAT + 1):
+        raise MismatchError(f"{path} has format {written}, this version reads up to {FORMAT}; upgrade mutor_vision")
+    try:
+        return from_dict(config_type, values.get("config"), written)
+    except UserError as error:
+        raise IntegrityError(f"{path}: {error}") from None
+
+
+def _read_kind(folder: Path, kind: str) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no config.json; expected a {kind} run, or one of its checkpoints")
+    values = read_json(path)
+    if not isinstance(values, dict) or "kind" not in values:
+        raise UserError(f"{path} names no kind of model; expected a {kind} run, or one of its checkpoints")
+    if values["kind"] != kind:
+        raise MismatchError(f"{folder} holds a {values['kind']}, expected a {kind}")
+    return values
+
+
+def open_run(out: Path, kind: str) -> Path | None:
+    """The checkpoint with which training in the run directory `out` goes on, None where training begins. Nothing but an
+    empty folder, or a run of this kind that has saved nothing yet, is begun in.
+
+    Raises UserError for a path that is something else, MismatchError for a run of another kind, and IntegrityError for
+    a run whose checkpoints are all damaged or gone."""
+    if not out.exists():
+        return None
+    if not out.is_dir():
+        raise UserError(f"{out} is a file, expected a run directory, new or to be continued")
+    found = newest(out)
+    if found is not None:
+        _read_kind(found, kind)
+        return found
+    if all(path.name.startswith(".") for path in out.iterdir()):  # also what a process killed at its start has left
+        return None
+    if not (out / "config.json").is_file():
+        raise UserError(f"{out} is not empty and no {kind} run; give a new --out")
+    _read_kind(out, kind)
+    if (out / "model.safetensors").is_file():
+        raise UserError(f"{out} is a checkpoint or an exported model, expected a run directory; give a new --out")
+    status = read_json(out / "status.json") if (out / "status.json").is_file() else {}
+    if isinstance(status, dict) and status.get("state") in ("running", "done") and status.get("step"):
+        raise IntegrityError(f"{out} had a checkpoint of step {status['step']} and has none now; restore "
+                             f"{out / 'checkpoints'}, or give a new --out")  # fmt: skip
+    return None
+
+
+def save(
+    run: Path, step: int, kind: str, config: Any, weights: dict[str, dict[str, Tensor] | Path], state: dict, keep: int,
+    shards: Path | None = None,
+) -> Path:  # fmt: skip
+    """Commit RUN/checkpoints/step-<step> and remove what is older than the newest `keep` that verify. Call on one rank.
+
+    weights: file stem ('model', 'ema', ...) -> state dict, or a finished safetensors file, which is moved; state:
+    tensors, numbers, strings, lists and dicts; shards: finished folder of optimizer shards, which is moved.
+    Returns the checkpoint's path.
+    """
+    folder = run / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in [*folder.glob("step-*.partial"), *folder.glob("step-*.removed")]:
+        shutil.rmtree(leftover)
+    final = folder / f"step-{step:07d}"
+    partial = folder / f"{final.name}.partial"
+    partial.mkdir()
+    write_config(partial, kind, config)
+    for name, tensors in weights.items():
+        if isinstance(tensors, Path):
+            tensors.rename(partial / f"{name}.safetensors")
+            continue
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(tensors, partial / f"{name}.safetensors")
+    with open(partial / "training.pt", "wb") as file:  # given a name, torch does not say that the disk is full
+        torch.save(state, file)
+    if shards:
+        shards.rename(partial / OPTIMIZER)
+    paths = sorted(path for path in partial.rglob("*") if path.is_file())
+    for path in paths:
+        shutil.copymode(partial / "config.json", path)  # safetensors writes files that only the owner may read
+    files = {path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+             for path in paths}  # fmt: skip
+    write_json(partial / "MANIFEST.json", {"format": 1, "step": step, "files": files})
+    for path in partial.rglob("*"):
+        _fsync(path)
+    _fsync(partial)
+    if final.exists():  # the same step was saved before but failed verification; replace it
+        _remove(final)
+    partial.rename(final)
+    _fsync(folder)
+    _prune(run, final, keep)
+    return final
+
+
+def _prune(run: Path, written: Path, keep: int) -> None:
+    """Remove what is older than the newest `keep` checkpoints that verify; `written` was hashed a moment ago."""
+    steps, whole = _steps(run), 0
+    if len(steps) <= keep:
+        return  # nothing would go, so nothing has to be read
+    for _, path in sorted(steps.items(), reverse=True):
+        if whole >= keep and path != written:
+            _remove(path)
+        elif path == written or _verifies(path):
+            whole += 1
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint. A process killed in the middle leaves no part of it under a checkpoint's name."""
+    removed = folder.with_name(f"{folder.name}.removed")
+    folder.rename(removed)
+    shutil.rmtree(removed)
+
+
+def check_finite(
+    weights: dict[str, dict[str, Tensor]], optimizers: list[torch.optim.Optimizer], step: int, runtime: Runtime
+) -> None:
+    """Collective: raise UserError on every rank if a weight or a moment of any rank is not finite. To be called before
+    anything is saved or sampled from; takes one reduction and waits once for the device. weights: as for save; every
+    rank gives what it holds, of a sharded model its shards."""
+    tensors = {f"{name}: {key}": tensor for name, state in weights.items() for key, tensor in state.items()}
+    for optimizer in optimizers:
+        tensors |= {f"{name} of the optimizer, parameter {number}": tensor
+                    for number, state in enumerate(optimizer.state.values()) for name, tensor in state.items()
+                    if isinstance(tensor, Tensor) and tensor.dim()}  # fmt: skip
+    local = {name: tensor.to_local() if hasattr(tensor, "to_local") else tensor  # DTensor takes long to import
+             for name, tensor in tensors.items() if tensor.is_floating_point()}  # fmt: skip
+    damaged = torch.stack([~torch.isfinite(tensor.detach()).all() for tensor in local.values()])
+    if runtime.all_reduce(damaged.any().long()).item():
+        named = [name for name, bad in zip(local, damaged.tolist(), strict=True) if bad]
+        where = f"'{named[0]}' ({len(named)} tensor(s))" if named else "a tensor of another rank"
+        raise UserError(f"{where} is not finite at step {step} and was not saved, older checkpoints are as they were; "
+                        "start again with a lower lr, or with clip above 0")  # fmt: skip
+
+
+def verify(checkpoint: Path) -> None:
+    """Raise IntegrityError, naming the file, unless every file is what MANIFEST.json says."""
+    manifest = checkpoint / "MANIFEST.json"
+    if not manifest.is_file():
+        raise IntegrityError(f"{checkpoint} has no MANIFEST.json; it is not a complete checkpoint")
+    files = read_json(manifest)
+    files = files.get("files") if isinstance(files, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(x, dict) and {"bytes", "sha256"} <= x.keys()
+                                              for x in files.values()):  # fmt: skip
+        raise IntegrityError(f"{manifest} lists no files with their bytes and sha256; use an older checkpoint")
+    for name, expected in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise IntegrityError(f"{path} is missing; use an older checkpoint")
+        if path.stat().st_size != expected["bytes"]:
+            raise IntegrityError(f"{path} has {path.stat().st_size} bytes, expected {expected['bytes']}")
+        try:
+            got = sha256(path)
+        except OSError as error:
+            raise IntegrityError(f"{path} cannot be read ({error.strerror}); use an older checkpoint") from None
+        if got != expected["sha256"]:
+            raise IntegrityError(f"{path} is damaged: sha256 {got[:12]}, expected {str(expected['sha256'])[:12]}")
+
+
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint of a run that verifies, None where a run has none. A damaged one is stepped over with a
+    warning; where all are damaged, raises IntegrityError."""
+    steps = sorted(_steps(run).items(), reverse=True)
+    for _, path in steps:
+        if _verifies(path):
+            return path
+    if steps:
+        raise IntegrityError(f"{run}: no checkpoint is whole, {len(steps)} damaged (the warnings name the files); "
+                             "restore one of them, or begin again in another run directory")  # fmt: skip
+    return None
+
+
+def _verifies(checkpoint: Path) -> bool:
+    """verify, with a warning in place of the error."""
+    try:
+        verify(checkpoint)
+    except IntegrityError as error:
+        print(f"warning: stepping over a damaged checkpoint: {error}", flush=True)
+        return False
+    return True
+
+
+def resolve(path: str | Path) -> Path:
+    """A run (its newest verified checkpoint), a checkpoint, or an exported model -> the folder with the weights."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; expected a run directory or a checkpoint")
+    if (path / "model.safetensors").is_file():
+        if (path / "MANIFEST.json").is_file():
+            verify(path)
+        return path
+    found = newest(path) if path.is_dir() else None
+    if found is None:
+        raise UserError(f"{path} holds no checkpoint; expected a run with checkpoints/step-*, or a checkpoint")
+    return found
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """Optimizer step of a checkpoint folder, None for an exported model."""
+    match = _STEP.match(checkpoint.name)
+    return int(match[1]) if match else None
+
+
+def read_weights(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    """A state dict of a resolved checkpoint. name 'best' is EMA where there is one, else the model."""
+    name = weights_named(checkpoint, name)
+    path = checkpoint / f"{name}.safetensors"
+    if not path.is_file():
+        raise UserError(f"{checkpoint} has no '{name}' weights; it has {', '.join(weight_names(checkpoint))}")
+    return load_file(path)
+
+
+def weights_named(checkpoint: Path, name: str) -> str:
+    """'best' -> 'ema' where the checkpoint has it, else 'model'; any other name stays."""
+    if name != "best":
+        return name
+    return "ema" if (checkpoint / "ema.safetensors").is_file() else "model"
+
+
+def weight_names(checkpoint: Path) -> list[str]:
+    return sorted(path.stem for path in checkpoint.glob("*.safetensors"))
+
+
+def read_training_state(checkpoint: Path) -> dict:
+    path = checkpoint / "training.pt"
+    if not path.is_file():
+        raise UserError(f"{checkpoint} holds weights only, no training state; it cannot be resumed")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_strictly(module: torch.nn.Module, weights: dict[str, Tensor], source: Path | str) -> None:
+    """load_state_dict that names the first key that is missing, unexpected, of another shape, or not finite."""
+    own = module.state_dict()
+    for problem, keys in (("lacks", own.keys() - weights.keys()), ("has unexpected", weights.keys() - own.keys())):
+        if keys:
+            raise MismatchError(f"{source} {problem} '{min(keys)}' ({len(keys)} key(s)); it is of another architecture")
+    for key, value in weights.items():
+        if value.shape != own[key].shape:
+            raise MismatchError(f"{source}: '{key}' has shape {tuple(value.shape)}, expected {tuple(own[key].shape)}")
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise IntegrityError(f"{source}: '{key}' holds values that are not finite; use an older checkpoint")
+    module.load_state_dict(weights)
+
+
+def export(source: Path, target: Path, weights: str = "best") -> None:
+    """Copy a checkpoint's configuration and one set of weights to target/ as a model that stands on its own."""
+    checkpoint = resolve(source)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    shutil.copy2(checkpoint / "config.json", partial / "config.json")
+    name = weights_named(checkpoint, weights)
+    shutil.copy2(checkpoint / f"{name}.safetensors", partial / "model.safetensors")
+    partial.rename(target)
+
+
+def _steps(run: Path) -> dict[int, Path]:
+    folder = run / "checkpoints"
+    found = [(_STEP.match(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
+    return {int(match[1]): path for match, path in found if match and path.is_dir()}

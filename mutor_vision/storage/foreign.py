@@ -1,0 +1,319 @@
+"""Weights from a stranger's file. A .pt file is a pickle, that is a program: it is opened with torch's weights_only
+loader and one more permitted class, argparse.Namespace, which LlamaGen's training scripts store. There is no second
+way in, whatever the environment says; what the loader refuses stays closed.
+
+Opening a file reads names and shapes only. The numbers are read one tensor at a time, so that neither a large model
+nor the optimizer's state beside it has to fit into memory."""
+
+import argparse
+import json
+import pickle
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from mutor_vision.errors import IntegrityError, MismatchError, UserError
+
+# Under which a file may keep its weights: LlamaGen, DDP and DeepSpeed, Lightning, timm, BasicSR, Fabric.
+ENTRIES = (
+    "model", "module", "state_dict", "ema", "model_state_dict", "model_state", "model_ema", "ema_state_dict",
+    "state_dict_ema", "params", "params_ema", "weights", "net",
+)  # fmt: skip
+_INDEX = "model.safetensors.index.json"  # Hugging Face's, of weights in several files
+FILES = (
+    "consolidated.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    _INDEX,
+)  # in a folder: FSDP's trainer, Hugging Face
+_PART = re.compile(r".*-\d+-of-(?!0*1\.)\d+\.\w+")
+
+# Parts of names, anywhere: DDP, torch.compile, FSDP, activation checkpointing, DeepSpeed, fairscale's FSDP.
+_WRAPPERS = {
+    "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_fpw_module",
+}  # fmt: skip
+# Single numbers that averages (torch, lucidrains, LitEma) and profilers (thop) keep beside weights, by their last part.
+_COUNTERS = {"n_averaged", "num_updates", "initted", "step", "decay", "total_ops", "total_params"}
+_POSITIONS = {"freqs_cis", "causal_mask"}  # tables that follow from the sizes; some forks store them
+_CACHE = "kv_cache"  # what LlamaGen's sampler leaves in a model
+
+
+@dataclass(frozen=True)
+class ForeignCheckpoint:
+    """The plain tensors of a file, and what is known about it."""
+
+    path: Path
+    tensors: dict[str, Tensor]  # names, shapes and types; the numbers come from `load`
+    layout: str  # where in the file they were, for a person
+    arguments: dict[str, Any]  # the training script's settings, {} when the file has none
+
+    def load(self, name: str) -> Tensor:
+        """The tensor with its numbers. Raises IntegrityError when they are not in the file."""
+        tensor = self.tensors[name]
+        if not isinstance(tensor, FakeTensor):
+            return tensor
+        storage = tensor.untyped_storage()
+        data = bytearray(storage.nbytes())
+        with open(self.path, "rb") as file:
+            file.seek(storage._checkpoint_offset)
+            if file.readinto(data) != len(data):
+                raise IntegrityError(f"{self.path} ends before the numbers of '{name}'; download it again")
+        flat = torch.frombuffer(data, dtype=tensor.dtype) if data else torch.empty(0, dtype=tensor.dtype)
+        return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def read(path: str | Path, weights: str = "") -> ForeignCheckpoint:
+    """Open a .pt, .pth or .ckpt file, a .safetensors file or an index of several, or a folder that holds one of FILES.
+
+    weights: the entry to take ('model', 'module', 'state_dict' or 'ema') from a file with several. Raises UserError
+    when there is no such file or a choice is needed, IntegrityError when it is damaged or would run code."""
+    path = Path(path)
+    if path.is_dir():
+        if (path / ".metadata").exists():
+            raise IntegrityError(f"{path} is a distributed checkpoint, whose index is a pickle; give consolidated.pth")
+        path = next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; expected a checkpoint file, or a folder with {' or '.join(FILES)}")
+    if _PART.fullmatch(path.name):
+        raise UserError(f"{path} is one of several parts; give its folder, or {_INDEX}")
+    if path.name.endswith(".safetensors.index.json"):
+        content = _read_parts(path)
+    else:
+        with open(path, "rb") as file:
+            _check_start(path, file.read(512))
+        content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    tensors, layout, weights = _choose(path, content, weights)
+    arguments = content.get("args")
+    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    tensors, taken_off = _unwrapped(path, tensors, weights, layout)
+    for name, tensor in tensors.items():
+        _check_tensor(path, name, tensor)
+    return ForeignCheckpoint(path, tensors, layout + taken_off, arguments)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise IntegrityError(f"{path} is no complete safetensors file ({_short(error)}); download it again") from None
+
+
+def _read_parts(index: Path) -> dict[str, Tensor]:
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        inside = all(Path(name).name == name for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise IntegrityError(f"{index} is no index of safetensors files; download it again") from None
+    if not inside:
+        raise IntegrityError(f"{index} names files outside of its folder; it is refused")
+    tensors = {}
+    for path in (index.parent / name for name in names):
+        if not path.is_file():
+            raise IntegrityError(f"{path}, which {index.name} names, does not exist; download it")
+        part = _read_safetensors(path)
+        if twice := sorted(tensors.keys() & part.keys()):
+            raise MismatchError(f"{path}: '{twice[0]}' stands in another part as well; it is ambiguous")
+        tensors |= part
+    return tensors
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    _check_zip(path)
+    try:
+        # Fake tensors have shapes and the place of their numbers in the file (torch's notes on serialization).
+        with FakeTensorMode(), torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except Exception as error:  # a crafted file can make the loader raise anything
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise IntegrityError(
+                f"{path} is refused: its pickle asks for {found[1]}, and may hold nothing but tensors, plain values "
+                "and argparse.Namespace; nothing in it was run. Where you trust it, save its state dict alone"
+            ) from None
+        reason = str(error).rpartition("WeightsUnpickler error:")[2]  # before it stands how to run a stranger's code
+        raise IntegrityError(f"{path} is refused: {_short(ValueError(reason))}; nothing in it was run") from None
+    if not isinstance(content, dict):
+        raise MismatchError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors")
+    return content
+
+
+def _check_start(path: Path, start: bytes) -> None:
+    if not start:
+        raise IntegrityError(f"{path} is empty (0 bytes); download it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise IntegrityError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull")
+    if start.lstrip()[:1] == b"<":
+        raise IntegrityError(f"{path} looks like a web page: the download failed; download it again")
+    if path.suffix != ".safetensors" and not start.startswith(b"PK\x03\x04"):
+        raise IntegrityError(
+            f"{path} is not the zip file that PyTorch 1.6 and later write; older and bare pickles are never opened. "
+            "Where you trust it, load it and torch.save its state dict again"
+        )
+
+
+def _check_zip(path: Path) -> None:
+    # torch.load compares no checksum: nearly every flipped bit would become a wrong weight. The zip has them all.
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            names = {entry.filename.partition("/")[2] for entry in entries}
+            if "constants.pkl" in names or any(name.startswith("code/") for name in names):
+                raise IntegrityError(f"{path} is a TorchScript program; expected a file of weights")
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise IntegrityError(f"{path} has compressed entries, which torch.save does not write; it is refused")
+            if sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise IntegrityError(f"{path} claims more bytes than it has; it is refused")
+            for entry in entries:
+                if entry.filename.endswith("/byteorder") and archive.read(entry).strip() != b"little":
+                    raise IntegrityError(f"{path} was written by a big-endian machine; save it again on another")
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, ValueError) as error:
+        raise IntegrityError(
+            f"{path} ({path.stat().st_size:,} bytes) is truncated or damaged ({_short(error)}); download it again"
+        ) from None
+    if damaged:
+        raise IntegrityError(f"{path} is damaged: the checksum of its entry '{damaged}' is wrong; download it again")
+
+
+def _choose(path: Path, content: dict[str, Any], weights: str) -> tuple[dict[str, Any], str, str]:
+    """The entry of a file that holds its weights, what it is for a person, and `weights` unless that named it."""
+    found = [name for name in ENTRIES if _holds_tensors(content.get(name))]
+    if not found:
+        if not any(isinstance(value, Tensor) for value in content.values()):
+            raise MismatchError(f"{path} holds no weights: its entries are {', '.join(map(str, list(content)[:6]))}")
+        return content, "bare tensors", weights
+    if len(found) > 1 and weights not in found:
+        if weights:
+            raise UserError(f"{path} has no '{weights}' weights; it has {', '.join(found)}")
+        raise UserError(
+            f"{path} holds the weights {' and '.join(found)}; choose one, such as --weights {found[0]}"
+            + (", which LlamaGen's samplers load" if found[0] == "model" else "")
+        )
+    name = weights if weights in found else found[0]
+    inner, weights = content[name], weights if weights != name else ""
+    if not any(isinstance(value, Tensor) for value in inner.values()):  # an entry within an entry
+        inner, layout, weights = _choose(path, inner, weights)
+        return inner, f"entry '{name}', {layout}", weights
+    return inner, f"entry '{name}'", weights
+
+
+def _holds_tensors(entry: Any, depth: int = 3) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    return any(isinstance(value, Tensor) or (depth and _holds_tensors(value, depth - 1)) for value in entry.values())
+
+
+def _unwrapped(path: Path, tensors: dict[str, Any], weights: str, layout: str) -> tuple[dict[str, Any], str]:
+    """Without what training frameworks add to a network's tensors: parts of names, and tensors beside it.
+
+    weights: which of several networks, by the first part of their names; '' where it needs no choice. Raises
+    MismatchError where two names become one."""
+    named = {}
+    for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise MismatchError(f"{path}: '{name}' is a {type(name).__name__}, expected the name of a tensor")
+        parts = tuple(part for part in name.split(".") if part not in _WRAPPERS)
+        if parts and not _is_beside(parts, tensor, tensors):
+            _put(path, named, parts, name, tensor)
+    prefix = ()
+    while named:
+        groups = {}
+        for parts, (name, tensor) in named.items():
+            groups.setdefault(parts[0], {})[parts[1:]] = (name, tensor)
+        if () in set().union(*groups.values()) and weights not in groups:
+            break  # a name of one part: no prefix is left
+        if len(groups) > 1 and weights not in groups:
+            same = len({frozenset(group) for group in groups.values()}) == 1
+            if not same or all(len(parts) == 1 for parts in groups[next(iter(groups))]):
+                break  # the parts of one network, not several networks
+            if "ema" not in layout or "ema_model" not in groups:
+                raise UserError(f"{path} holds the weights {' and '.join(groups)}; choose one, such as --weights "
+                                f"{next(iter(groups))}")  # fmt: skip
+            weights = "ema_model"  # what an average is kept for
+        root, weights = (weights, "") if weights in groups else (next(iter(groups)), weights)
+        prefix, named = (*prefix, root), groups[root]
+    if weights:
+        raise UserError(f"{path} has no '{weights}' weights, and one set only; drop --weights")
+    if any(parts[-1] == "SCB" for parts in named):
+        raise MismatchError(f"{path} holds weights in int8 with their scales (SCB); give the file before quantisation")
+    removed = sorted({part for name in tensors for part in name.split(".") if part in _WRAPPERS})
+    said = [f"prefix '{'.'.join(prefix)}.'"] if prefix else []
+    said += [f"'{part}'" for part in removed]
+    said += [f"{count} tensors beside the network"] if (count := len(tensors) - len(named)) and not removed else []
+    return {".".join(parts): tensor for parts, (_, tensor) in named.items()}, (
+        f", {', '.join(said)} taken off" if said else ""
+    )
+
+
+def _put(path: Path, named: dict, parts: tuple[str, ...], name: str, tensor: Any) -> None:
+    if parts in named:
+        raise MismatchError(f"{path}: '{named[parts][0]}' and '{name}' both name {'.'.join(parts)}; it is ambiguous")
+    named[parts] = (name, tensor)
+
+
+def _is_beside(parts: tuple[str, ...], tensor: Any, tensors: dict[str, Any]) -> bool:
+    """Whether this is no tensor of the network: a counter, a table of positions, a cache, or LitEma's copy, which
+    latent-diffusion's models carry under names without dots."""
+    single = not isinstance(tensor, Tensor) or tensor.numel() == 1
+    is_copy = parts[0] == "model_ema" and len(parts) == 2 and "model_ema.num_updates" in tensors
+    return (parts[-1] in _COUNTERS and single) or parts[-1] in _POSITIONS or _CACHE in parts or is_copy
+
+
+def _check_tensor(path: Path, name: Any, tensor: Any) -> None:
+    if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        raise MismatchError(f"{path}: '{name}' is a {type(tensor).__name__}, expected a tensor")
+    plain = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_nested or tensor.is_meta)
+    if not plain or (isinstance(tensor, FakeTensor) and not hasattr(tensor.untyped_storage(), "_checkpoint_offset")):
+        raise MismatchError(f"{path}: '{name}' is sparse, quantised or without data, expected a plain tensor")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise IntegrityError(f"{path}: '{name}' claims {tensor.numel():,} numbers, more than are stored; it is refused")
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else f"{text[:160]}..."
+
+
+FILE_NAMES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")  # in folders of the hub
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from a .safetensors, .pth, .pt, .ckpt or .bin file, or a folder that holds one under the hub's name.
+    Wrapping ({'state_dict': ...}, 'module.' before the names) is taken off. Raises IntegrityError and MismatchError."""
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in FILE_NAMES if (path / name).is_file()]
+        if not found:
+            raise IntegrityError(f"weights {path} is a folder without {', '.join(FILE_NAMES)}; give the file itself")
+        path = found[0]
+    if not path.is_file():
+        raise IntegrityError(f"weights {path} do not exist; expected a .safetensors, .pth, .pt, .ckpt or .bin file")
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    if is_zip or path.suffix == ".safetensors":
+        try:
+            content = read(path)
+        except UserError as error:
+            if type(error) is not UserError:
+                raise
+            # Several sets of weights; the flag that the message proposes belongs to another command.
+            raise IntegrityError(f"{str(error).partition(';')[0]}; save the one to use alone") from None
+        return {name: content.load(name) for name in content.tensors}
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)  # as torch before 1.6 wrote it
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise IntegrityError(f"{path} holds no weights that load safely ({reason}); expected a state dict") from None
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise IntegrityError(f"{path} is not a plain state dict of tensors; extract it and save it as .safetensors")
+    for name, value in state.items():
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise IntegrityError(f"{path}: '{name}' claims {value.numel():,} numbers, more than are stored")
+    return state

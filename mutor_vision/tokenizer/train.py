@@ -1,0 +1,301 @@
+"""The tokenizer's training loop: one flat function, two optimizers (the second for the discriminator, if any)."""
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from mutor_vision.config import TokenizerTrainConfig
+from mutor_vision.data.folder import ImageFolder, batched, check_apart, check_images
+from mutor_vision.data.images import center, save_png, to_float
+from mutor_vision.data.reading import TrainingCrops, Views, read_batches
+from mutor_vision.data.repairs import forget_bad, only_repaired, recall_bad, record_bad
+from mutor_vision.errors import ImageError, MismatchError, UserError
+from mutor_vision.keyed_random import permutation, uniforms
+from mutor_vision.runtime import Runtime, start
+from mutor_vision.schedule import check_warmup, due, learning_rate
+from mutor_vision.settings import differences
+from mutor_vision.storage import checkpoint
+from mutor_vision.storage.outputs import check_out_folder
+from mutor_vision.storage.run_log import RunLog
+from mutor_vision.tokenizer import losses
+from mutor_vision.tokenizer.model import VQTokenizer
+from mutor_vision.tokenizer.quantizer import count_codes, revive_dead_codes, usage
+from mutor_vision.tokenizer.reconstruction import reconstruct, score_reconstructions, side_by_side
+
+# What may differ when a run is continued, `steps` with a constant learning rate only. The images are compared by their
+# file list, the rest changes no step.
+MAY_CHANGE = {
+    "data", "val_data", "val_images", "steps", "workers", "keep", "log_every", "val_every", "sample_every",
+    "save_every",
+}  # fmt: skip
+
+
+def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
+    """Train in the run directory `out` to config.steps, continuing from its newest checkpoint if it has one; returns
+    the last checkpoint. On the CPU a continued run equals an uninterrupted one bit for bit; a run whose learning rate
+    ends at `steps` is therefore not continued to another number of steps.
+
+    Raises UserError for wrong settings, DataError for images that cannot be read, and MismatchError when the run was
+    begun with other settings or images."""
+    runtime = start(config.precision)
+    check_warmup(config.steps, config.warmup_steps)
+    if config.batch_size % runtime.world_size:
+        raise UserError(f"batch_size {config.batch_size} is no multiple of the {runtime.world_size} processes")
+    if config.lpips_weight > 0 and not config.lpips_weights:  # presets leave the file to the user
+        raise UserError("lpips_weight is above 0 and needs the file lpips_weights; give it, or set lpips_weight=0")
+    out, device, begun = Path(out), runtime.device, time.monotonic()
+
+    # Images. k = step * batch_size + i says what is read; there is no other state of the data.
+    check_apart(config.data, out)
+    check_out_folder(out)
+    folder, train_indices, val_folder, val_indices = split(config)
+    images_of_classes, repaired = folder.fingerprints_of_classes(), []
+    check_all_images(out, [(folder, train_indices), (val_folder, val_indices)], runtime)
+    size = config.model.image_size
+    crops = TrainingCrops(folder, train_indices, size, config.seed, config.min_crop_scale)
+    val_views = Views(val_folder, size, center)
+    files = f"{folder.fingerprint()} {len(train_indices)}"
+
+    # Models and optimizers.
+    torch.manual_seed(config.seed)
+    model = VQTokenizer(config.model).to(device)
+    ema = None
+    if config.ema_decay > 0:
+        from timm.utils import ModelEmaV3
+
+        ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=config.betas, fused=True)
+    lpips = losses.LPIPS(config.lpips_weights).to(device) if config.lpips_weight > 0 else None
+    discriminator = optimizer_d = None
+    if config.adversarial_weight > 0:
+        discriminator = losses.PatchDiscriminator().to(device)
+        optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=config.lr, betas=config.betas, fused=True)
+    idle_steps = torch.zeros(config.model.codebook_size, dtype=torch.int64, device=device)
+    weights = {"model": model, "ema": ema and ema.module, "discriminator": discriminator}
+    weights = {name: module for name, module in weights.items() if module is not None}
+
+    # Begin, or continue.
+    first_step, newest = 0, _continued(config, out)
+    if newest is not None:
+        state = checkpoint.read_training_state(newest)
+        repaired = state.get("repaired", [])
+        if state["files"] != files:
+            bad, before = recall_bad(out), state.get("images_of_classes", [])
+            if not only_repaired(bad, before, images_of_classes, folder.class_names):
+                raise MismatchError(
+                    f"{out} was begun with other images in {config.data}; restore them or give a new --out"
+                )
+            repaired = sorted({*repaired, *bad})
+            if runtime.is_main:
+                print(f"{out} goes on with {len(bad)} image(s) replaced or removed, as its checkpoints record; if some "
+                      "were removed, the order and a held-out share are drawn anew", flush=True)  # fmt: skip
+        for name, module in weights.items():
+            checkpoint.load_strictly(module, checkpoint.read_weights(newest, name), newest)
+        optimizer.load_state_dict(state["optimizer"])
+        if optimizer_d is not None:
+            optimizer_d.load_state_dict(state["optimizer_d"])
+        idle_steps.copy_(state["idle_steps"])
+        first_step = state["step"]
+    if first_step >= config.steps:
+        if runtime.is_main:
+            more = "; a larger --steps goes on" if config.schedule == "constant" else ""
+            print(f"{out} has {first_step} of {config.steps} steps already{more}", flush=True)
+        return newest
+    runtime.barrier()  # every rank has looked at the folder before rank 0 writes to it
+    if runtime.is_main:
+        checkpoint.write_config(out, "tokenizer", config)
+    log = RunLog(out, first_step, config.steps, active=runtime.is_main)
+    log.status("running", first_step)
+    runtime.barrier()
+    trained, trained_d = _distributed(model, runtime), discriminator and _distributed(discriminator, runtime)
+
+    positions = [
+        range(step * config.batch_size + runtime.rank, (step + 1) * config.batch_size, runtime.world_size)
+        for step in range(first_step, config.steps)
+    ]
+    sums, counts, rounds, clock = {}, torch.zeros_like(idle_steps), 0, time.monotonic()
+    bar = tqdm(total=config.steps, initial=first_step, unit="step", disable=not runtime.is_main, dynamic_ncols=True)
+    step = first_step
+    try:
+        for batch in read_batches(crops, positions, config.workers):
+            images = to_float(batch.to(device, non_blocking=True))
+            rate = learning_rate(
+                step, schedule=config.schedule, lr=config.lr, steps=config.steps, warmup_steps=config.warmup_steps
+            )
+            adversarial = discriminator is not None and step >= config.adversarial_start
+            rounding = step >= config.quantize_after
+            step += 1  # from here on: how many steps are done at the end of this round
+
+            # The autoencoder.
+            with runtime.autocast():
+                temperature = losses.ENTROPY_TEMPERATURE if config.entropy_weight > 0 else 0.0
+                reconstruction = trained(images, temperature, rounding)
+                if adversarial:
+                    discriminator.requires_grad_(False)  # it only judges here
+                fake_scores = discriminator(reconstruction.images) if adversarial else None
+                terms = losses.generator_losses(images, reconstruction, config, lpips, fake_scores)
+            _update(optimizer, terms["loss"], rate, config.clip)
+
+            # The discriminator.
+            if adversarial:
+                discriminator.requires_grad_(True)
+                with runtime.autocast():
+                    real_scores, fake_scores = trained_d(images), trained_d(reconstruction.images.detach())
+                    terms["discriminator"] = losses.discriminator_loss(real_scores, fake_scores)
+                _update(optimizer_d, terms["discriminator"], rate, config.clip)
+
+            # The codebook, and the average of the weights.
+            new_counts = count_codes(reconstruction.quantized.codes, len(counts))
+            counts += new_counts
+            if config.dead_code_steps > 0:
+                # Latents of the step's first 8 images, the same for any number of processes.
+                some = reconstruction.quantized.encoded[: max(1, 8 // runtime.world_size)].detach().contiguous()
+                some = rearrange(runtime.gather(some), "(rank i) c h w -> (i rank h w) c", rank=runtime.world_size)
+                draws = torch.from_numpy(uniforms(config.seed, "revive", np.array([step]), len(counts))[0])
+                revive_dead_codes(
+                    model.quantizer.codebook, idle_steps, runtime.all_reduce(new_counts), some,
+                    config.dead_code_steps, draws.to(device),
+                )  # fmt: skip
+            if ema is not None:
+                ema.update(model, step=step)
+
+            # The log. Nothing above waits for the device.
+            rounds += 1
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.detach()
+            if due(step, config.log_every, config.steps):
+                means = {name: runtime.all_reduce(value).item() / rounds / runtime.world_size
+                         for name, value in sums.items()}  # fmt: skip
+                if not math.isfinite(means["loss"]):
+                    raise UserError(f"the loss is {means['loss']} at step {step}; lower lr, or set clip above 0")
+                means["psnr"] = 10 * math.log10(4 / max(means["l2"], 1e-9))  # of pixels in [0, 1]: a quarter of l2
+                share, perplexity = usage(runtime.all_reduce(counts))
+                speed = rounds * config.batch_size / (time.monotonic() - clock)
+                log.write(step, **means, lr=rate, usage=share, perplexity=perplexity, images_per_s=speed)
+                bar.set_postfix_str(
+                    f"loss {means['loss']:.4f}, {means['psnr']:.2f} dB, codes {share:.0%}, {speed:.0f} images/s"
+                )
+                sums, counts, rounds, clock = {}, torch.zeros_like(idle_steps), 0, time.monotonic()
+            bar.update()
+
+            # Validation, pictures, checkpoints.
+            paused = time.monotonic()
+            saved = due(step, config.save_every, config.steps) or step == config.steps
+            sampled = due(step, config.sample_every, config.steps)
+            if saved or sampled:
+                tensors = {name: module.state_dict() for name, module in weights.items()}
+                checkpoint.check_finite(tensors, [o for o in (optimizer, optimizer_d) if o], step, runtime)
+            if due(step, config.val_every, config.steps) and len(val_indices):
+                for name in [name for name in ("model", "ema") if name in weights]:
+                    mine = list(batched(val_indices[runtime.rank :: runtime.world_size].tolist(), 32))
+                    scores = score_reconstructions(
+                        weights[name], read_batches(val_views, mine, config.workers), runtime
+                    )
+                    log.write(step, **{f"val/{name}/{key}": value for key, value in scores.items()})
+                    if runtime.is_main:
+                        bar.write(
+                            f"step {step}: held-out images with {name} weights: {scores['psnr']:.2f} dB, "
+                            f"{scores['usage']:.0%} of codes used"
+                        )
+            if sampled and runtime.is_main:
+                views, indices = (val_views, val_indices) if len(val_indices) else (
+                    Views(folder, size, center), train_indices)  # fmt: skip
+                chosen = indices[permutation(config.seed, "examples", 0, len(indices))[:16]]
+                originals = torch.cat([views[i] for i in chosen]).to(device)
+                copies, _ = reconstruct(weights.get("ema", model), originals)
+                save_png(side_by_side(originals, copies), out / "samples" / f"step-{step:07d}.png")
+            if saved:
+                state = {"step": step, "files": files, "idle_steps": idle_steps, "optimizer": optimizer.state_dict(),
+                         "images_of_classes": images_of_classes, "repaired": repaired}  # fmt: skip
+                if optimizer_d is not None:
+                    state["optimizer_d"] = optimizer_d.state_dict()
+                if runtime.is_main:
+                    newest = checkpoint.save(out, step, "tokenizer", config, tensors, state, config.keep)
+                    log.status("running", step)
+                    forget_bad(out)  # the checkpoint knows of their repair
+                runtime.barrier()
+            clock += time.monotonic() - paused  # images/s is of training alone
+    except BaseException as error:
+        log.failed(step, error)
+        if isinstance(error, ImageError):
+            record_bad(out, folder, error, runtime.rank)
+        raise
+    finally:
+        bar.close()
+        log.close()
+    log.status("done", step)
+    if runtime.is_main:
+        look = f"; look at {out / 'samples'}" if config.sample_every else ""
+        print(f"{out}: {step} steps in {time.monotonic() - begun:.0f} s{look}", flush=True)
+    return out / "checkpoints" / f"step-{step:07d}"
+
+
+def split(config: TokenizerTrainConfig) -> tuple[ImageFolder, np.ndarray, ImageFolder, np.ndarray]:
+    """(training folder, its image numbers to train on, validation folder, its image numbers to score). Held-out
+    images are chosen by config.seed; without validation the last is empty."""
+    folder = ImageFolder.open(config.data)
+    if config.val_data:
+        if Path(config.val_data).resolve() == Path(config.data).resolve():
+            raise UserError(f"val_data is data ({config.data}); give other images, or val_fraction to hold some out")
+        val_folder = ImageFolder.open(config.val_data)
+        train, held_out = np.arange(len(folder)), permutation(config.seed, "held-out", 0, len(val_folder))
+    else:
+        val_folder, order = folder, permutation(config.seed, "held-out", 0, len(folder))
+        count = max(1, round(len(folder) * config.val_fraction)) if config.val_fraction > 0 else 0
+        train, held_out = np.sort(order[count:]), order[:count]
+    if not len(train):
+        raise UserError(f"{config.data} has {len(folder)} image(s), all held out; set val_fraction=0 or add images")
+    return folder, train, val_folder, np.sort(held_out[: config.val_images])
+
+
+def _continued(config: TokenizerTrainConfig, out: Path) -> Path | None:
+    """The newest checkpoint of `out`, None for a new run; refuses other settings, and what open_run refuses."""
+    found = checkpoint.open_run(out, "tokenizer")
+    if found is not None:
+        allowed = MAY_CHANGE - (set() if config.schedule == "constant" else {"steps"})
+        begun = checkpoint.read_config(found, "tokenizer", TokenizerTrainConfig)
+        if changed := [line for line in differences(begun, config) if line.split(":")[0] not in allowed]:
+            raise MismatchError(
+                f"{out} was begun with other settings ({'; '.join(changed)}); repeat those, or a new --out"
+            )
+    return found
+
+
+def check_all_images(out: Path, sets: list[tuple[ImageFolder, np.ndarray]], runtime: Runtime) -> None:
+    """Collective. Look at every image before the first step (images.check_image); raises ImageError for all that
+    cannot be used, and records them in a run that has begun."""
+    error = None
+    if runtime.is_main:
+        try:
+            check_images([folder.root / folder.paths[i] for folder, numbers in sets for i in numbers])
+        except ImageError as raised:
+            error = raised
+            if (out / "config.json").is_file():
+                record_bad(out, sets[0][0], raised)
+    runtime.raise_together(error)
+
+
+def _distributed(module: nn.Module, runtime: Runtime) -> nn.Module:
+    if runtime.world_size == 1:
+        return module
+    # Buffers (the discriminator's running statistics) are not used in training and would be overwritten between the
+    # discriminator's two passes.
+    devices = [runtime.device.index] if runtime.device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+
+
+def _update(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, clip: float) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    parameters = optimizer.param_groups[0]["params"]
+    if clip > 0:
+        torch.nn.utils.clip_grad_norm_(parameters, clip)
+    optimizer.param_groups[0]["lr"] = rate
+    optimizer.step()

@@ -1,0 +1,42 @@
+"""The Fréchet distance while a model trains: the same seeds and labels every time, so that its values compare with
+each other and with nothing else."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from mutor_vision.errors import MismatchError
+from mutor_vision.features.moments import Moments, read_protocol, read_statistics
+from mutor_vision.metrics import frechet
+from mutor_vision.metrics.evaluate import to_device
+from mutor_vision.metrics.guards import recorded_extractor
+from mutor_vision.runtime import Runtime, exact_float32
+from mutor_vision.storage.npz import Npz
+
+
+def load_reference(path, extractor: nn.Module, runtime: Runtime) -> frechet.Root:
+    """Statistics made by eval/reference.py with this extractor, or ADM's for Inception, ready for `distance`."""
+    npz = Npz(path)
+    npz.check_crc()
+    recorded_extractor(read_protocol(npz), extractor, path)
+    found = read_statistics(npz, {"pool": extractor.layers["pool"]})
+    if "pool" not in found:
+        raise MismatchError(f"{path} holds no statistics (mu, sigma); make them with eval/reference.py")
+    return frechet.root(to_device(found["pool"], runtime))
+
+
+@torch.no_grad()
+def distance(
+    extractor: nn.Module, reference: frechet.Root, batches: Iterable[Tensor], runtime: Runtime
+) -> dict[str, float]:
+    """Collective. uint8 batches (B, 3, H, W), each rank its own share (a batch may be empty) -> {'fd': distance,
+    'fd_images': how many images of all ranks it is from}. The extractor is on runtime.device."""
+    moments = Moments(extractor.layers["pool"], device=runtime.device)
+    for images in batches:
+        if len(images):
+            with exact_float32():
+                moments.update(extractor(images.to(runtime.device))["pool"])
+    moments.all_reduce(runtime)
+    statistics = moments.total()
+    return {"fd": frechet.distance(statistics, reference), "fd_images": statistics.n}
