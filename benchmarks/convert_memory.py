@@ -37,7 +37,7 @@ def main() -> None:
         subprocess.run([sys.executable, __file__, "--size", arguments.size, "--write", file], check=True)
         converting = """
 import resource, sys
-from mutor_vision.convert import convert
+from mutor_vision.interop.convert import convert
 convert(sys.argv[1], sys.argv[2], image_size=384)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)  # Linux counts in KiB
 """

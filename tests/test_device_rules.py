@@ -32,10 +32,9 @@ from mutor_vision.sampling.static import StaticSteps
 from mutor_vision.tokenizer import encode, losses
 from mutor_vision.tokenizer.model import VQTokenizer
 from mutor_vision.tokenizer.quantizer import count_codes, revive_dead_codes
-from mutor_vision.training import loop as train_loop
+from mutor_vision.training import validate
 from mutor_vision.training.optim import build_optimizer
 from mutor_vision.training.step import train_step
-from mutor_vision.training.validate import validate
 
 CUDA, META = torch.device("cuda", 0), torch.device("meta")
 WAITS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.unique", "aten.bincount")
@@ -208,11 +207,11 @@ def test_a_training_step_obeys_the_rules(on_meta, training, changes):
 
 def test_validation_obeys_the_rules(on_fake_cuda, training, registers, monkeypatch):
     """Up to its end, where the sums become numbers."""
-    monkeypatch.setattr(train_loop, "_means", lambda sums, *rest: sums)
+    monkeypatch.setattr(validate, "_means", lambda sums, *rest: sums)
 
     def work():
         config = training(registers=registers)
-        return validate(fake_model(config.model), fake_set(), np.arange(20), config, runtime_on(CUDA))
+        return validate.validate(fake_model(config.model), fake_set(), np.arange(20), config, runtime_on(CUDA))
 
     assert on_fake_cuda(work).device == CUDA
 

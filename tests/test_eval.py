@@ -24,7 +24,8 @@ from mutor_vision.runtime import Runtime
 from mutor_vision.sampling import stream as sample
 from mutor_vision.sampling.draw import SampleSettings
 from mutor_vision.sampling.load import load
-from mutor_vision.storage.npz import Npz, NpzImageWriter, write_arrays
+from mutor_vision.storage.npz import Npz
+from mutor_vision.storage.npz_writer import NpzImageWriter, write_arrays
 from mutor_vision.training import distance as in_training
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -239,12 +239,12 @@ def _environment(root):
 PARALLEL = """
 import sys, torch, torch.distributed as dist
 from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig
-from mutor_vision.data import Batch
-from mutor_vision.loss import Objective
-from mutor_vision.optim import build_optimizer
+from mutor_vision.data.order import Batch
+from mutor_vision.objectives.objective import Objective
+from mutor_vision.training.optim import build_optimizer
 from mutor_vision.runtime import Runtime
-from mutor_vision.train_step import train_step
-from mutor_vision.transformer import Transformer
+from mutor_vision.training.step import train_step
+from mutor_vision.model.transformer import Transformer
 from mutor_vision import sharding
 import numpy as np
 from torch.nn.parallel import DistributedDataParallel

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from mutor_vision.data import folder as image_folder
+from mutor_vision.data import reading
 from mutor_vision.data.folder import ImageFolder, batched, check_apart
 from mutor_vision.data.images import center_flip
 from mutor_vision.data.reading import TrainingCrops, Views, read_batches
@@ -174,8 +174,9 @@ def test_a_full_shared_memory_does_not_stop_the_workers(monkeypatch):
 SMALL_SHM = """
 import time
 from pathlib import Path
-from mutor_vision.image_folder import ImageFolder, Views, read_batches
-from mutor_vision.images import center_flip
+from mutor_vision.data.folder import ImageFolder
+from mutor_vision.data.reading import Views, read_batches
+from mutor_vision.data.images import center_flip
 views = Views(ImageFolder.open("{root}"), 512, center_flip)
 print(sum(len(batch) for batch in read_batches(views, [[0, 1, 2], [3, 4], [0, 1, 2, 3, 4]], 2)), "images")
 """
@@ -217,7 +218,7 @@ def test_a_worker_that_dies_between_two_reads_is_heard_of_at_the_next():
 
 
 def test_no_worker_is_waited_for_without_an_end(monkeypatch):
-    monkeypatch.setattr(image_folder, "PATIENCE", 2)
+    monkeypatch.setattr(reading, "PATIENCE", 2)
     begun = time.monotonic()
     with pytest.raises(UserError, match="timed out after 2 seconds.*--workers 0"):
         list(read_batches(Batches(lambda index: time.sleep(20)), [[0], [1]], 1))

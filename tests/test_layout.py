@@ -43,10 +43,74 @@ def test_the_package_imports_no_command(root):
         assert not tops & set(COMMAND_FOLDERS), path
 
 
+# Room -> rooms that it may import, in the order of the pipeline: every arrow points up in this table, so there is no
+# circle.
+# The modules beside the rooms (settings, errors, runtime, ...) are there for all, and import no room.
+ROOMS = {
+    "storage": set(),
+    "data": {"storage"},
+    "tokenizer": {"storage", "data"},
+    "model": {"storage"},
+    "objectives": {"model"},
+    "sampling": {"storage", "data", "tokenizer", "model"},
+    "features": {"storage", "data", "sampling"},
+    "metrics": {"storage", "data", "features"},
+    "training": {"storage", "data", "model", "objectives", "sampling", "features", "metrics"},
+    "interop": {"storage", "data", "tokenizer", "model"},
+    "commands": {"storage", "data", "tokenizer", "model", "sampling", "metrics", "training", "interop"},
+}
+LONGEST = 350  # lines of a module
+
+
+def rooms_imported(path, package):
+    """(room or '' for a module beside the rooms, line) of each import of ours, wherever in the file it stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mutor_vision":
+            parts = node.module.split(".")[1:]
+            names = [parts[0]] if parts else [alias.name for alias in node.names]
+            yield from ((name if (package / name).is_dir() else "", node.lineno) for name in names)
+
+
+def test_every_import_points_down(root):
+    package, order = root / "mutor_vision", list(ROOMS)
+    assert {path.parent.name for path in package.glob("*/__init__.py")} == set(ROOMS)
+    for room, allowed in ROOMS.items():
+        assert all(order.index(other) < order.index(room) for other in allowed), "the table itself has a circle"
+        for path in (package / room).glob("*.py"):
+            for other, line in rooms_imported(path, package):
+                assert other in allowed | {room, ""}, f"{path}:{line}: {room} may not import {other}"
+    for path in package.glob("*.py"):
+        for other, line in rooms_imported(path, package):
+            assert not other, f"{path}:{line}: a module beside the rooms is there for all of them, and imports none"
+
+
+def test_no_two_modules_of_a_room_import_each_other(root):
+    """At import time: what a function imports when it is called makes no circle."""
+    for room in ROOMS:
+        folder = root / "mutor_vision" / room
+        known = {path.stem: set() for path in folder.glob("*.py")}
+        for path in folder.glob("*.py"):
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"mutor_vision.{room}"):
+                    tail = node.module.split(".")[2:]
+                    known[path.stem] |= {tail[0]} if tail else {alias.name for alias in node.names}
+        done = set()
+        while ready := {
+            name for name, needs in known.items() if name not in done and not (needs & known.keys()) - done
+        }:
+            done |= ready
+        assert done == known.keys(), f"{room}: a circle among {', '.join(sorted(known.keys() - done))}"
+
+
+def test_modules_are_short(root):
+    for path in (root / "mutor_vision").rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= LONGEST, path
+
+
 def test_the_transformer_and_the_registers_do_not_know_each_other(root):
     package = root / "mutor_vision"
-    assert "mutor_vision.objectives.registers" not in set(imports_of(package / "transformer.py"))
-    assert "mutor_vision.model.transformer" not in set(imports_of(package / "registers.py"))
+    assert "mutor_vision.objectives.registers" not in set(imports_of(package / "model" / "transformer.py"))
+    assert "mutor_vision.model.transformer" not in set(imports_of(package / "objectives" / "registers.py"))
 
 
 def test_importing_the_package_imports_nothing_heavy(root):

@@ -25,9 +25,10 @@ NO_DROPOUT = TransformerConfig(2, 2, 32, token_dropout=0.0, residual_dropout=0.0
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from mutor_vision.config import TrainConfig, from_dict
+from mutor_vision.config import TrainConfig
+from mutor_vision.settings import from_dict
 from mutor_vision.runtime import finish
-from mutor_vision.train_loop import train
+from mutor_vision.training.loop import train
 for config, out in json.loads(Path(sys.argv[1]).read_text()):
     train(from_dict(TrainConfig, config), Path(out))
 finish()

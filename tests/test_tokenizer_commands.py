@@ -17,6 +17,7 @@ from mutor_vision.data.reading import Views
 from mutor_vision.data.token_set import TokenSet
 from mutor_vision.errors import ImageError, IntegrityError, MismatchError, UserError
 from mutor_vision.storage import checkpoint
+from mutor_vision.tokenizer import encode
 from mutor_vision.tokenizer.model import tokenizer_identity
 
 SMALL = {
@@ -500,9 +501,9 @@ def test_an_encoding_killed_in_its_first_moments_can_be_begun_again(
     command, pictures, tiny_tokenizer_path, tmp_path, monkeypatch
 ):
     out, arguments = tmp_path / "set", {"tokenizer": tiny_tokenizer_path, "data": pictures, "workers": 0}
-    for name in ("write_json", "export"):
+    for module, name in ((encode, "write_json"), (checkpoint, "export")):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(module, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 command("encode.py", **arguments, out=out)
     assert command("encode.py", **arguments, out=out)[0] == 0

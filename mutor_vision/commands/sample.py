@@ -140,7 +140,7 @@ def _write_set(loaded, settings, arguments, out: Path, batch_size: int) -> None:
         "torch": torch.__version__,
     }  # fmt: skip
     if out.suffix == ".npz":
-        from mutor_vision.storage.npz import NpzImageWriter
+        from mutor_vision.storage.npz_writer import NpzImageWriter
 
         stream = sample_in_order(loaded, labels, settings, arguments.seed, batch_size)
         if runtime.is_main:

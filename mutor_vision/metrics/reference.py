@@ -18,7 +18,7 @@ from mutor_vision.features.moments import LAYER_KEYS, Moments, statistics_arrays
 from mutor_vision.features.sources import FolderImages
 from mutor_vision.keyed_random import permutation
 from mutor_vision.runtime import Runtime
-from mutor_vision.storage.npz import NpzImageWriter, write_arrays
+from mutor_vision.storage.npz_writer import NpzImageWriter, write_arrays
 
 SNAPSHOT_EVERY = 40  # chunks of a rank between two snapshots: what a kill can cost
 

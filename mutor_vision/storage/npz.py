@@ -13,13 +13,11 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mutor_vision.errors import DataError, IntegrityError, UserError
 
@@ -33,68 +31,6 @@ DAMAGE = (
     zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, struct.error, NotImplementedError, EOFError, RuntimeError,
     ValueError, KeyError, IndexError, OverflowError, MemoryError, OSError,
 )  # fmt: skip
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # equal images give equal files, whenever they were written
-
-
-class NpzImageWriter:
-    """Write uint8 images to `arr_0` (N, H, W, 3) of an npz, batch by batch, uncompressed.
-
-        with NpzImageWriter("samples.npz", count=50_000, height=256, width=256) as writer:
-            writer.write(images)  # uint8 (n, 3, H, W), in the order in which they are to stand
-
-    The file appears under its name only when exactly `count` images were written; after an exception, or with fewer
-    images (IntegrityError), there is nothing. np.load and OpenAI's evaluator read it.
-    """
-
-    def __init__(
-        self, path: str | Path, count: int, height: int, width: int, arrays: dict[str, np.ndarray] | None = None
-    ):
-        """arrays: further members, such as a reference's statistics, by name."""
-        self.path = Path(path)
-        self.arrays = arrays or {}
-        self.shape = (count, height, width, 3)
-        self.written = 0
-        self._partial = self.path.with_name(f".{self.path.name}.partial")
-
-    def __enter__(self) -> "NpzImageWriter":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._zip = zipfile.ZipFile(self._partial, "w", zipfile.ZIP_STORED)
-        try:
-            for name, array in self.arrays.items():
-                _write_member(self._zip, name, array)
-        except OSError:
-            _give_up(self._zip, self._partial)
-            raise
-        self._member = self._zip.open(zipfile.ZipInfo("arr_0.npy", _EPOCH), "w", force_zip64=True)
-        header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
-        np.lib.format.write_array_header_1_0(self._member, header)
-        return self
-
-    def write(self, images: Tensor) -> None:
-        """Append uint8 images (n, 3, H, W)."""
-        expected = (3, *self.shape[1:3])
-        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != expected:
-            raise DataError(f"images are {images.dtype} {tuple(images.shape)}, expected torch.uint8 (n, {expected})")
-        if self.written + len(images) > self.shape[0]:
-            raise IntegrityError(f"{self.path}: more than the {self.shape[0]} images it was opened for")
-        self._member.write(images.permute(0, 2, 3, 1).contiguous().cpu().numpy().data)
-        self.written += len(images)
-
-    def __exit__(self, kind, error, trace) -> None:
-        try:
-            self._member.close()
-            self._zip.close()
-        except OSError:  # the disk is full
-            _give_up(self._zip, self._partial)
-            raise
-        if kind is not None or self.written != self.shape[0]:
-            self._partial.unlink()
-            if kind is None:
-                raise IntegrityError(f"{self.path}: {self.written} images written, expected {self.shape[0]}")
-            return
-        with open(self._partial, "rb") as file:
-            os.fsync(file.fileno())
-        self._partial.replace(self.path)
 
 
 @dataclass(frozen=True)
@@ -316,34 +252,6 @@ def check_image_array(npz: Npz, nchw: bool = False) -> tuple[int, int, int]:
         expected = "(N, 3, H, W)" if nchw else "(N, H, W, 3)"
         raise IntegrityError(f"{npz.path}: images have shape {shape}, expected {expected}; convert them to RGB")
     return (shape[0], shape[2], shape[3]) if nchw else shape[:3]
-
-
-def write_arrays(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
-    """np.savez that appears under its name only when complete, with the same bytes for the same arrays."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    archive = zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED)
-    try:
-        for name, array in arrays.items():
-            _write_member(archive, name, array)
-        archive.close()
-    except OSError:
-        _give_up(archive, partial)
-        raise
-    partial.replace(path)
-
-
-def _give_up(archive: zipfile.ZipFile, path: Path) -> None:
-    for _ in range(2):  # Python tries again, and complains, when an archive that could not be closed is thrown away
-        with suppress(OSError):
-            archive.close()
-    path.unlink()
-
-
-def _write_member(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
-    with archive.open(zipfile.ZipInfo(f"{name}.npy", _EPOCH), "w", force_zip64=True) as member:
-        np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
 
 
 def _check_regular_file(path: Path) -> None:
