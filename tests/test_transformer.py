@@ -85,7 +85,7 @@ def test_dropout_drops_its_share_and_scales_the_rest_forward_and_backward():
 
 
 def test_the_feed_forward_keeps_less_than_timms_and_equals_it():
-    ours, theirs = FeedForward(8, 24, bias=False).double(), SwiGLU(8, 24, bias=False).double()
+    ours, theirs = FeedForward(8, 24).double(), SwiGLU(8, 24, bias=False).double()
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(3, 5, 8, dtype=torch.float64)
     kept, gradients = {}, {}

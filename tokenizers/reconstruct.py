@@ -22,8 +22,8 @@ from mutor_vision.data.images import center, save_png, to_pil
 from mutor_vision.data.reading import Views, read_batches
 from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import permutation
-from mutor_vision.storage.files import write_json
-from mutor_vision.storage.outputs import check_out_folder, replaced_folder
+from mutor_vision.storage.files import write_json, written_folder
+from mutor_vision.storage.outputs import check_out_folder
 
 SAVED = ("originals", "reconstructions")  # folders of --save-images
 
@@ -65,7 +65,7 @@ def main() -> None:
     batches = read_batches(views, list(batched(chosen, arguments.batch_size)), arguments.workers)
     with ExitStack() as sets:
         if arguments.save_images:
-            folders = [sets.enter_context(replaced_folder(out / name)) for name in SAVED]
+            folders = [sets.enter_context(written_folder(out / name)) for name in SAVED]
             batches = saved(batches, chosen, tokenizer, folders, reconstruct)
         scores = score_reconstructions(tokenizer, batches, where)
 
@@ -108,7 +108,7 @@ def saved(batches, chosen, tokenizer, folders, reconstruct):
         for original, copy in zip(images, reconstruct(tokenizer, images)[0], strict=True):
             name = f"{next(numbers):08d}.png"
             for picture, folder in zip((original, copy), folders, strict=True):
-                save_png(to_pil(picture), folder / name)
+                to_pil(picture).save(folder / name)
         yield images
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import os
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from mutor_vision.config import TrainConfig
 from mutor_vision.errors import UserError
 from mutor_vision.presets import TOKENIZERS, TRANSFORMERS
 from mutor_vision.settings import override, preset
+from mutor_vision.storage.files import write_json
 from mutor_vision.training.cost import (
     ACCELERATORS,
     CPU_CORE,
@@ -160,5 +160,4 @@ def main(arguments: argparse.Namespace) -> None:
     if assumed:
         print(f"assumed: {assumed}; --set model.grid, model.vocab_size or model.num_classes for others")
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(values, indent=1) + "\n")
+        write_json(arguments.json, values)

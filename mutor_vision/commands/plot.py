@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mutor_vision.errors import UserError
 from mutor_vision.names import printable
+from mutor_vision.storage.files import written
 from mutor_vision.storage.outputs import check_out_file
 from mutor_vision.storage.run_log import read_log
 
@@ -53,10 +54,8 @@ def plot_runs(runs: dict[str, Path], path: Path, panels=PANELS) -> None:
         axis.set(xlabel="optimizer step", ylabel=title)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=150, format=path.suffix[1:].lower())
-    partial.replace(path)
+    with written(path) as partial:
+        figure.savefig(partial, dpi=150, format=path.suffix[1:].lower())
     plt.close(figure)
 
 

@@ -21,6 +21,7 @@ from mutor_vision.runtime import Runtime, finish, start
 from mutor_vision.sampling.draw import CFG_SCHEDULES, SampleSettings
 from mutor_vision.sampling.load import load
 from mutor_vision.sampling.stream import _spread_classes, default_batch_size, label_plan, sample_in_order, sample_stream
+from mutor_vision.storage.files import written
 from mutor_vision.storage.outputs import check_out_file
 
 
@@ -160,7 +161,7 @@ def _write_set(loaded, settings, arguments, out: Path, batch_size: int) -> None:
         bar = tqdm(total=num, unit=" images", disable=not runtime.is_main, dynamic_ncols=True)
         for indices, part in sample_stream(loaded, labels, settings, arguments.seed, batch_size):
             for index, image in zip(indices, part, strict=True):
-                images.save_png(images.to_pil(image), partial / f"{index:06d}.png")
+                images.to_pil(image).save(partial / f"{index:06d}.png")
             bar.update(min(len(part) * runtime.world_size, num - bar.n))
         bar.close()
         runtime.barrier()
@@ -169,7 +170,8 @@ def _write_set(loaded, settings, arguments, out: Path, batch_size: int) -> None:
     if runtime.is_main:
         # Beside the set rather than in it, so that the set is images and nothing else.
         record["labels_of_images"] = labels.tolist()
-        out.with_name(out.name + ".json").write_text(json.dumps(record) + "\n")
+        with written(out.with_name(out.name + ".json")) as partial:
+            partial.write_text(json.dumps(record) + "\n")
         print(f"{out}: {num} images, {arguments.labels} labels, seed {arguments.seed}; how they were made: {out}.json")
 
 

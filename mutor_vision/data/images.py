@@ -19,6 +19,7 @@ from torch import Tensor
 from mutor_vision.data.image_bytes import looks_complete, pixel_bytes
 from mutor_vision.errors import ImageError, UserError
 from mutor_vision.names import printable
+from mutor_vision.storage.files import written
 
 # Allow-lists: Pillow's other decoders are an attack surface, or are not in every build of it (AVIF, JPEG 2000).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
@@ -253,8 +254,5 @@ def to_pil(image: Tensor) -> Image.Image:
 
 def save_png(image: Image.Image, path: str | Path) -> None:
     """Write a PNG that appears under its name only when it is complete."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    image.save(partial, format="PNG")
-    partial.replace(path)
+    with written(path) as partial:
+        image.save(partial, format="PNG")

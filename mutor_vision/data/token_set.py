@@ -8,7 +8,6 @@
 Legend: n images, h x w grid, N = h * w, V codebook size. A shard is written under another name and renamed.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
 from mutor_vision.runtime import to_device
-from mutor_vision.storage.files import read_json, sha256, write_json
+from mutor_vision.storage.files import read_json, sha256, write_json, written
 
 FORMAT = 1
 PLAN = "plan.json"  # the settings of an encoding that has begun; they must be the same when it continues
@@ -110,12 +109,8 @@ def shard_names(number: int) -> tuple[str, str]:
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """Write an .npy that appears under its name only when it is complete and on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
+    with written(path) as partial, open(partial, "wb") as file:
         np.save(file, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def load_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Images from any source -> features of a network, and their moments."""

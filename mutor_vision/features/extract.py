@@ -2,7 +2,6 @@
 streamed into moments, gathered where a metric needs every row."""
 
 import hashlib
-import json
 import shutil
 from collections import deque
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from mutor_vision.features.extractors import identity_text
 from mutor_vision.features.moments import LAYER_KEYS, Moments
 from mutor_vision.features.sources import in_order
 from mutor_vision.runtime import Runtime, exact_float32, to_device
+from mutor_vision.storage.files import write_json, written
 
 CHUNK = 250  # images: the unit of work of a rank, and what a kill can cost
 DIGEST_BYTES = 16
@@ -192,7 +192,7 @@ def _work_folder(work: Path, source, extractor: nn.Module) -> Path:
     key = hashlib.sha256(f"{source.key()} {identity_text(extractor)} {CHUNK}".encode()).hexdigest()
     folder = work / f"features-{key[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "README.json").write_text(json.dumps({"extractor": extractor.identity, "images": source.count}))
+    write_json(folder / "README.json", {"extractor": extractor.identity, "images": source.count})
     return folder
 
 
@@ -208,6 +208,5 @@ def _is_whole(path: Path | None, count: int) -> bool:
 
 
 def _save_chunk(path: Path, chunk: dict[str, Tensor]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    save_file({name: value.contiguous() for name, value in chunk.items()}, partial)
-    partial.replace(path)
+    with written(path) as partial:
+        save_file({name: value.contiguous() for name, value in chunk.items()}, partial)

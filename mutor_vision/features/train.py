@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from mutor_vision.errors import DataError, UserError
 from mutor_vision.features.extractors import create_small
-from mutor_vision.storage.files import sha256, write_json
+from mutor_vision.storage.files import sha256, write_json, written
 
 MEAN_STD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -81,9 +81,8 @@ def train(
                 if bar.n % 20 == 0:
                     bar.set_postfix(loss=f"{loss.item():.3f}")
     accuracy = _accuracy(model.eval(), held_out_images, held_out_labels, config.batch_size, device)
-    out.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()},
-              out / "model.safetensors")  # fmt: skip
+    with written(out / "model.safetensors") as partial:
+        save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, partial)
     mean, std = MEAN_STD
     write_json(out / "config.json", {
         "format": 1, "kind": "features", "architecture": config.architecture,

@@ -1,0 +1,1 @@
+"""LlamaGen's files in and out."""

@@ -18,7 +18,7 @@ from mutor_vision.keyed_random import derived_seed
 from mutor_vision.model.transformer import Transformer
 from mutor_vision.storage import checkpoint
 from mutor_vision.storage import foreign as foreign_checkpoint
-from mutor_vision.storage.files import read_json, write_json
+from mutor_vision.storage.files import read_json, write_json, written, written_folder
 from mutor_vision.storage.foreign import ForeignCheckpoint
 from mutor_vision.storage.outputs import check_out_file
 from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer, tokenizer_folder, tokenizer_identity
@@ -48,9 +48,7 @@ def convert(
     foreign = foreign_checkpoint.read(source, weights)
     say(f"{foreign.path}: {foreign.layout}, {len(foreign.tensors)} tensors")
     kind = _kind_of(foreign)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with written_folder(target) as partial:
         if kind == "transformer":
             _write_transformer(foreign, partial, tokenizer, heads, image_size, grid, class_names, say)
         elif tokenizer:
@@ -60,9 +58,6 @@ def convert(
             train_config = TokenizerTrainConfig(model=config, ema_decay=0.0)
             checkpoint.save(partial, 0, "tokenizer", train_config, {"model": ours}, {"step": 0}, keep=2)
             _finish_run(partial, "tokenizer", train_config, foreign.path)
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     say(f"{target}: a {'transformer' if kind == 'transformer' else 'tokenizer'} run")
 
 
@@ -89,21 +84,12 @@ def convert_back(
         theirs = llamagen.llamagen_tokenizer_state_dict(ours)
         say(f"{llamagen.USAGE_BUFFER}, a statistic, is written as zeros")
     del ours
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        with open(partial, "wb") as file:  # given a name, torch does not say that the disk is full
-            torch.save({"model": {name: tensor.contiguous() for name, tensor in theirs.items()}}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written(target) as partial, open(partial, "wb") as file:  # given a name, torch hides that the disk is full
+        torch.save({"model": {name: tensor.contiguous() for name, tensor in theirs.items()}}, file)
     say(f"{target}: {len(theirs)} tensors under 'model'")
 
 
 def _write_transformer(foreign, partial, tokenizer, heads, image_size, grid, class_names, say) -> None:
-    partial.mkdir(parents=True)
     vq = write_tokenizer_copy(tokenizer, partial / "tokenizer", say) if tokenizer else None
     downsample = vq.downsample if vq else _setting(foreign, "downsample_size") or 16
     if grid is None:

@@ -18,6 +18,7 @@ from mutor_vision.features.moments import LAYER_KEYS, Moments, statistics_arrays
 from mutor_vision.features.sources import FolderImages
 from mutor_vision.keyed_random import permutation
 from mutor_vision.runtime import Runtime
+from mutor_vision.storage.files import written
 from mutor_vision.storage.npz_writer import NpzImageWriter, write_arrays
 
 SNAPSHOT_EVERY = 40  # chunks of a rank between two snapshots: what a kill can cost
@@ -124,9 +125,8 @@ def _save(state: Progress, path: Path) -> None:
     for layer, moments in state.moments.items():
         moments.flush()
         tensors |= {f"{layer}.{part}": getattr(moments, part).cpu() for part in ("n", "mean", "scatter")}
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial)
-    partial.replace(path)
+    with written(path) as partial:
+        save_file(tensors, partial)
 
 
 def _snapshot_path(work: Path, source, extractor: nn.Module, runtime: Runtime) -> Path:

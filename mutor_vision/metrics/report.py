@@ -12,6 +12,7 @@ from torch import Tensor
 from mutor_vision.data import images
 from mutor_vision.features.extractors import resize
 from mutor_vision.features.sources import in_order
+from mutor_vision.storage.files import written
 
 STRIP_COLUMNS = 8  # pictures of a class in the page
 STRIP_PIXELS = 104  # about the sides of a picture in the page: larger ones shrink, smaller ones grow by a factor
@@ -108,11 +109,9 @@ def page(result: dict, samples, reference, shown: int = 5) -> str:
 
 def write_page(path: Path, text: str) -> None:
     """Write a page that appears under its name only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    # Names of folders can hold bytes that are no text; they become character references.
-    partial.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
-    partial.replace(path)
+    with written(path) as partial:
+        # Names of folders can hold bytes that are no text; they become character references.
+        partial.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
 
 
 def _metrics_html(result: dict) -> str:

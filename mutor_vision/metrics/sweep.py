@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
 from mutor_vision.metrics.report import markdown, number
-from mutor_vision.storage.files import read_json
+from mutor_vision.storage.files import read_json, written
 
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -84,6 +84,5 @@ def plot(points: list[dict], name: str, path: Path) -> None:
     axes.set_xlabel("classifier-free guidance scale")
     axes.set_ylabel(f"{name}, lower is better")
     axes.grid(alpha=0.3)
-    partial = path.with_name(f".{path.name}.partial")
-    FigureCanvasAgg(figure).print_png(str(partial))
-    partial.replace(path)
+    with written(path) as partial:
+        FigureCanvasAgg(figure).print_png(str(partial))

@@ -1,0 +1,1 @@
+"""The transformer, its attention, caches and adapters. Nothing here knows offsets or losses."""

@@ -1,10 +1,11 @@
 """The layers of a block of the transformer.
 
-Legend: B batch, T inputs, C width, H heads, D width of a head."""
+Legend: B batch, T inputs, C width, H heads, D width of a head.
+"""
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, SwiGLU
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -32,8 +33,17 @@ class Dropout(nn.Dropout):
         return (x * keep).mul_(1 / (1 - self.p))
 
 
-class FeedForward(SwiGLU):
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): fc2(silu(gate) * value), without biases."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1_g = nn.Linear(dim, hidden, bias=False)
+        self.fc1_x = nn.Linear(dim, hidden, bias=False)
+        self.fc2 = nn.Linear(hidden, dim, bias=False)
+
     def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim)."""
         return self.fc2(_Gated.apply(self.fc1_g(x), self.fc1_x(x)))
 
 
@@ -72,7 +82,7 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim, eps=1e-5)
         self.attention = Attention(config)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=1e-5)
-        self.ffn = FeedForward(config.dim, config.ffn_dim, bias=False)
+        self.ffn = FeedForward(config.dim, config.ffn_dim)
         self.ffn_dropout = Dropout(config.ffn_dropout)
         self.drop_path = DropPath(drop_path)
 

@@ -15,7 +15,7 @@ from mutor_vision.errors import MismatchError, UserError
 from mutor_vision.model.base import RECORD, load_base, open_base
 from mutor_vision.model.transformer import Transformer
 from mutor_vision.storage import checkpoint
-from mutor_vision.storage.files import read_json, write_json
+from mutor_vision.storage.files import read_json, write_json, written_folder
 from mutor_vision.storage.outputs import check_out_file
 
 LINEAR_LAYERS = ["qkv", "out", "fc1_g", "fc1_x", "fc2"]  # of every block
@@ -93,9 +93,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, weights: str =
     merged = load_merged(base, adapter, weights)
     config = dataclasses.replace(merged.config, init="", lora_rank=0, ema_decay=0.0)
     step = checkpoint.step_of(merged.folder) or 0
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with written_folder(out) as partial:
         tensors = {"model": merged.transformer.state_dict()}
         checkpoint.save(partial, step, "transformer", config, tensors, {"step": step}, keep=2)
         shutil.copytree(merged.root / "tokenizer", partial / "tokenizer")
@@ -107,9 +105,6 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, weights: str =
             "reason": f"{merged.root.name} merged into {merged.base['checkpoint']}",
         }
         write_json(partial / "status.json", status)
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def describe_trainable(model: nn.Module) -> str:

@@ -1,6 +1,7 @@
 """Inputs and targets of one batch of training.
 
-Legend: B batch, N slots, R registers."""
+Legend: B batch, N slots, R registers.
+"""
 
 from dataclasses import dataclass
 

@@ -24,7 +24,7 @@ import mutor_vision
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
 from mutor_vision.runtime import Runtime
 from mutor_vision.settings import FORMAT, from_dict, to_dict
-from mutor_vision.storage.files import _fsync, read_json, sha256, write_json
+from mutor_vision.storage.files import flush, read_json, sha256, write_json, written_folder
 
 OPTIMIZER = "optimizer"  # folder of a checkpoint: the shards of a sharded training's moments
 _STEP = re.compile(r"^step-(\d{7})$")
@@ -125,12 +125,12 @@ def save(
              for path in paths}  # fmt: skip
     write_json(partial / "MANIFEST.json", {"format": 1, "step": step, "files": files})
     for path in partial.rglob("*"):
-        _fsync(path)
-    _fsync(partial)
+        flush(path)
+    flush(partial)
     if final.exists():  # the same step was saved before but failed verification; replace it
         _remove(final)
     partial.rename(final)
-    _fsync(folder)
+    flush(folder)
     _prune(run, final, keep)
     return final
 
@@ -287,13 +287,10 @@ def load_strictly(module: torch.nn.Module, weights: dict[str, Tensor], source: P
 def export(source: Path, target: Path, weights: str = "best") -> None:
     """Copy a checkpoint's configuration and one set of weights to target/ as a model that stands on its own."""
     checkpoint = resolve(source)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    shutil.copy2(checkpoint / "config.json", partial / "config.json")
-    name = weights_named(checkpoint, weights)
-    shutil.copy2(checkpoint / f"{name}.safetensors", partial / "model.safetensors")
-    partial.rename(target)
+    with written_folder(target) as partial:
+        shutil.copy2(checkpoint / "config.json", partial / "config.json")
+        name = weights_named(checkpoint, weights)
+        shutil.copy2(checkpoint / f"{name}.safetensors", partial / "model.safetensors")
 
 
 def _steps(run: Path) -> dict[int, Path]:

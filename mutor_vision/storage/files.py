@@ -3,6 +3,9 @@
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +15,56 @@ from torch import Tensor
 from mutor_vision.errors import IntegrityError
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON that appears under its name only when it is complete and on the disk."""
+@contextmanager
+def written(path: str | Path) -> Iterator[Path]:
+    """Where to write a file that takes the name `path` when the block has ended: complete, and on the disk with its
+    name. After an error nothing is left of it, and what stood under the name before is as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w") as file:
+    try:
+        yield partial
+        flush(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    flush(path.parent)
+
+
+@contextmanager
+def written_folder(folder: str | Path) -> Iterator[Path]:
+    """The same for a folder: a new, empty one to fill, which takes the place of `folder` as a whole."""
+    folder = Path(folder)
+    partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            flush(path)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    flush(folder.parent)
+
+
+def flush(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    with written(path) as partial, open(partial, "w") as file:
         json.dump(value, file, indent=1)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def read_json(path: Path) -> Any:
@@ -35,19 +79,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def state_sha256(state: dict[str, Tensor]) -> str:
-    """sha256 over names, shapes and bytes: the same for the same weights in whatever file."""
+def state_sha256(state: dict[str, Tensor], mark: str = ";") -> str:
+    """sha256 (hex) over the names, types, shapes and bytes of all tensors in sorted order: the same for the same
+    weights in whatever file. mark: what ends a tensor's description; token sets were made with a line end."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}{mark}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

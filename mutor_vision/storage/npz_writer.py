@@ -1,6 +1,5 @@
 """Sample sets and statistics written in ADM's npz format, which np.load and OpenAI's evaluator read."""
 
-import os
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mutor_vision.errors import DataError, IntegrityError
+from mutor_vision.storage.files import flush, written
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # equal images give equal files, whenever they were written
 
@@ -70,25 +70,22 @@ class NpzImageWriter:
             if kind is None:
                 raise IntegrityError(f"{self.path}: {self.written} images written, expected {self.shape[0]}")
             return
-        with open(self._partial, "rb") as file:
-            os.fsync(file.fileno())
+        flush(self._partial)
         self._partial.replace(self.path)
+        flush(self.path.parent)
 
 
 def write_arrays(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
     """np.savez that appears under its name only when complete, with the same bytes for the same arrays."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    archive = zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED)
-    try:
-        for name, array in arrays.items():
-            _write_member(archive, name, array)
-        archive.close()
-    except OSError:
-        _give_up(archive, partial)
-        raise
-    partial.replace(path)
+    with written(path) as partial:
+        archive = zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED)
+        try:
+            for name, array in arrays.items():
+                _write_member(archive, name, array)
+            archive.close()
+        except OSError:
+            _give_up(archive, partial)
+            raise
 
 
 def _give_up(archive: zipfile.ZipFile, path: Path) -> None:

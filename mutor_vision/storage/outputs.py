@@ -1,10 +1,7 @@
-"""Where results go: tried before the work begins, and put in their place as a whole."""
+"""Where results go, tried before the work begins."""
 
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from mutor_vision.errors import UserError
@@ -25,25 +22,6 @@ def check_out_folder(path: str | Path) -> None:
     if not _is_folder(path) and os.path.lexists(path):
         raise UserError(f"{path} is a file, expected a folder; give another")
     _try_to_write(path, path.absolute())
-
-
-@contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A new, empty folder to fill. When the block ends without an error it takes the place of `folder`; until then,
-    and after an error, `folder` is as it was."""
-    partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _is_folder(path: Path) -> bool:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from mutor_vision.storage.files import write_json
+from mutor_vision.storage.files import write_json, written
 
 
 class RunLog:
@@ -20,7 +20,8 @@ class RunLog:
         path = run / "log.jsonl"
         lines = path.read_text().splitlines() if path.is_file() else []
         kept = [line for line in lines if (found := _parsed(line)) and found["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept))
+        with written(path) as partial:
+            partial.write_text("".join(line + "\n" for line in kept))
         self.file = open(path, "a", buffering=1)
         try:
             from torch.utils.tensorboard import SummaryWriter

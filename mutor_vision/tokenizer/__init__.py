@@ -1,1 +1,1 @@
-"""The VQ tokenizer: images -> codes -> images. model, quantizer, losses, reconstruction (scores), train_loop."""
+"""The VQ tokenizer: images -> codes -> images. model, quantizer, losses, reconstruction (scores), train, encode."""

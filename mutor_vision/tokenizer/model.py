@@ -4,7 +4,6 @@ default configuration are LlamaGen's VQ-16 layer for layer; the quantizer is our
 Legend: B batch, H x W pixels, h x w codes, V codebook size.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from mutor_vision.config import TokenizerConfig, TokenizerTrainConfig
 from mutor_vision.errors import UserError
 from mutor_vision.storage import checkpoint
+from mutor_vision.storage.files import state_sha256
 from mutor_vision.tokenizer.quantizer import Quantized, VectorQuantizer
 
 
@@ -92,18 +92,13 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu", weights
 
 
 def tokenizer_identity(tokenizer: VQTokenizer | str | Path, weights: str = "best") -> str:
-    """sha256 (hex) over the names, types, shapes and bytes of all weights in sorted order: the same for a run, its
-    exported copy and the loaded module. weights is used for paths only."""
+    """files.state_sha256 of all weights: the same for a run, its exported copy and the loaded module. weights is used
+    for paths only."""
     if isinstance(tokenizer, nn.Module):
         tensors = tokenizer.state_dict()
     else:
         tensors = checkpoint.read_weights(checkpoint.resolve(tokenizer_folder(tokenizer)), weights)
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return state_sha256(tensors, "\n")
 
 
 def tokenizer_folder(path: str | Path) -> Path:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 _CHUNK = 2**24  # distances held at once while searching, 64 MB
@@ -44,7 +45,7 @@ class VectorQuantizer(nn.Module):
         as a plain autoencoder let the latents spread over all of code_dim.
         """
         with torch.autocast(latents.device.type, enabled=False):
-            flat = self._normalise(latents.float().permute(0, 2, 3, 1).flatten(0, 2))  # (n, C)
+            flat = self._normalise(rearrange(latents.float(), "b c h w -> (b h w) c"))
             codebook = self._normalise(self.codebook.float())
             codes = nearest(flat, codebook)
             chosen = codebook[codes]
@@ -56,7 +57,7 @@ class VectorQuantizer(nn.Module):
             batch, _, height, width = latents.shape
 
             def to_grid(vectors: Tensor) -> Tensor:
-                return vectors.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
+                return rearrange(vectors, "(b h w) c -> b c h w", b=batch, h=height)
 
             return Quantized(
                 latents=to_grid(straight_through if rounding else flat),
@@ -69,7 +70,7 @@ class VectorQuantizer(nn.Module):
 
     def lookup(self, codes: Tensor) -> Tensor:
         """(B, h, w) int64 in [0, V) -> (B, C, h, w) float32 code vectors, as the decoder saw them in training."""
-        return self._normalise(self.codebook.float())[codes].permute(0, 3, 1, 2)
+        return rearrange(self._normalise(self.codebook.float())[codes], "b h w c -> b c h w")
 
     def _normalise(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1) if self.l2_norm else vectors

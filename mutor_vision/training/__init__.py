@@ -1,0 +1,1 @@
+"""The training of the transformer: loop, step, optimizer, sharding, validation, and what it costs."""
