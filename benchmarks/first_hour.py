@@ -10,8 +10,10 @@ at sizes that say nothing, to see that it runs.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -73,11 +75,19 @@ def run_stage(options, stage: str, seconds: float) -> dict:
     result.unlink(missing_ok=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with open(log, "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, __file__, *sys.argv[1:], "--stage", stage], stdout=file, stderr=file, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
         try:
-            code = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--stage", stage], stdout=file, stderr=file,
-                                  timeout=seconds, env=environment, cwd=ROOT).returncode  # fmt: skip
+            code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             code = f"no end after {seconds:.0f} s"
+        finally:
+            # With all that it started: a training left over would slow the next stage down.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     if not result.is_file():
         last = (log.read_text().strip().splitlines() or ["no output"])[-1]
         return {"error": f"{code}: {last[:300]}; see {log.name}", "seconds": time.monotonic() - begun}
@@ -95,7 +105,9 @@ def summary(stage: str, result: dict) -> str:
 def write_table(results: dict) -> None:
     """Every stage's rows as one table between the marks in docs/performance.md."""
     done = {stage: result for stage, result in results.items() if result.get("rows")}
-    device = next(result["machine"] for result in done.values() if "machine" in result)
+    if not (machines := [result["machine"] for result in done.values() if "machine" in result]):
+        sys.exit(f"error: no machine named in the results of {', '.join(results)}; run train, sample, encode or score")
+    device = machines[0]
     lines = [BEGIN, f"{device['device']}, torch {device['torch']}; `python benchmarks/first_hour.py`.", ""]
     lines += ["| what | figures |", "|---|---|"]
     for result in done.values():

@@ -1,12 +1,15 @@
 """benchmarks/first_hour.py has one chance when a GPU is at hand: every stage runs here at sizes that say nothing."""
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
+import time
 
 import pytest
 
-STAGES = ["train", "sample", "encode", "score", "photographs"]
+STAGES = ["tests", "train", "sample", "encode", "score", "photographs"]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +25,9 @@ def first_hour(root):
 
 @pytest.mark.slow
 def test_every_stage_runs_and_leaves_its_figures(first_hour, tmp_path, root):
-    """All but the tests marked gpu, which are themselves collected below."""
+    """Of the tests marked gpu one file, whose tests are skipped here."""
+    earlier = tmp_path / "out" / "photographs" / "run" / "of-an-earlier-try"
+    earlier.mkdir(parents=True)
     done = first_hour("--out", tmp_path / "out", "--tiny", "--device", "cpu", "--stages", ",".join(STAGES))
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -31,7 +36,8 @@ def test_every_stage_runs_and_leaves_its_figures(first_hour, tmp_path, root):
         assert result["rows"] and "error" not in result, stage
         assert all(value > 0 for row in result["rows"] for name, value in row.items()
                    if isinstance(value, float) and name not in ("MFU", "GB")), stage  # fmt: skip
-    assert (tmp_path / "out" / "photographs" / "grid.png").is_file()
+    assert " skipped" in results["tests"]["rows"][0]["outcome"] and not results["tests"]["failures"]
+    assert (tmp_path / "out" / "photographs" / "grid.png").is_file() and not earlier.exists()
     # The table goes into the docs of a copy.
     (tmp_path / "docs").mkdir()
     (tmp_path / "benchmarks").mkdir()
@@ -61,3 +67,45 @@ def test_a_stage_that_fails_leaves_its_reason_and_the_next_one_runs(first_hour, 
 def test_stages_that_do_not_exist_are_refused(first_hour, tmp_path):
     done = first_hour("--out", tmp_path / "out", "--stages", "encode,paint")
     assert done.returncode == 1 and "--stages has paint, expected some of tests, train" in done.stderr
+
+
+STAND_INS = """
+import subprocess, time
+
+def train(options):
+    with open(options.out / "pipe", "w") as pipe:
+        subprocess.Popen(["sh", "-c", "echo begun; exec sleep 60"], stdout=pipe)
+    time.sleep(60)
+
+def sample(options):
+    return {"rows": [{"what": "results so far", "text": (options.out / "results.json").read_text()}]}
+"""
+
+
+def test_a_stage_out_of_time_ends_with_all_that_it_started(tmp_path, root, monkeypatch):
+    """Its reason is in results.json before the next stage begins; a table needs a machine's name."""
+    (tmp_path / "benchmarks").mkdir()
+    script = tmp_path / "benchmarks" / "first_hour.py"
+    script.write_text((root / "benchmarks" / "first_hour.py").read_text())
+    (script.parent / "first_hour_stages.py").write_text(STAND_INS)
+    spec = importlib.util.spec_from_file_location("first_hour_copy", script)
+    first_hour = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(first_hour)
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    monkeypatch.setitem(first_hour.STAGES, "train", 4)
+    monkeypatch.chdir(tmp_path.parent)
+    monkeypatch.setattr(sys, "argv", ["", "--out", tmp_path.name, "--stages", "train,sample"])
+    with pytest.raises(SystemExit, match="1"):
+        first_hour.main()
+    os.set_blocking(pipe, True)
+    begun = time.monotonic()
+    assert os.read(pipe, 100) == b"begun\n" and os.read(pipe, 100) == b"", "written by what the stage started"
+    assert time.monotonic() - begun < 30
+    os.close(pipe)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert "no end after 4 s" in results["train"]["error"]
+    assert results["train"]["error"] in results["sample"]["rows"][0]["text"]
+    monkeypatch.setattr(sys, "argv", ["", "--out", tmp_path.name, "--table"])
+    with pytest.raises(SystemExit, match="error: no machine named in the results of train, sample; run"):
+        first_hour.main()
