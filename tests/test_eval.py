@@ -535,7 +535,7 @@ def test_a_disk_that_fills_while_arrays_are_written_leaves_nothing(tmp_path, mon
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mutor_vision.storage.npz._write_member", full)
+    monkeypatch.setattr("mutor_vision.storage.npz_writer._write_member", full)
     with pytest.raises(OSError, match="No space"):
         write_arrays(tmp_path / "c.npz", {"mu": np.zeros(3)})
     with pytest.raises(OSError, match="No space"), NpzImageWriter(tmp_path / "c.npz", 1, 16, 16, {"mu": np.zeros(3)}):
