@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+from scipy.special import stdtrit
 
 from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig
 from mutor_vision.errors import UserError
@@ -11,8 +12,6 @@ from mutor_vision.settings import from_dict
 from mutor_vision.storage.files import read_json
 from mutor_vision.training.cost import flops
 
-# 97.5 % points of Student's t at 1, 2, ... degrees of freedom (any table; exact to the digits shown).
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 LONGER = ("long", "longest")  # blocks of the headline's pair, trained longer
 BASELINE, MUTOR, MUTOR_ALL = "next-token", "MuToR-2D, 31 %", "MuToR-2D, 100 %"
 # Measure of a scored checkpoint -> (name, digits, what less of it is).
@@ -50,7 +49,7 @@ def t_interval(values: list[float]) -> tuple[float, float]:
     mean, count = float(np.mean(values)), len(values)
     if count < 2:
         return mean, math.nan
-    return mean, STUDENT_T[count - 2] * float(np.std(values, ddof=1)) / math.sqrt(count)
+    return mean, float(stdtrit(count - 1, 0.975)) * float(np.std(values, ddof=1)) / math.sqrt(count)
 
 
 def paired(values: dict[int, float], others: dict[int, float]) -> list[float]:

@@ -169,8 +169,13 @@ def test_jackknife_interval_covers_the_true_distance():
     assert plain_covered < covered, "without the correction of its bias, the distance lies outside more often"
 
 
-def test_students_t_is_the_tables():
-    assert [round(frechet.student_t_975(degrees), 2) for degrees in (10, 19, 30)] == [2.23, 2.09, 2.04]
+@pytest.mark.parametrize("groups, quantile", [(2, 12.706), (3, 4.303), (11, 2.228), (20, 2.093)])
+def test_the_interval_is_as_wide_as_students_t_of_the_tables_says(groups, quantile):
+    features = torch.randn(40 * groups, 8, generator=torch.Generator().manual_seed(0))
+    reference = frechet.root(Statistics(torch.zeros(8).double(), torch.eye(8).double(), None))
+    estimate = frechet.jackknife(moments_of(features, groups=groups, step=1000), reference, ALONE)
+    low, high = estimate.interval_95
+    assert (high - low) / 2 / estimate.standard_error == pytest.approx(quantile, abs=6e-4)
 
 
 def test_inception_score_does_not_depend_on_the_order_of_samples():

@@ -9,6 +9,7 @@ eigenvalues keep digits that the square root of S1 S2 loses, so that ranks and p
 from dataclasses import dataclass
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from mutor_vision.errors import IntegrityError
@@ -91,14 +92,8 @@ def jackknife(samples: Moments, reference: Root, runtime: Runtime) -> Estimate:
     left_out = found[:groups]
     bias_corrected = value - (groups - 1) * (left_out.mean() - found[groups]).item()
     error = ((groups - 1) / groups * (left_out - left_out.mean()).square().sum()).sqrt().item()
-    reach = student_t_975(groups - 1) * error
+    reach = float(stdtrit(groups - 1, 0.975)) * error
     return Estimate(value, bias_corrected, error, (bias_corrected - reach, bias_corrected + reach), groups)
-
-
-def student_t_975(degrees: int) -> float:
-    """97.5 % point of Student's t to 3 decimals from 10 degrees on (Abramowitz and Stegun 26.7.5)."""
-    z = 1.959964
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
 
 
 def _rounding_level(values: Tensor) -> Tensor:
