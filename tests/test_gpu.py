@@ -245,7 +245,7 @@ from mutor_vision.training.optim import build_optimizer
 from mutor_vision.runtime import Runtime
 from mutor_vision.training.step import train_step
 from mutor_vision.model.transformer import Transformer
-from mutor_vision import sharding
+from mutor_vision.training import sharding
 import numpy as np
 from torch.nn.parallel import DistributedDataParallel
 kind = sys.argv[1]
