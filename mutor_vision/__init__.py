@@ -1,13 +1,17 @@
-"""Autoregressive image generation with MuToR's 2D-offset registers. The file list is the pipeline:
+"""Autoregressive image generation with MuToR's 2D-offset registers. The rooms are the pipeline; each imports only rooms
+above it:
 
-    tokenizer/       images -> codes (h, w)          train_loop, quantizer, losses
-    data             image folders, token sets on disk, the order in which training reads them
-    registers        codes -> training sequence: the method (arXiv 2505.10518), pure functions
-    transformer      tokens, labels, positions, attention pattern -> logits   (rope, attention)
-    loss, optim      logits -> loss; AdamW groups, schedules
-    train_loop       one flat loop for next-token, MuToR-1D and MuToR-2D; checkpoint keeps what it makes
-    generate, sample logits -> codes -> images -> grids
-    metrics/         images -> FID, IS and the rest, each number with its protocol
+    storage/      files, checkpoints, strangers' weights
+    data/         image folders, token sets, the order in which training reads them
+    tokenizer/    images -> codes (h, w) -> images
+    model/        tokens, labels, positions, attention pattern -> logits
+    objectives/   codes -> training sequence: the method (arXiv 2505.10518), pure functions; logits -> loss
+    sampling/     labels -> codes -> images
+    features/     images -> features of a network -> moments
+    metrics/      moments and features -> FID, IS and the rest, each number with its protocol
+    training/     one flat loop for next-token, MuToR-1D and MuToR-2D
+    interop/      LlamaGen's files in and out
+    commands/     mutor sample, info, convert, merge, plot, plan
 
 Importing the package imports nothing heavy; import the module you need.
 """

@@ -1,4 +1,4 @@
-"""Folders of images, one sub-folder a class: listing them, and reading them in worker processes."""
+"""Folders of images, one sub-folder a class."""
 
 import dataclasses
 import functools

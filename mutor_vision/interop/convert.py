@@ -1,4 +1,4 @@
-"""The command `mutor convert`: LlamaGen's checkpoints and codes in, our checkpoints back out to LlamaGen's file."""
+"""LlamaGen's checkpoints and codes in, our checkpoints back out to LlamaGen's file."""
 
 import dataclasses
 import json

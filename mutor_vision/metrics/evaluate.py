@@ -51,7 +51,7 @@ class Options:
 class ImageSet:
     """One side of a comparison: images, statistics, or (ADM's reference files) both."""
 
-    images: object | None  # a source of metrics.sources
+    images: object | None  # a source of features.sources
     statistics: Npz | None
     record: dict  # for the protocol
 

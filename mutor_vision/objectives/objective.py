@@ -1,7 +1,7 @@
 """The objective (arXiv 2505.10518, equation 4): L = (1 - a) L_next + a L_reg, each a mean of cross-entropies over its
 own valid targets, pooled over the batch.
 
-Legend: B batch, N slots, R registers, M rows, C width, V codebook size.
+Legend: B batch, N slots.
 """
 
 from typing import NamedTuple

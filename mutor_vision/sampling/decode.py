@@ -1,5 +1,5 @@
-"""Class labels -> codes: guidance, filtering, and one token after another over a static key-value cache. Registers are
-not used here. This module knows no pixels and no files.
+"""Class labels -> codes: one token after another over a key-value cache. Registers are not used here. This module knows
+no pixels and no files.
 
 Legend: B images, N = h * w tokens, V codebook size.
 """
@@ -30,7 +30,7 @@ def generate(
     """labels (B,) int64 in [0, num_classes) -> codes (B, h, w) int64 in [0, V).
 
     indices (B,): number of each image in the run. Image i is drawn from the uniforms of (seed, i) alone. That makes it
-    the same in every batch, order and number of processes as far as the logits are: a model that inference.prepare has
+    the same in every batch, order and number of processes as far as the logits are: a model that prepare.prepare has
     packed for the CPU computes a row alike in every batch; any other may round differently (a batch of one takes
     another kernel than a batch of twelve, and then about 3 of 1,000 tokens differ at V = 16384).
 

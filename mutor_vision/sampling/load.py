@@ -44,7 +44,7 @@ def load(
 ) -> LoadedModel:  # fmt: skip
     """A run or one of its checkpoints -> LoadedModel. weights: 'model', 'ema', or 'best' (EMA where there is one).
     adapter: a LoRA run trained on it, whose classes, tokenizer and `weights` then count. quantize: 'none' or 'int8',
-    see inference.prepare. compile: 'off'; 'auto' records steps as CUDA graphs where there is CUDA; 'on' compiles them
+    see prepare.prepare. compile: 'off'; 'auto' records steps as CUDA graphs where there is CUDA; 'on' compiles them
     by torch.compile as well, on any device."""
     if compile not in COMPILE:
         raise UserError(f"compile is '{compile}', expected one of {', '.join(COMPILE)}")

@@ -21,7 +21,7 @@ Step = Callable[[], object]
 
 
 class StaticSteps:
-    """A decoder that draws the same codes as generate.decode. One step is kept for each number of cache slots read
+    """A decoder that draws the same codes as decode.decode. One step is kept for each number of cache slots read
     (multiples of REACH) and of streams. Memory and steps are kept for the batches that follow, smaller ones included; a
     larger batch or other settings replace them."""
 
@@ -42,7 +42,7 @@ class StaticSteps:
         self._made_for = None
 
     def decode(self, model, labels, uniform, scales, settings, count) -> Tensor:
-        """As generate.decode."""
+        """As decode.decode."""
         batch, num_guided = len(labels), num_guided_tokens(scales)
         self._prepare(model, batch, uniform, scales, settings)
         size = len(self._codes)

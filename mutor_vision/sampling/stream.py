@@ -1,4 +1,4 @@
-"""A trained run -> images: the command `mutor sample`, and the functions behind it that evaluation uses as well.
+"""A loaded run -> images, by process and in order: for `mutor sample`, evaluation and the grids of training.
 
 Image i of a sampling run depends on the weights, the seed, i, its label and the settings, and on nothing else: not on
 the batch size, the order, or the number of processes.

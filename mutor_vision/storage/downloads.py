@@ -1,3 +1,5 @@
+"""Weights from the net, without a wait where no host answers."""
+
 import socket
 import tempfile
 import urllib.request

@@ -1,4 +1,4 @@
-"""What a training run costs, before one pays: the command `mutor plan`. Arithmetic on the configuration; no model is
+"""What a training run costs, before one pays, as `mutor plan` shows it. Arithmetic on the configuration; no model is
 built and nothing is measured.
 
 FLOPs. A product of (m, k) and (k, n) counts 2 m n k. Counted are the linear layers, the head at every input, and the

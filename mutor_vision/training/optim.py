@@ -1,4 +1,4 @@
-"""AdamW with LlamaGen's parameter groups, the learning rate by step, and what is done every so many steps."""
+"""AdamW with LlamaGen's parameter groups."""
 
 import torch
 from torch import nn
