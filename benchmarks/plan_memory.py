@@ -2,7 +2,8 @@
 
     python benchmarks/plan_memory.py [--quick] [--json FILE]
 
-Each size trains two steps (the second has AdamW's moments) with training.loop.train itself, on random codes, in a process
+Each size trains two steps (the second has AdamW's moments) with training.loop.train itself, on random codes, in a
+process
 of its own. Measured is the peak of the resident memory less what it was after the imports. glibc is told to give large
 tensors back to the system when they are freed, so that the resident memory is that of the tensors that live; torch's
 own count of its allocations would leave out what libraries take. The --quick size is too small for its ratios to mean

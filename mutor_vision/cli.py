@@ -40,7 +40,7 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def choose_settings(presets: dict[str, Config], name: str, settings: list[str], **flags: Any) -> Config:
-    """The preset `name` with the user's changes, as settings.override takes them. A run shorter than the preset's warm-up
+    """The preset `name` with the user's changes, as settings.override takes them. A run shorter than its warm-up
     gets a shorter one, and a line says so."""
     config = override(preset(presets, name), settings, **flags)
     asked = any(setting.startswith("warmup_steps=") for setting in settings)
