@@ -1,8 +1,9 @@
 """A GPU's rules, checked without one: under fake tensors (shapes and devices, no numbers) the steady paths of training,
 validation, encoding, scoring and decoding mix no devices, never wait for the device, and pin nothing but CPU memory.
 
-Fake tensors claim to be on CUDA, or, where a backward pass is run, on torch's device `meta`: autograd asks CUDA itself
-for its streams. To every rule both are a GPU."""
+Fake tensors claim to be on CUDA. They have no backward pass without it, since autograd asks CUDA itself for its
+streams: where one is run, tensors are on torch's device `meta`, which has shapes and no numbers either, and to every
+rule is a GPU. (Fake tensors on `meta` do have a backward pass, and crash the process now and then.)"""
 
 import dataclasses
 from contextlib import nullcontext
@@ -50,7 +51,7 @@ class Rules(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
         named = named or {}
         name = str(function)
-        tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
+        tensors = [tensor for value in arguments for tensor in _tensors(value)]
         on_gpu = [tensor for tensor in tensors if tensor.device.type in ("cuda", "meta")]
         if on_gpu and name.startswith(WAITS):
             raise BrokenRule(f"{name} waits for the device")
@@ -61,6 +62,9 @@ class Rules(TorchDispatchMode):
             raise BrokenRule("copies to the CPU")
         if on_gpu and name.startswith("aten.copy_") and arguments[0].device.type == "cpu":
             raise BrokenRule("copies to the CPU")
+        copies = name.startswith(("aten._to_copy", "aten.copy_"))
+        if on_gpu and not copies and any(t.device.type == "cpu" and t.dim() for t in tensors):  # a scalar may be there
+            raise BrokenRule(f"{name} mixes devices")
         return function(*arguments, **named)
 
 
@@ -74,7 +78,7 @@ def on_fake_cuda(monkeypatch):
         return tensor
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    return under_rules
+    return partial(under_rules, partial(FakeTensorMode, allow_non_fake_inputs=True))
 
 
 @pytest.fixture
@@ -89,7 +93,7 @@ def on_meta(monkeypatch):
     adamw = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: adamw(*a, **k | {"fused": False}))
     monkeypatch.setattr(torch, "Generator", GeneratorOfCPU)  # timm's EMA makes one and draws nothing
-    return under_rules
+    return partial(under_rules, nullcontext)
 
 
 class GeneratorOfCPU(torch.Generator):
@@ -97,9 +101,9 @@ class GeneratorOfCPU(torch.Generator):
         return super().__new__(cls)
 
 
-def under_rules(function):
+def under_rules(mode, function):
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), Rules():
+        with mode(), Rules():
             return function()
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise BrokenRule(f"waits for the device: {error}") from None
