@@ -88,6 +88,8 @@ def chunks(
     from tqdm import tqdm
 
     folder = _work_folder(work, source, extractor) if work is not None else None
+    if folder and runtime.is_main:
+        write_json(folder / "README.json", {"extractor": extractor.identity, "images": source.count})
     starts = list(range(0, source.count, CHUNK))[first:]
     mine = [start for start in starts if start // CHUNK % runtime.world_size == runtime.rank]
     stops = {start: min(start + CHUNK, source.count) for start in mine}
@@ -192,7 +194,6 @@ def _work_folder(work: Path, source, extractor: nn.Module) -> Path:
     key = hashlib.sha256(f"{source.key()} {identity_text(extractor)} {CHUNK}".encode()).hexdigest()
     folder = work / f"features-{key[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "README.json", {"extractor": extractor.identity, "images": source.count})
     return folder
 
 
