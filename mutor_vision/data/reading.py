@@ -1,6 +1,7 @@
 """Images read in worker processes."""
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -59,6 +60,8 @@ def read_batches(dataset: Dataset, batches: Iterable[Iterable[int]], workers: in
     loader = DataLoader(
         _ErrorsAsItems(dataset), batch_sampler=batches, num_workers=workers, collate_fn=_stack,
         pin_memory=torch.cuda.is_available(), timeout=PATIENCE if workers else 0,
+        # As up to Python 3.13: a server of processes takes seconds to start, and needs everything pickled.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )  # fmt: skip
     try:
         if workers:
