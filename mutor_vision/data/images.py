@@ -80,10 +80,9 @@ def check_image(path: str | Path) -> Header:
 @contextmanager
 def _opened(path: str | Path, header: bool = False) -> Iterator[Image.Image]:
     """The file as Pillow sees it without its metadata, and every one of Pillow's many exceptions as an ImageError."""
-    shown = printable(str(path))
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for, for ever
-            raise ImageError(f"{shown}: not a regular file; remove it", path)
+            raise _refused(path, "not a regular file; remove it")
         with (
             open(path, "rb") as file,
             Image.open(pixel_bytes(file, header=header), formats=FORMATS) as image,
@@ -93,34 +92,37 @@ def _opened(path: str | Path, header: bool = False) -> Iterator[Image.Image]:
     except ImageError:
         raise
     except FileNotFoundError:
-        raise ImageError(f"{shown}: no such file", path) from None
+        raise _refused(path, "no such file") from None
     except Image.DecompressionBombError:
-        raise ImageError(f"{shown}: too many pixels, at most {MAX_PIXELS:,} are read; make it smaller", path) from None
+        raise _refused(path, f"too many pixels, at most {MAX_PIXELS:,} are read; make it smaller") from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and its own kinds for damaged files
         if isinstance(error, OSError) and error.errno is not None:
-            raise ImageError(f"{shown}: cannot be read ({error.strerror}); mend its rights or its disk", path) from None
+            raise _refused(path, f"cannot be read ({error.strerror}); mend its rights or its disk") from None
         reason = " ".join(str(error).split())[:160]
         if isinstance(error, UnidentifiedImageError):
             with open(path, "rb") as file:
                 reason = f"it begins with {file.read(16)!r}" if os.path.getsize(path) else "it is empty"
-        raise ImageError(f"{shown}: not a complete image ({reason}); replace or remove it", path) from None
+        raise _refused(path, f"not a complete image ({reason}); replace or remove it") from None
 
 
 def _check_kind(path: str | Path, image: Image.Image) -> None:
-    shown = printable(str(path))
     if image.width * image.height > MAX_PIXELS:
-        raise ImageError(f"{shown}: {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are read", path)
+        raise _refused(path, f"{image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are read")
     if max(image.size) > MAX_ASPECT * min(image.size):
-        raise ImageError(f"{shown}: {image.width}x{image.height} pixels, at most {MAX_ASPECT}:1 is cropped", path)
+        raise _refused(path, f"{image.width}x{image.height} pixels, at most {MAX_ASPECT}:1 is cropped")
     if image.format == "TIFF":
         if (pages := _full_pages(image)) > 1:
-            raise ImageError(f"{shown}: a TIFF of {pages} pages; save each as an image of its own", path)
+            raise _refused(path, f"a TIFF of {pages} pages; save each as an image of its own")
     elif image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-        raise ImageError(f"{shown}: animated with {image.n_frames} frames; extract one frame", path)
+        raise _refused(path, f"animated with {image.n_frames} frames; extract one frame")
     if _bits(image) > 8:
-        raise ImageError(f"{shown}: a {_bits(image)}-bit {image.format}, expected 8 bits a channel; convert it", path)
+        raise _refused(path, f"a {_bits(image)}-bit {image.format}, expected 8 bits a channel; convert it")
     if image.mode not in _MODES_8_BIT:
-        raise ImageError(f"{shown}: pixels of kind {image.mode}, expected RGB, CMYK, grey or palette; convert it", path)
+        raise _refused(path, f"pixels of kind {image.mode}, expected RGB, CMYK, grey or palette; convert it")
+
+
+def _refused(path: str | Path, reason: str) -> ImageError:
+    return ImageError(f"{printable(str(path))}: {reason}", path)
 
 
 def _full_pages(image: Image.Image) -> int:
