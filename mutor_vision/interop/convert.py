@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from mutor_vision.storage import checkpoint
 from mutor_vision.storage import foreign as foreign_checkpoint
 from mutor_vision.storage.files import read_json, write_json, written, written_folder
 from mutor_vision.storage.foreign import ForeignCheckpoint
-from mutor_vision.storage.outputs import check_out_file
+from mutor_vision.storage.outputs import check_new
 from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer, tokenizer_folder, tokenizer_identity
 
 _SAFETENSORS_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
@@ -44,7 +43,7 @@ def convert(
     (heads by width, 256 pixels, ids as class names). Raises UserError, MismatchError or IntegrityError, and then
     leaves nothing behind."""
     target = Path(target)
-    _check_new(target)
+    check_new(target)
     foreign = foreign_checkpoint.read(source, weights)
     say(f"{foreign.path}: {foreign.layout}, {len(foreign.tensors)} tensors")
     kind = _kind_of(foreign)
@@ -67,7 +66,7 @@ def convert_back(
     """A run or checkpoint of ours -> a .pt file {'model': state dict} that LlamaGen's own scripts load. Raises
     UserError when `target` exists or `run` is none."""
     target = Path(target)
-    _check_new(target)
+    check_new(target)
     folder = checkpoint.resolve(run)
     kind = read_json(folder / "config.json").get("kind")
     if kind not in ("transformer", "tokenizer"):
@@ -223,9 +222,3 @@ def _stream(foreign: ForeignCheckpoint, register: Tensor, shapes: dict[str, Tens
 def _finish_run(run: Path, kind: str, config, source: Path) -> None:
     checkpoint.write_config(run, kind, config)
     write_json(run / "status.json", {"state": "done", "step": 0, "reason": f"converted from {source.name}"})
-
-
-def _check_new(target: Path) -> None:
-    if os.path.lexists(target):
-        raise UserError(f"{target} exists already; remove it or give another name")
-    check_out_file(target)

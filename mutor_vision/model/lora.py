@@ -3,7 +3,6 @@ register's embedding and the class table trained in full. A run of it keeps the 
 makes a plain run of a base and its adapter."""
 
 import dataclasses
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from mutor_vision.model.base import RECORD, load_base, open_base
 from mutor_vision.model.transformer import Transformer
 from mutor_vision.storage import checkpoint
 from mutor_vision.storage.files import read_json, write_json, written_folder
-from mutor_vision.storage.outputs import check_out_file
+from mutor_vision.storage.outputs import check_new
 
 LINEAR_LAYERS = ["qkv", "out", "fc1_g", "fc1_x", "fc2"]  # of every block
 _ADAPTER_TENSORS = (".lora_A.", ".lora_B.", ".trainable_tokens_delta.", ".modules_to_save.")
@@ -87,9 +86,7 @@ def load_merged(base: str | Path, adapter: str | Path, weights: str = "best") ->
 def merge(base: str | Path, adapter: str | Path, out: str | Path, weights: str = "best") -> None:
     """A base and its adapter -> the plain run `out`, which must not exist."""
     out = Path(out)
-    if os.path.lexists(out):
-        raise UserError(f"{out} exists already; remove it or give another name")
-    check_out_file(out)
+    check_new(out)
     merged = load_merged(base, adapter, weights)
     config = dataclasses.replace(merged.config, init="", lora_rank=0, ema_decay=0.0)
     step = checkpoint.step_of(merged.folder) or 0

@@ -1,7 +1,8 @@
 """Sample sets and statistics written in ADM's npz format, which np.load and OpenAI's evaluator read."""
 
 import zipfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mutor_vision.errors import DataError, IntegrityError
-from mutor_vision.storage.files import flush, written
+from mutor_vision.storage.files import written
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # equal images give equal files, whenever they were written
 
@@ -32,20 +33,17 @@ class NpzImageWriter:
         self.arrays = arrays or {}
         self.shape = (count, height, width, 3)
         self.written = 0
-        self._partial = self.path.with_name(f".{self.path.name}.partial")
 
     def __enter__(self) -> "NpzImageWriter":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._zip = zipfile.ZipFile(self._partial, "w", zipfile.ZIP_STORED)
-        try:
+        with ExitStack() as opened:
+            self._zip = opened.enter_context(_archive(opened.enter_context(written(self.path))))
             for name, array in self.arrays.items():
                 _write_member(self._zip, name, array)
-        except OSError:
-            _give_up(self._zip, self._partial)
-            raise
-        self._member = self._zip.open(zipfile.ZipInfo("arr_0.npy", _EPOCH), "w", force_zip64=True)
-        header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
-        np.lib.format.write_array_header_1_0(self._member, header)
+            info = zipfile.ZipInfo("arr_0.npy", _EPOCH)
+            self._member = opened.enter_context(self._zip.open(info, "w", force_zip64=True))
+            header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
+            np.lib.format.write_array_header_1_0(self._member, header)
+            self._opened = opened.pop_all()
         return self
 
     def write(self, images: Tensor) -> None:
@@ -59,40 +57,30 @@ class NpzImageWriter:
         self.written += len(images)
 
     def __exit__(self, kind, error, trace) -> None:
-        try:
-            self._member.close()
-            self._zip.close()
-        except OSError:  # the disk is full
-            _give_up(self._zip, self._partial)
-            raise
-        if kind is not None or self.written != self.shape[0]:
-            self._partial.unlink()
-            if kind is None:
+        with self._opened:
+            if error is not None:
+                raise error
+            if self.written != self.shape[0]:
                 raise IntegrityError(f"{self.path}: {self.written} images written, expected {self.shape[0]}")
-            return
-        flush(self._partial)
-        self._partial.replace(self.path)
-        flush(self.path.parent)
 
 
 def write_arrays(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
     """np.savez that appears under its name only when complete, with the same bytes for the same arrays."""
-    with written(path) as partial:
-        archive = zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED)
-        try:
-            for name, array in arrays.items():
-                _write_member(archive, name, array)
-            archive.close()
-        except OSError:
-            _give_up(archive, partial)
-            raise
+    with written(path) as partial, _archive(partial) as archive:
+        for name, array in arrays.items():
+            _write_member(archive, name, array)
 
 
-def _give_up(archive: zipfile.ZipFile, path: Path) -> None:
-    for _ in range(2):  # Python tries again, and complains, when an archive that could not be closed is thrown away
-        with suppress(OSError):
-            archive.close()
-    path.unlink()
+@contextmanager
+def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    archive = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED)
+    try:
+        yield archive
+        archive.close()
+    finally:
+        for _ in range(2):  # Python tries again, and complains, when an archive that could not be closed is thrown away
+            with suppress(OSError):
+                archive.close()
 
 
 def _write_member(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:

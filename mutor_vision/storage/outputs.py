@@ -15,6 +15,13 @@ def check_out_file(path: str | Path) -> None:
     _try_to_write(path, path.absolute().parent)
 
 
+def check_new(path: str | Path) -> None:
+    """Raise UserError when there is something at `path`, a broken link too, or when nothing can be written there."""
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists already; remove it or give another name")
+    check_out_file(path)
+
+
 def check_out_folder(path: str | Path) -> None:
     """Raise UserError unless files can be written in a folder at `path`, which may not exist yet. Nothing is left
     behind."""
