@@ -9,11 +9,11 @@ checked by the training loops.
 from dataclasses import dataclass, field
 
 from mutor_vision.errors import UserError
-from mutor_vision.settings import _Settings
+from mutor_vision.settings import Settings
 
 
 @dataclass(frozen=True)
-class TokenizerConfig(_Settings):
+class TokenizerConfig(Settings):
     """VQ autoencoder. Defaults: LlamaGen's VQ-16 (arXiv 2406.06525)."""
 
     image_size: int = 256  # pixels, square; the size it is trained on
@@ -52,7 +52,7 @@ class TokenizerConfig(_Settings):
 
 
 @dataclass(frozen=True)
-class TokenizerTrainConfig(_Settings):
+class TokenizerTrainConfig(Settings):
     """A tokenizer training run. Defaults: LlamaGen's recipe for VQ-16."""
 
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -111,7 +111,7 @@ class TokenizerTrainConfig(_Settings):
 
 
 @dataclass(frozen=True)
-class TransformerConfig(_Settings):
+class TransformerConfig(Settings):
     """LlamaGen's class-conditional transformer. vocab_size, num_classes and grid of 0 are taken from the token set."""
 
     layers: int = 12
@@ -156,7 +156,7 @@ class TransformerConfig(_Settings):
 
 
 @dataclass(frozen=True)
-class RegisterConfig(_Settings):
+class RegisterConfig(Settings):
     """MuToR's registers (arXiv 2505.10518, sections 3.2 and 3.4). Defaults: the paper's best, where it says; each
     question that the paper leaves open is one field here."""
 
@@ -201,7 +201,7 @@ class RegisterConfig(_Settings):
 
 
 @dataclass(frozen=True)
-class TrainConfig(_Settings):
+class TrainConfig(Settings):
     """A transformer training run. Defaults: the paper's recipe (section B.2) on LlamaGen-B."""
 
     model: TransformerConfig = field(default_factory=TransformerConfig)

@@ -11,10 +11,10 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 from mutor_vision.errors import UserError
 
 Config = TypeVar("Config")
-FORMAT = 2  # of config.json; see _Settings._absent_in_format_1
+FORMAT = 2  # of config.json; see Settings._absent_in_format_1
 
 
-class _Settings:
+class Settings:
     """Base of every configuration: refuses values that are not of their field's type."""
 
     _prefix = ""  # what --set writes before the names of these fields

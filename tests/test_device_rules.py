@@ -211,7 +211,7 @@ def test_a_training_step_obeys_the_rules(on_meta, training, changes):
 
 def test_validation_obeys_the_rules(on_fake_cuda, training, registers, monkeypatch):
     """Up to its end, where the sums become numbers."""
-    monkeypatch.setattr(validate, "_means", lambda sums, *rest: sums)
+    monkeypatch.setattr(validate, "means_of", lambda sums, *rest: sums)
 
     def work():
         config = training(registers=registers)

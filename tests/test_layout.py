@@ -110,7 +110,7 @@ def test_what_programs_in_strings_import_exists(root):
     for folder in ("tests", "benchmarks", "experiments"):
         for path in (root / folder).glob("*.py"):
             for module, names in pattern.findall(path.read_text()):
-                for name in names.split(" as ")[0].split(","):
+                for name in re.sub(r" as \w+", "", names).split(","):
                     if name.strip() and not hasattr(importlib.import_module(module), name.strip()):
                         importlib.import_module(f"{module}.{name.strip()}")
                     found += 1

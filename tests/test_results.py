@@ -14,13 +14,9 @@ from mutor_vision.storage.files import read_json, write_json
 
 
 @pytest.fixture(scope="module")
-def experiments(root):
-    """The modules of experiments/, which is a folder of commands."""
-    sys.path.insert(0, str(root / "experiments"))
-    try:
-        yield {name: importlib.import_module(name) for name in ("grid", "run", "results", "comparison")}
-    finally:
-        sys.path.remove(str(root / "experiments"))
+def experiments():
+    """The modules of experiments/, which is a folder of commands and on pytest's path."""
+    return {name: importlib.import_module(name) for name in ("grid", "run", "results", "comparison")}
 
 
 def invented(run, compute, effect) -> dict:

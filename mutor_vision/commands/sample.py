@@ -20,7 +20,7 @@ from mutor_vision.names import match_class, parse_classes
 from mutor_vision.runtime import Runtime, finish, start
 from mutor_vision.sampling.draw import CFG_SCHEDULES, SampleSettings
 from mutor_vision.sampling.load import load
-from mutor_vision.sampling.stream import _spread_classes, default_batch_size, label_plan, sample_in_order, sample_stream
+from mutor_vision.sampling.stream import default_batch_size, label_plan, sample_in_order, sample_stream, spread_classes
 from mutor_vision.storage.files import written
 from mutor_vision.storage.outputs import check_out_file
 
@@ -120,7 +120,7 @@ def _write_grid(loaded, settings, arguments, out: Path, batch_size: int) -> None
     num_classes = len(loaded.class_names)
     classes = parse_classes(arguments.classes, loaded.class_names) if arguments.classes is not None else []
     classes += [match_class(name, loaded.class_names) for name in arguments.named]
-    classes = classes or _spread_classes(num_classes, 8)
+    classes = classes or spread_classes(num_classes, 8)
     labels = torch.tensor(classes).repeat_interleave(arguments.per_class)
     stream = sample_in_order(loaded, labels, settings, arguments.seed, min(batch_size, len(labels)))
     parts = list(_progress(stream, len(labels), loaded.runtime))

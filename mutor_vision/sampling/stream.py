@@ -182,13 +182,13 @@ def save_training_grid(transformer: Transformer, run: Path, step: int, config: T
     rank."""
     loaded = training_model(transformer, run, config, dataclasses.replace(runtime, rank=0, world_size=1))
     columns = 8
-    classes = _spread_classes(config.model.num_classes, config.sample_classes)
+    classes = spread_classes(config.model.num_classes, config.sample_classes)
     labels = torch.tensor(classes).repeat_interleave(columns)
     batches = list(sample_in_order(loaded, labels, settings_in_training(config), 0, default_batch_size(loaded)))
     names = [loaded.class_names[c] for c in classes]
     images.save_png(images.grid(torch.cat(batches), columns, names), run / "samples" / f"step-{step:07d}.png")
 
 
-def _spread_classes(num_classes: int, count: int) -> list[int]:
+def spread_classes(num_classes: int, count: int) -> list[int]:
     count = min(count, num_classes)
     return [i * num_classes // count for i in range(count)]

@@ -28,12 +28,8 @@ ENTRIES = (
     "state_dict_ema", "params", "params_ema", "weights", "net",
 )  # fmt: skip
 _INDEX = "model.safetensors.index.json"  # Hugging Face's, of weights in several files
-FILES = (
-    "consolidated.pth",
-    "model.safetensors",
-    "pytorch_model.bin",
-    _INDEX,
-)  # in a folder: FSDP's trainer, Hugging Face
+# In a folder: FSDP's trainer, Hugging Face.
+FILES = ("consolidated.pth", "model.safetensors", "pytorch_model.bin", _INDEX)
 _PART = re.compile(r".*-\d+-of-(?!0*1\.)\d+\.\w+")
 
 # Parts of names, anywhere: DDP, torch.compile, FSDP, activation checkpointing, DeepSpeed, fairscale's FSDP.

@@ -36,7 +36,7 @@ from mutor_vision.storage.run_log import RunLog
 from mutor_vision.training import sharding
 from mutor_vision.training.optim import build_optimizer
 from mutor_vision.training.step import other_weight, train_step
-from mutor_vision.training.validate import _means, validate
+from mutor_vision.training.validate import means_of, validate
 
 
 def check_tokenizer(base: Base, token_set: TokenSet) -> None:
@@ -136,7 +136,7 @@ def train(config: TrainConfig, out: Path) -> None:
             # --- report ---
             if due(step, config.log_every, config.steps):
                 other = "heads" if heads else "register"
-                means = _means(runtime.all_reduce(sums), other, other_weight(objective, config, step - 1))
+                means = means_of(runtime.all_reduce(sums), other, other_weight(objective, config, step - 1))
                 seconds = time.perf_counter() - since
                 if not np.isfinite(means["loss"]) or not torch.isfinite(gradient_norm):
                     reason = f"loss {means['loss']:.4g}, gradient norm {gradient_norm:.4g} at step {step}"

@@ -37,10 +37,10 @@ def validate(
         sums[2] += terms.register
         sums[3] += sequence.num_register_targets
     model.train(training)
-    return _means(runtime.all_reduce(sums), "register", config.registers.weight if config.registers.count else None)
+    return means_of(runtime.all_reduce(sums), "register", config.registers.weight if config.registers.count else None)
 
 
-def _means(sums: Tensor, other: str, weight: float | None) -> dict[str, float]:
+def means_of(sums: Tensor, other: str, weight: float | None) -> dict[str, float]:
     """Means of the sums; other: name of the second loss; weight: its share, None = there is none."""
     next_token_sum, num_next_token, other_sum, num_other = sums.tolist()
     next_token = next_token_sum / num_next_token
