@@ -1,6 +1,8 @@
 """Where results go, tried before the work begins."""
 
+import errno
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -32,9 +34,12 @@ def check_out_folder(path: str | Path) -> None:
 
 
 def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError as error:  # a name that is too long, a folder without rights
+    try:  # not Path.is_dir, which since Python 3.14 is False for whatever goes wrong
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        # A name that is too long, a folder without rights.
         raise UserError(f"{path} cannot be written ({error.strerror}); give another place") from None
 
 
