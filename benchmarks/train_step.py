@@ -29,10 +29,11 @@ from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig
 from mutor_vision.data.order import Batch
 from mutor_vision.model.attention import dense_attention
 from mutor_vision.model.transformer import Transformer
-from mutor_vision.objectives.objective import LossSums, Objective
+from mutor_vision.objectives.auxiliary import auxiliaries_of
+from mutor_vision.objectives.objective import Objective
 from mutor_vision.runtime import start
 from mutor_vision.training.optim import build_optimizer
-from mutor_vision.training.step import train_step
+from mutor_vision.training.step import train_step, zero_sums
 
 
 class NaiveObjective(Objective):
@@ -46,7 +47,8 @@ class NaiveObjective(Objective):
         ):
             logits = self.transformer(sequence.tokens, labels, sequence.positions, sequence.pattern)
         both = [(logits[:, :n], sequence.targets[:, :n]), (logits[:, n:], sequence.targets[:, n:])]
-        return LossSums(*(F.cross_entropy(x.flatten(0, 1), t.flatten(), reduction="sum") for x, t in both))
+        terms = [F.cross_entropy(x.flatten(0, 1), t.flatten(), reduction="sum") for x, t in both]
+        return dict(zip(self.names, terms, strict=False))
 
 
 def our_step(options, registers: int, naive: bool = False) -> Callable[[], None]:
@@ -61,13 +63,13 @@ def our_step(options, registers: int, naive: bool = False) -> Callable[[], None]
     )  # fmt: skip
     torch.manual_seed(0)
     model = Transformer(config.model).to(runtime.device)
-    objective = (NaiveObjective if naive else Objective)(model)
+    objective = (NaiveObjective if naive else Objective)(model, auxiliaries_of(config))
     if options.compile and not naive:
         for block in model.blocks:
             block.compile(dynamic=False)
     optimizer = build_optimizer(model, config)
     codes, labels = _data(options)
-    sums = torch.zeros(4, dtype=runtime.sum_dtype, device=runtime.device)
+    sums = zero_sums(objective, runtime)
     number = count()
 
     def step() -> None:

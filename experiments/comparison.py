@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from scipy.special import stdtrit
 
-from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig
+from mutor_vision.auxiliary_config import ParallelHeadsConfig, RegisterConfig
+from mutor_vision.config import TrainConfig, TransformerConfig
 from mutor_vision.errors import UserError
 from mutor_vision.settings import from_dict
 from mutor_vision.storage.files import read_json
@@ -41,7 +42,8 @@ def relative_compute(config: TrainConfig) -> float:
 def recounted(run: dict) -> float:
     """relative_compute of a run as it is counted today; run['relative_compute'] was counted when the run was made."""
     model, registers = from_dict(TransformerConfig, run["model"]), from_dict(RegisterConfig, run["registers"])
-    return relative_compute(TrainConfig(model=model, registers=registers, parallel_heads=run["parallel_heads"]))
+    heads = ParallelHeadsConfig(run["parallel_heads"])
+    return relative_compute(TrainConfig(model=model, registers=registers, parallel_heads=heads))
 
 
 def t_interval(values: list[float]) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from mutor_vision.config import RegisterConfig
 from mutor_vision.model.transformer import Transformer
 from mutor_vision.objectives.heads import ParallelHeads
 from mutor_vision.objectives.registers import has_target, raster_offset, with_registers
+from mutor_vision.objectives.sequence import next_token_sequence
 
 
 class Drafts(NamedTuple):
@@ -36,7 +37,8 @@ def register_drafts(
     slots = np.arange(int(not config.class_slot), model.config.num_tokens)
     slots = slots[has_target(slots, np.array(pair), config, model.config.grid)][None].repeat(len(codes), axis=0)
     pairs = np.broadcast_to(np.array(pair), (*slots.shape, 2))
-    sequence = with_registers(codes, slots, pairs, config, register_token=model.register_token)
+    sequence = with_registers(next_token_sequence(codes), codes, slots, pairs, config,
+                              register_token=model.register_token)  # fmt: skip
     n, later = sequence.num_regular, torch.from_numpy(slots[0] + raster_offset(pairs[0], codes.shape[2]) - 1)
 
     def both(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +59,7 @@ def head_drafts(
 
     def both(labels: Tensor) -> tuple[Tensor, Tensor]:
         hidden = model.hidden(raster[:, :-1], labels, slots)
-        return model.logits(hidden[:, k - 1 :]), model.logits(heads(hidden, model.rope)[k - 2])
+        return model.logits(hidden[:, k - 1 :]), model.logits(heads.ahead(hidden, model.rope)[k - 2])
 
     return _drafts(both, model, labels, raster[:, k - 1 :], cfg_scales)
 

@@ -3,7 +3,8 @@ the page; neither knows a setting."""
 
 from dataclasses import dataclass, replace
 
-from mutor_vision.config import RegisterConfig, TokenizerConfig, TokenizerTrainConfig, TrainConfig, TransformerConfig
+from mutor_vision.auxiliary_config import ParallelHeadsConfig, RegisterConfig
+from mutor_vision.config import TokenizerConfig, TokenizerTrainConfig, TrainConfig, TransformerConfig
 
 CLASSES = 20  # the first in sorted order
 TEST_SAMPLES = 500  # images drawn for a Fréchet distance and a class accuracy
@@ -30,8 +31,8 @@ METHODS = {
     "MuToR-2D, 25 %": {"registers": RegisterConfig("2d", 16)},
     "MuToR-2D, 31 %": {"registers": MUTOR_2D},
     "MuToR-2D, 100 %": {"registers": RegisterConfig("2d", 64)},
-    "2 parallel heads": {"parallel_heads": 2},
-    "4 parallel heads": {"parallel_heads": 4},
+    "2 parallel heads": {"parallel_heads": ParallelHeadsConfig(2)},
+    "4 parallel heads": {"parallel_heads": ParallelHeadsConfig(4)},
 }
 ABLATIONS = {
     "offsets up to m = 2": replace(MUTOR_2D, max_offset=2),

@@ -217,7 +217,7 @@ def measure(run: Run, out: Path, work: Path) -> dict:
     result = {
         "block": run.block, "method": run.method, "seed": config.seed, "per_class": run.per_class,
         "dropout": config.model.ffn_dropout, "batch_size": config.batch_size, "lr": config.lr, "steps": config.steps,
-        "registers": dataclasses.asdict(config.registers), "parallel_heads": config.parallel_heads,
+        "registers": dataclasses.asdict(config.registers), "parallel_heads": config.parallel_heads.count,
         "model": dataclasses.asdict(config.model), "flops_per_image": flops(config).training,
         "relative_compute": relative_compute(config),
         "parameters": num_parameters(Transformer(config.model)), "best": best, "validation": validation,
@@ -328,10 +328,11 @@ def drafts(run: Run, folder: Path, work: Path) -> dict:
     chosen = np.random.default_rng(1).permutation(tokens.num_images)[:DRAFT_IMAGES]
     codes, labels = tokens.codes()[chosen, 0].long().unflatten(1, tokens.grid), tokens.labels[chosen]
     scales, registers, found = (1.0, CFG_SCALE), run.config.registers, {}
-    if run.config.parallel_heads > 1:
-        heads = ParallelHeads(model.config, run.config.parallel_heads).eval()
+    if run.config.parallel_heads.active:
+        config = dataclasses.replace(run.config, model=model.config)
+        heads = ParallelHeads(config.parallel_heads, config).eval()
         checkpoint.load_strictly(heads, checkpoint.read_weights(folder, "heads"), folder)
-        for k in range(2, run.config.parallel_heads + 1):
+        for k in range(2, run.config.parallel_heads.count + 1):
             found[f"head {k}"] = head_drafts(model, heads, codes, labels, k, scales)
     else:
         for pair in offset_pairs(registers).tolist():

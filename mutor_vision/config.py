@@ -6,8 +6,10 @@ type, values out of range, and values that contradict each other. What needs a t
 checked by the training loops.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
+from mutor_vision.auxiliary_config import AuxiliaryConfig, ParallelHeadsConfig, RegisterConfig
 from mutor_vision.errors import UserError
 from mutor_vision.settings import Settings
 
@@ -89,7 +91,7 @@ class TokenizerTrainConfig(Settings):
     save_every: int = 1000  # steps, 0 = only at the end
     keep: int = 2  # checkpoints kept, at least 2
 
-    _absent_in_format_1 = {"val_images": 2000, "quantize_after": 0}
+    _absent_in = {1: {"val_images": 2000, "quantize_after": 0}}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,57 +158,12 @@ class TransformerConfig(Settings):
 
 
 @dataclass(frozen=True)
-class RegisterConfig(Settings):
-    """MuToR's registers (arXiv 2505.10518, sections 3.2 and 3.4). Defaults: the paper's best, where it says; each
-    question that the paper leaves open is one field here."""
-
-    kind: str = "none"  # none (next-token baseline) | 1d | 2d
-    count: int = 0  # registers per image; h * w = one at every slot
-    max_offset: int = 4  # 1d: d in 1..max_offset; 2d: d_h and d_w in 1..max_offset
-    min_offset_w: int = 1  # 2d: smallest d_w; 1 = the paper's quadrant, down to -3 adds neighbours below-left
-    weight: float = 0.5  # a in (1 - a) L_next + a L_reg
-    weight_schedule: str = "constant"  # constant | linear (from `weight` to 0 at the last step)
-    offset_per: str = "sequence"  # draw an offset per sequence | register | batch
-    edge: str = "wrap"  # a target across the grid's edge: wrap = raster order, ignore = no loss
-    placement: str = "valid"  # slots drawn: valid = those with a target | all (those without get no loss)
-    next_token: bool = True  # keep offset 1, which repeats next-token prediction
-    class_slot: bool = True  # a register may sit at the class token
-    self_attention: bool = True  # a register sees itself
-
-    _prefix = "registers."
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require_one_of("kind", "none", "1d", "2d")
-        self._require_one_of("offset_per", "sequence", "register", "batch")
-        self._require_one_of("edge", "wrap", "ignore")
-        self._require_one_of("placement", "valid", "all")
-        self._require_one_of("weight_schedule", "constant", "linear")
-        if (self.kind == "none") != (self.count == 0):
-            raise UserError(
-                f"registers.kind is '{self.kind}' with registers.count {self.count}; "
-                "use kind none with count 0, or kind 1d or 2d with a positive count"
-            )
-        if self.count < 0 or self.max_offset < 1:
-            raise UserError(f"registers.count {self.count} and max_offset {self.max_offset} must not be negative or 0")
-        self._require("weight", lambda weight: 0 <= weight <= 1, "0 to 1")
-        if self.min_offset_w > self.max_offset or (self.kind != "2d" and self.min_offset_w != 1):
-            raise UserError(
-                f"registers.min_offset_w is {self.min_offset_w}; only 2d registers have it, at most max_offset"
-            )
-        if self.max_offset == 1 and self.kind == "2d" and self.min_offset_w == 1:
-            raise UserError("registers.max_offset 1 leaves no 2d offset: (1, 1) is the token itself; use 2 or more")
-        if self.max_offset == 1 and self.kind == "1d" and not self.next_token:
-            raise UserError("registers.max_offset 1 with next_token off leaves no offset; use 2 or more")
-
-
-@dataclass(frozen=True)
 class TrainConfig(Settings):
     """A transformer training run. Defaults: the paper's recipe (section B.2) on LlamaGen-B."""
 
     model: TransformerConfig = field(default_factory=TransformerConfig)
     registers: RegisterConfig = field(default_factory=RegisterConfig)
-    parallel_heads: int = 1  # heads in all, the k-th predicts k tokens ahead; 1 = next-token only; no registers then
+    parallel_heads: ParallelHeadsConfig = field(default_factory=ParallelHeadsConfig)
     codes: str = ""  # token set made by tokenizers/encode.py
     val_codes: str = ""  # held-out token set; '' = hold out `val_fraction` of `codes`
     init: str = ""  # run or checkpoint to start from, which decides the model's sizes; '' = random weights
@@ -244,15 +201,34 @@ class TrainConfig(Settings):
     save_every: int = 5000  # steps, 0 = only at the end
     keep: int = 2  # checkpoints kept, at least 2
 
-    _absent_in_format_1 = {
-        "registers.weight_schedule": "constant", "parallel_heads": 1, "init": "", "lora_rank": 0, "lora_alpha": 16.0,
-        "activation_checkpointing": False, "parallel": "ddp", "compile": "auto", "eval_every": 0, "eval_reference": "",
-        "eval_features": "inception", "eval_weights": "", "eval_images": 5000,
+    _absent_in = {
+        1: {
+            "registers.weight_schedule": "constant", "parallel_heads.count": 1, "init": "", "lora_rank": 0,
+            "lora_alpha": 16.0, "activation_checkpointing": False, "parallel": "ddp", "compile": "auto",
+            "eval_every": 0, "eval_reference": "", "eval_features": "inception", "eval_weights": "",
+            "eval_images": 5000,
+        },
+        2: {"parallel_heads.weight": 0.5, "parallel_heads.weight_schedule": "constant"},
     }  # fmt: skip
+
+    @property
+    def auxiliaries(self) -> dict[str, AuxiliaryConfig]:
+        """Field -> settings of each auxiliary loss, on or off, in the order of the fields."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, AuxiliaryConfig)}
+
+    @classmethod
+    def _migrated(cls, given: dict[str, Any], format: int) -> dict[str, Any]:
+        if format <= 2 and given.get("parallel_heads.count", 1) != 1:  # the registers' weight was the heads' then
+            unused = RegisterConfig()
+            for name in ("weight", "weight_schedule"):
+                own = {f"registers.{name}": getattr(unused, name)}
+                given = given | {f"parallel_heads.{name}": given.get(f"registers.{name}", getattr(unused, name))} | own
+        return super()._migrated(given, format)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("steps batch_size lr parallel_heads lora_alpha sample_classes eval_images")
+        self._require_positive("steps batch_size lr lora_alpha sample_classes eval_images")
         self._require_not_negative(
             "micro_batch lora_rank weight_decay clip warmup_steps min_lr val_images log_every val_every sample_every "
             "eval_every save_every"
@@ -270,8 +246,15 @@ class TrainConfig(Settings):
         if self.lora_rank and not self.init:
             raise UserError(f"lora_rank is {self.lora_rank} and init is ''; an adapter needs --init RUN to be trained "
                             "on")  # fmt: skip
-        if self.parallel_heads > 1 and (self.registers.count or self.lora_rank or self.parallel == "fsdp"):
-            raise UserError(f"parallel_heads is {self.parallel_heads}, expected 1 (none) with registers, lora_rank or "
-                            "fsdp")  # fmt: skip
+        if self.parallel_heads.active and self.lora_rank:
+            raise UserError(f"parallel_heads.count is {self.parallel_heads.count}, expected 1 (none) with lora_rank: "
+                            "an adapter leaves the rest of the model as it is")  # fmt: skip
+        if self.parallel_heads.active and not self.registers.active and self.registers.weight != RegisterConfig.weight:
+            raise UserError(f"registers.weight is {self.registers.weight} and there are no registers; the weight of "
+                            "parallel heads is parallel_heads.weight")  # fmt: skip
+        shares = [own.weight for own in (self.registers, self.parallel_heads) if own.active]
+        if sum(shares) > 1:
+            raise UserError(f"registers.weight and parallel_heads.weight are {' and '.join(map(str, shares))}, "
+                            "expected at most 1 together: the next token has the rest")  # fmt: skip
         if self.eval_every and not self.eval_reference:
             raise UserError("eval_every needs eval_reference, a file of statistics made by eval/reference.py")

@@ -11,20 +11,28 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 from mutor_vision.errors import UserError
 
 Config = TypeVar("Config")
-FORMAT = 2  # of config.json; see Settings._absent_in_format_1
+FORMAT = 3  # of config.json; see Settings._absent_in
 
 
 class Settings:
     """Base of every configuration: refuses values that are not of their field's type."""
 
     _prefix = ""  # what --set writes before the names of these fields
-    # Files of format 1 were written while fields were still being added. What a file does not have was the value here
-    # when its weights were trained; a default that changes later must not change it. Format 2 has every field.
-    _absent_in_format_1: ClassVar[dict[str, Any]] = {}
+    _short = ""  # the field that a plain value means where a file or --set has one in place of these settings
+    # Format -> the fields that its files may lack, with what their absence meant when the weights were trained. A
+    # default that changes later must not change it.
+    _absent_in: ClassVar[dict[int, dict[str, Any]]] = {}
 
     def __post_init__(self) -> None:
         for name, hint in _hints(type(self)).items():
             self._require(name, lambda value, hint=hint: _is_of(value, hint), _described(hint))
+
+    @classmethod
+    def _migrated(cls, given: dict[str, Any], format: int) -> dict[str, Any]:
+        """Values by dotted name, of a file of `format` -> those of today's format."""
+        for older in range(format, FORMAT):
+            given = cls._absent_in.get(older, {}) | given
+        return given
 
     def _require(self, names: str, holds: Callable[[Any], bool], expected: str) -> None:
         """Raise UserError for the first of the names, separated by blanks, whose value does not hold."""
@@ -53,12 +61,12 @@ def from_dict(kind: type[Config], values: Any, format: int = FORMAT) -> Config:
     what an older one did not have yet is filled in with what it meant then."""
     if not isinstance(values, dict):
         raise UserError(f"the settings are {_shown(values)}, expected an object with a value for each name")
-    given, hints = _flat(values), _leaves(kind)
+    short, hints = _shorthands(kind), _leaves(kind)
+    given = {short.get(name, name): value for name, value in _flat(values).items()}
     for name in given:
         if name not in hints:
             raise UserError(f"unknown setting '{name}'; {_nearest(name, list(hints))}")
-    if format == 1:
-        given = kind._absent_in_format_1 | given
+    given = kind._migrated(given, format)
     if missing := [name for name in hints if name not in given]:
         raise UserError(f"setting '{missing[0]}' is missing ({len(missing)} of {len(hints)}); restore the file")
     return _build(kind, {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
@@ -77,8 +85,10 @@ def override(config: Config, settings: list[str], **flags: Any) -> Config:
     Raises UserError for an unknown name (naming the nearest), for a value of another type, and for a flag and a string
     that contradict each other."""
     values, hints, strings = _flat(dataclasses.asdict(config)), _leaves(type(config)), {}
+    short = _shorthands(type(config))
     for setting in settings:
         name, equals, text = setting.partition("=")
+        name = short.get(name, name)
         if not equals:
             raise UserError(f"setting '{setting}' has no '='; write --set name=value")
         if name not in hints:
@@ -134,6 +144,11 @@ def _leaves(kind: type, prefix: str = "") -> dict[str, Any]:
     for name, hint in _hints(kind).items():
         found |= _leaves(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {prefix + name: hint}
     return found
+
+
+def _shorthands(kind: type) -> dict[str, str]:
+    """Name of nested settings -> dotted name of the field that a plain value in their place means."""
+    return {name: f"{name}.{hint._short}" for name, hint in _hints(kind).items() if getattr(hint, "_short", "")}
 
 
 def _is_of(value: Any, hint: Any) -> bool:

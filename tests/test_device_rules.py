@@ -16,16 +16,15 @@ from timm.utils import ModelEmaV3
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mutor_vision.config import RegisterConfig, TokenizerConfig, TokenizerTrainConfig, TrainConfig
+from mutor_vision.config import ParallelHeadsConfig, RegisterConfig, TokenizerConfig, TokenizerTrainConfig, TrainConfig
 from mutor_vision.data.order import SampleOrder, read_batch
 from mutor_vision.data.token_set import TokenSet
 from mutor_vision.features import moments
 from mutor_vision.features.extractors import TimmFeatures, create_small
 from mutor_vision.model import lora
 from mutor_vision.model.transformer import Transformer
-from mutor_vision.objectives.heads import ParallelHeads
+from mutor_vision.objectives.auxiliary import auxiliaries_of
 from mutor_vision.objectives.objective import Objective
-from mutor_vision.objectives.registers import add_registers
 from mutor_vision.runtime import Runtime
 from mutor_vision.sampling.decode import generate
 from mutor_vision.sampling.draw import SampleSettings
@@ -35,7 +34,7 @@ from mutor_vision.tokenizer.model import VQTokenizer
 from mutor_vision.tokenizer.quantizer import count_codes, revive_dead_codes
 from mutor_vision.training import validate
 from mutor_vision.training.optim import build_optimizer
-from mutor_vision.training.step import train_step
+from mutor_vision.training.step import train_step, zero_sums
 
 CUDA, META = torch.device("cuda", 0), torch.device("meta")
 WAITS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.unique", "aten.bincount")
@@ -139,12 +138,12 @@ def test_a_batch_of_codes_on_the_device_is_not_pinned(on_fake_cuda):
 
 def test_the_loss_of_every_kind_of_registers_obeys_the_rules(on_fake_cuda, tiny_config, registers):
     def work():
-        batch, objective = read(fake_set()), Objective(fake_model(tiny_config))
+        config = TrainConfig(model=tiny_config, registers=registers)
+        batch, objective = read(fake_set()), Objective(fake_model(tiny_config), auxiliaries_of(config))
         with torch.no_grad():
-            sequence = add_registers(batch.codes, registers, register_token=32, seed=0, sample_index=np.arange(8))
-            return objective(batch.labels, sequence)
+            return objective(batch.labels, objective.sequence(batch.codes, seed=0, sample_index=np.arange(8)))
 
-    assert all(term.device.type == "cuda" for term in on_fake_cuda(work))
+    assert all(term.device.type == "cuda" for term in on_fake_cuda(work).values())
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -162,7 +161,7 @@ TRAININGS = {
     "next-token": {},
     "registers": {"registers": RegisterConfig("2d", 5)},
     "registers at every slot": {"registers": RegisterConfig("1d", 16)},
-    "parallel heads": {"parallel_heads": 3},
+    "parallel heads": {"parallel_heads": ParallelHeadsConfig(3)},
     "accumulation": {"registers": RegisterConfig("2d", 5), "micro_batch": 3},
     "activation checkpointing": {"registers": RegisterConfig("2d", 5), "activation_checkpointing": True},
     "no clipping": {"clip": 0.0},
@@ -182,12 +181,11 @@ def two_steps(config: TrainConfig):
         lora.add_adapter(model, config.lora_rank, config.lora_alpha)
     ema = ModelEmaV3(model, config.ema_decay)
     with META:
-        heads = ParallelHeads(config.model, config.parallel_heads) if config.parallel_heads > 1 else None
-    objective, runtime = Objective(model, heads), runtime_on(META)
+        objective, runtime = Objective(model, auxiliaries_of(config)), runtime_on(META)
     optimizer = build_optimizer(objective, config)
 
     def work() -> torch.Tensor:
-        sums = torch.zeros(4, dtype=torch.float64, device=META)
+        sums = zero_sums(objective, runtime)
         for step in range(2):
             batch = read(fake_set(META), META)
             train_step(objective, objective, optimizer, batch, config, runtime, step=step, sums=sums)
@@ -215,7 +213,8 @@ def test_validation_obeys_the_rules(on_fake_cuda, training, registers, monkeypat
 
     def work():
         config = training(registers=registers)
-        return validate.validate(fake_model(config.model), fake_set(), np.arange(20), config, runtime_on(CUDA))
+        objective = Objective(fake_model(config.model), auxiliaries_of(config))
+        return validate.validate(objective, fake_set(), np.arange(20), config, runtime_on(CUDA))
 
     assert on_fake_cuda(work).device == CUDA
 

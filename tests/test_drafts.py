@@ -2,7 +2,7 @@ import pytest
 import torch
 from drafts import head_drafts, register_drafts
 
-from mutor_vision.config import RegisterConfig
+from mutor_vision.config import ParallelHeadsConfig, RegisterConfig, TrainConfig
 from mutor_vision.objectives.heads import ParallelHeads
 
 
@@ -46,18 +46,19 @@ def test_acceptance_equals_one_call_a_slot(random_model, pair, edge):
 def test_acceptance_of_heads_and_of_a_draft_that_is_the_target(random_model):
     codes, labels = images(random_model.config)
     tokens = codes.flatten(1)
-    heads = ParallelHeads(random_model.config, 3)
+    own = ParallelHeadsConfig(3)
+    heads = ParallelHeads(own, TrainConfig(model=random_model.config, parallel_heads=own))
     with torch.no_grad():
         found = head_drafts(random_model, heads, codes, labels, 3)
         hidden = random_model.hidden(tokens[:, :-1], labels, torch.arange(16)[None])
-        q = random_model.logits(heads(hidden, random_model.rope)[1]).softmax(-1)
+        q = random_model.logits(heads.ahead(hidden, random_model.rope)[1]).softmax(-1)
         p = random_model.logits(hidden).softmax(-1)
     for t in range(14):  # slot t and x_(t+3)
         assert torch.allclose(found.acceptance[0, :, t], torch.minimum(p[:, t + 2], q[:, t]).sum(-1), atol=1e-5)
     assert (found.acceptance < 0.999).any() and found.acceptance.shape == (1, 2, 14)
 
     class Same:  # a "head" that knows the future: the draft is the target
-        def __call__(self, hidden, rope):
+        def ahead(self, hidden, rope):
             return [hidden[:, 1:]]
 
     same = head_drafts(random_model, Same(), codes, labels, 2, (1.0, 3.0))

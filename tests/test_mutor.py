@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from mutor_vision.config import RegisterConfig
+from mutor_vision.config import RegisterConfig, TrainConfig
 from mutor_vision.model.transformer import Transformer
 from mutor_vision.objectives.cross_entropy import linear_cross_entropy
 from mutor_vision.objectives.objective import Objective, total_loss
+from mutor_vision.objectives.register_loss import RegisterLoss
 from mutor_vision.objectives.registers import add_registers
-from mutor_vision.objectives.sequence import NO_TARGET
+from mutor_vision.objectives.sequence import NO_TARGET, next_token_sequence
 
 GENERATOR = torch.Generator().manual_seed(0)
 CODES = torch.randint(32, (4, 4, 4), generator=GENERATOR)
@@ -19,17 +20,28 @@ LABELS = torch.tensor([0, 1, 4, 5])
 
 
 def sequence_of(config, codes=CODES, seed=0):
-    return add_registers(codes, config, register_token=32, seed=seed, sample_index=np.arange(len(codes)))
+    plain = next_token_sequence(codes)
+    if not config.active:
+        return plain
+    return add_registers(plain, codes, config, register_token=32, seed=seed, sample_index=np.arange(len(codes)))
 
 
 def forward(model, sequence):
     return model(sequence.tokens, LABELS, sequence.positions, sequence.pattern)
 
 
+def objective_of(model, weight=0.5):
+    registers = RegisterConfig("2d", 4, weight=weight)  # the sequence says where they are
+    return Objective(model, [RegisterLoss(registers, TrainConfig(model=model.config, registers=registers))])
+
+
+def loss(objective, sequence):
+    counts = {name: torch.tensor(count) for name, count in objective.counts(sequence).items()}
+    return total_loss(objective(LABELS, sequence), counts, objective.weights(0))
+
+
 def objective(model, sequence, weight):
-    sums = Objective(model)(LABELS, sequence)
-    num_register = torch.tensor(sequence.num_register_targets)
-    return total_loss(sums, torch.tensor(sequence.num_next_token_targets), num_register, weight)
+    return loss(objective_of(model, weight), sequence)
 
 
 def test_registers_leave_regular_logits_bit_equal(random_model, registers):
@@ -75,7 +87,7 @@ def test_a_perturbed_token_changes_only_outputs_that_may_see_it(random_model, re
 def test_weight_zero_gives_the_next_token_gradients(random_model, registers):
     model = random_model.double()
     plain = sequence_of(RegisterConfig())
-    total_loss(Objective(model)(LABELS, plain), torch.tensor(plain.num_next_token_targets), None, 0.5).backward()
+    loss(Objective(model), plain).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     objective(model, sequence_of(registers), 0.0).backward()
@@ -155,7 +167,7 @@ def test_recomputing_blocks_changes_no_gradient(tiny_config, registers):
     for model.recompute in (False, True):
         torch.manual_seed(1)
         model.zero_grad()
-        losses.append(sum(Objective(model)(LABELS, sequence_of(registers))))
+        losses.append(sum(objective_of(model)(LABELS, sequence_of(registers)).values()))
         losses[-1].backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     assert torch.equal(*losses) and runs == [False, True, True]

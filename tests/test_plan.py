@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mutor_vision.auxiliary_config import ParallelHeadsConfig, RegisterConfig
 from mutor_vision.commands.plan import plan, table, with_token_set
-from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig
+from mutor_vision.config import TrainConfig, TransformerConfig
 from mutor_vision.errors import UserError
 from mutor_vision.model import fast_paths
 from mutor_vision.model.transformer import Transformer, num_parameters
-from mutor_vision.objectives.heads import ParallelHeads
+from mutor_vision.objectives.auxiliary import auxiliaries_of
 from mutor_vision.objectives.objective import Objective
-from mutor_vision.objectives.registers import add_registers
 from mutor_vision.presets import TRANSFORMERS
 from mutor_vision.settings import override
 from mutor_vision.training.cost import ACCELERATORS, flops, memory, parameters, saved_per_layer
@@ -34,8 +34,11 @@ def tiny(size, share, **changes) -> TrainConfig:
 
 def sequence_of(config: TrainConfig):
     codes = torch.randint(config.model.vocab_size, (BATCH, *config.model.grid))
-    return add_registers(codes, config.registers, register_token=config.model.vocab_size, seed=0,
-                         sample_index=np.arange(BATCH))  # fmt: skip
+    return objective_of(config).sequence(codes, seed=0, sample_index=np.arange(BATCH))
+
+
+def objective_of(config: TrainConfig, model: Transformer | None = None) -> Objective:
+    return Objective(model or Transformer(config.model), auxiliaries_of(config))
 
 
 @pytest.mark.parametrize("name", ["imagenet256-B-next-token", "imagenet256-3B-mutor-2d", "digits-mutor-2d"])
@@ -54,7 +57,7 @@ def test_flops_are_those_that_torch_counts(size, share):
     model, sequence = Transformer(config.model).eval(), sequence_of(config)
     counted = flops(config)
     with FlopCounterMode(display=False) as counter:
-        sum(Objective(model)(torch.zeros(BATCH, dtype=torch.int64), sequence)).backward()
+        sum(objective_of(config, model)(torch.zeros(BATCH, dtype=torch.int64), sequence).values()).backward()
     linear = BATCH * 3 * (counted.blocks + counted.head)
     # The head does not run for registers without a target.
     linear -= 3 * 2 * parameters(config.model).head * (BATCH * config.registers.count - sequence.num_register_targets)
@@ -70,12 +73,11 @@ def test_flops_are_those_that_torch_counts(size, share):
 
 def test_flops_of_parallel_heads_are_those_that_torch_counts():
     """Each head a block over the causal inputs, and the unembedding of its own targets."""
-    config = dataclasses.replace(tiny(SIZES[0], 0), parallel_heads=3)
-    heads = ParallelHeads(config.model, config.parallel_heads)
+    config = dataclasses.replace(tiny(SIZES[0], 0), parallel_heads=ParallelHeadsConfig(3))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        Objective(Transformer(config.model), heads)(torch.zeros(BATCH, dtype=torch.int64), sequence_of(config))
+        objective_of(config)(torch.zeros(BATCH, dtype=torch.int64), sequence_of(config))
     matrices = sum(n for name, n in counter.get_flop_counts()["Global"].items() if "mm" in str(name))
-    counted, alone = flops(config), flops(dataclasses.replace(config, parallel_heads=1))
+    counted, alone = flops(config), flops(dataclasses.replace(config, parallel_heads=ParallelHeadsConfig()))
     assert BATCH * (counted.blocks + counted.head) == matrices
     assert counted.attention == alone.attention * (config.model.layers + 2) / config.model.layers
 
@@ -117,7 +119,7 @@ def kept_by_a_block(config: TrainConfig, precision: str) -> int:
         block.forward = torch.compile(block.forward, dynamic=False)
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-        Objective(model)(torch.zeros(BATCH, dtype=torch.int64), sequence_of(config))
+        objective_of(config, model)(torch.zeros(BATCH, dtype=torch.int64), sequence_of(config))
     return sum(size for size, _ in kept.values())
 
 
@@ -129,7 +131,11 @@ def test_what_a_block_keeps_is_what_autograd_keeps(size, share, dropout, precisi
     if share and not fast_paths.prefix_attention():
         pytest.skip("the plan counts what the merged attention of registers keeps, which this machine does not use")
     config = override(tiny(size, share), [f"model.{name}_dropout={dropout}" for name in ("residual", "ffn")])
-    expected = sum(saved_per_layer(config, 2 if precision == "bfloat16" else 4, on_cpu=True, compiled=False).values())
+    expected = sum(
+        saved_per_layer(
+            config, config.registers.count, 2 if precision == "bfloat16" else 4, on_cpu=True, compiled=False
+        ).values()
+    )
     assert kept_by_a_block(config, precision) == pytest.approx(BATCH * expected, rel=0.02)
 
 
@@ -138,7 +144,11 @@ def test_what_a_block_keeps_is_what_autograd_keeps(size, share, dropout, precisi
 def test_what_a_compiled_block_keeps(precision):
     """What torch chooses to compute anew is its business; without registers, whose kernel on a CPU is not CUDA's."""
     config = tiny(SIZES[1], 0, compile="on")
-    expected = sum(saved_per_layer(config, 2 if precision == "bfloat16" else 4, on_cpu=True, compiled=True).values())
+    expected = sum(
+        saved_per_layer(
+            config, config.registers.count, 2 if precision == "bfloat16" else 4, on_cpu=True, compiled=True
+        ).values()
+    )
     assert kept_by_a_block(config, precision) == pytest.approx(BATCH * expected, rel=0.05)
 
 
@@ -192,7 +202,6 @@ def test_every_preset_has_a_plan(name):
         (["micro_batch=129"], ("h100", 8, 0.4), "micro_batch is 129"),
         (["parallel=zero"], ("h100", 8, 0.4), "parallel is 'zero', expected ddp or fsdp"),
         (["lora_rank=8", "init=base"], ("h100", 8, 0.4), "lora_rank is set"),
-        (["parallel_heads=2"], ("h100", 8, 0.4), "parallel_heads is 2"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(settings, arguments, message):

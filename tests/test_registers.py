@@ -9,7 +9,7 @@ import torch
 from mutor_vision.config import RegisterConfig
 from mutor_vision.errors import UserError
 from mutor_vision.objectives.registers import add_registers, crosses_edge, offset_pairs, place_registers, raster_offset
-from mutor_vision.objectives.sequence import NO_TARGET
+from mutor_vision.objectives.sequence import NO_TARGET, next_token_sequence
 
 INDEX = np.arange(3)
 
@@ -17,7 +17,8 @@ INDEX = np.arange(3)
 def sequence_of(config, grid=(4, 4), batch=3, seed=0, **settings):
     # Every token is its own 1-based raster index, so a target says where it came from.
     codes = torch.arange(1, grid[0] * grid[1] + 1).reshape(1, *grid).expand(batch, -1, -1)
-    return add_registers(codes, config, register_token=999, seed=seed, sample_index=np.arange(batch), **settings)
+    return add_registers(next_token_sequence(codes), codes, config, register_token=999, seed=seed,
+                         sample_index=np.arange(batch), **settings)  # fmt: skip
 
 
 def test_every_row_of_the_reference_vectors(shared):
@@ -54,7 +55,7 @@ def test_slots_of_the_reference_vectors_without_a_target_get_none():
 
 
 def test_no_registers_is_plain_next_token_prediction():
-    sequence = sequence_of(RegisterConfig())
+    sequence = next_token_sequence(torch.arange(1, 17).reshape(1, 4, 4))
     assert sequence.pattern is None
     assert sequence.tokens[0].tolist() == list(range(1, 16))
     assert sequence.targets[0].tolist() == list(range(1, 17))

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from mutor_vision.config import RegisterConfig, TransformerConfig
+from mutor_vision.config import ParallelHeadsConfig, RegisterConfig, TransformerConfig
 from mutor_vision.errors import MismatchError
 from mutor_vision.storage.files import read_json, write_json
 
@@ -30,7 +30,7 @@ def invented(run, compute, effect) -> dict:
     result = {
         "block": run.block, "method": run.method, "seed": config.seed, "per_class": run.per_class,
         "dropout": model.ffn_dropout, "batch_size": 16, "lr": 3e-3, "steps": config.steps,
-        "registers": dataclasses.asdict(config.registers), "parallel_heads": config.parallel_heads,
+        "registers": dataclasses.asdict(config.registers), "parallel_heads": config.parallel_heads.count,
         "model": dataclasses.asdict(model), "relative_compute": compute(config), "seconds": 60, "parameters": 543648,
         "best": config.steps, "validation": validation,
         "scores": {step: {"loss": loss(step), **score} for step in {config.steps, *run.also_score}},
@@ -38,7 +38,8 @@ def invented(run, compute, effect) -> dict:
     }  # fmt: skip
     if run.drafts:
         names = [f"{h},{w}" for h in range(1, 5) for w in range(1, 5) if h > 1 or w > 1]
-        names = [f"head {k}" for k in range(2, config.parallel_heads + 1)] if config.parallel_heads > 1 else names
+        heads = range(2, config.parallel_heads.count + 1)
+        names = [f"head {k}" for k in heads] or names
         draft = {"acceptance": 0.5, "acceptance_guided": 0.4, "loss": 5.0, "next_token_loss": 4.5}
         result["drafts"] = {name: draft for name in names}
     return result
@@ -159,7 +160,7 @@ def test_the_page_and_the_plan_count_the_same(experiments):
         planned = plan("", config, "h100", 1, 0.4)["flops_per_image"]["relative_to_next_token"]
         assert experiments["comparison"].relative_compute(config) == pytest.approx(planned, abs=1e-4)
     assert experiments["comparison"].relative_compute(
-        dataclasses.replace(config, registers=RegisterConfig("2d", 20), parallel_heads=1)
+        dataclasses.replace(config, registers=RegisterConfig("2d", 20), parallel_heads=ParallelHeadsConfig())
     ) == pytest.approx(1.3276, abs=1e-4)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mutor_vision.config import RegisterConfig, TransformerConfig
+from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig
 from mutor_vision.settings import to_dict
 from mutor_vision.storage import checkpoint
 from mutor_vision.storage.run_log import read_log
@@ -135,14 +135,15 @@ def test_in_bfloat16_norms_keep_float32_weights():
 
     from mutor_vision.model.transformer import Transformer
     from mutor_vision.objectives.objective import Objective
-    from mutor_vision.objectives.registers import add_registers
+    from mutor_vision.objectives.register_loss import RegisterLoss
     from mutor_vision.runtime import Runtime
     from mutor_vision.training import sharding
 
     config = dataclasses.replace(NO_DROPOUT, vocab_size=32, num_classes=5, grid=(4, 4))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        objective = Objective(Transformer(config))
+        registers = RegisterConfig("2d", 3)
+        objective = Objective(Transformer(config), [RegisterLoss(registers, TrainConfig(model=config))])
         runtime = Runtime(0, 1, torch.device("cpu"), torch.bfloat16)
         sharding._shard(objective, runtime)
         seen = {}
@@ -150,9 +151,9 @@ def test_in_bfloat16_norms_keep_float32_weights():
             if name.endswith(("norm", "qkv")):
                 module.register_forward_hook(lambda m, i, o, name=name: seen.update({name: m.weight.dtype}))
         codes = torch.zeros(2, 4, 4, dtype=torch.int64)
-        sequence = add_registers(codes, RegisterConfig("2d", 3), register_token=32, seed=0, sample_index=np.arange(2))
+        sequence = objective.sequence(codes, seed=0, sample_index=np.arange(2))
         with runtime.autocast():
-            sum(objective(torch.zeros(2, dtype=torch.int64), sequence)).backward()
+            sum(objective(torch.zeros(2, dtype=torch.int64), sequence).values()).backward()
     finally:
         dist.destroy_process_group()
     norms = {name: dtype for name, dtype in seen.items() if name.endswith("norm")}

@@ -37,7 +37,8 @@ def main() -> None:
 
     from mutor_vision.data.token_set import TokenSet
     from mutor_vision.runtime import finish
-    from mutor_vision.training.loop import resolve, train
+    from mutor_vision.training.inputs import resolve
+    from mutor_vision.training.loop import train
 
     if arguments.dry_run:
         print(json.dumps(to_dict(resolve(config, TokenSet.open(config.codes))), indent=1))

@@ -36,8 +36,6 @@ def plan(name: str, config: TrainConfig, gpu: str, gpus: int, mfu: float) -> dic
         raise UserError(f"batch_size {config.batch_size} cannot be split over {gpus} GPUs; use a multiple")
     if config.lora_rank:
         raise UserError("lora_rank is set: a plan counts the training of all weights only; set lora_rank=0")
-    if config.parallel_heads > 1:
-        raise UserError(f"parallel_heads is {config.parallel_heads}: a plan counts the transformer alone; set it to 1")
     on_cpu = gpu == "cpu"
     local = config.batch_size // gpus
     micro_batch = config.micro_batch or local
@@ -45,8 +43,9 @@ def plan(name: str, config: TrainConfig, gpu: str, gpus: int, mfu: float) -> dic
         raise UserError(f"micro_batch is {config.micro_batch}, expected 0 to batch_size / GPUs, {local}")
     accelerator = this_machine(gpus) if on_cpu else ACCELERATORS[gpu]
     peak = 1e12 * (accelerator.bfloat16 if autocast(config, on_cpu) else accelerator.float32)
-    needed, inputs = flops(config), config.model.num_tokens + config.registers.count
-    next_token = flops(dataclasses.replace(config, registers=type(config.registers)()))
+    needed, added = flops(config), {name: own.cost(config.model) for name, own in config.auxiliaries.items()}
+    inputs = {"tokens": config.model.num_tokens} | {name: cost.inputs for name, cost in added.items()}
+    next_token = flops(dataclasses.replace(config, **{name: type(own)() for name, own in config.auxiliaries.items()}))
     computed = needed.training + (needed.blocks + needed.attention) * config.activation_checkpointing
     images, images_per_second = config.steps * config.batch_size, gpus * mfu * peak / computed
     usable = (1 - RESERVED) * accelerator.memory * GIB
@@ -56,14 +55,14 @@ def plan(name: str, config: TrainConfig, gpu: str, gpus: int, mfu: float) -> dic
         "preset": name, "gpu": gpu, "gpus": gpus, "parallel": config.parallel,
         "precision": "bfloat16" if autocast(config, on_cpu) else "float32",
         "parameters": {**dataclasses.asdict(count := parameters(config.model)), "total": count.total},
-        "inputs": {"tokens": config.model.num_tokens, "registers": config.registers.count},
+        "inputs": inputs, "extra_blocks": sum(cost.blocks for cost in added.values()),
         "flops_per_image": {
             **dataclasses.asdict(needed), "forward": needed.forward, "training": needed.training,
             "with_recomputation": computed, "relative_to_next_token": needed.training / next_token.training,
         },
         "micro_batch": micro_batch, "micro_batches_per_step": -(-local // micro_batch),
         "memory": {**dataclasses.asdict(parts), "total": parts.total, "usable": usable},
-        "all_logits_at_once": 4 * micro_batch * inputs * config.model.vocab_size,
+        "all_logits_at_once": 4 * micro_batch * sum(inputs.values()) * config.model.vocab_size,
         "fits": parts.total <= usable, "largest_micro_batch": max(fits, default=0),
         "time": {
             "mfu": mfu, "peak_flops": peak, "steps": config.steps, "batch_size": config.batch_size, "images": images,
@@ -82,15 +81,17 @@ def this_machine(processes: int) -> Accelerator:
 def table(values: dict) -> str:
     """plan() for a person."""
     count, work, time, parts = (values[name] for name in ("parameters", "flops_per_image", "time", "memory"))
-    tokens, registers = values["inputs"].values()
+    inputs = ", ".join(f"{number} {name}" for name, number in values["inputs"].items() if number)
     lines = [
         (f"{values['preset']} on {values['gpus']} x {values['gpu']}, {values['parallel']}, {values['precision']}",),
         ("parameters", f"{count['total']:,}", f"blocks {count['blocks']:,}, head {count['head']:,}"),
-        ("inputs an image", f"{tokens + registers:,}", f"{tokens} tokens, {registers} registers"),
+        ("inputs an image", f"{sum(values['inputs'].values()):,}", inputs),
         ("GFLOP an image", f"{work['training'] / 1e9:,.1f}",
          f"forward {work['forward'] / 1e9:,.1f}, backward twice that; "
          f"{work['relative_to_next_token']:.2f} x next-token prediction"),
     ]  # fmt: skip
+    if values["extra_blocks"]:
+        lines.append(("extra blocks", f"{values['extra_blocks']}", "of auxiliary losses, in training only"))
     if work["with_recomputation"] > work["training"]:
         lines.append(("  with recomputation", f"{work['with_recomputation'] / 1e9:,.1f}", "activation checkpointing"))
     lines.append((f"memory of each, at {values['micro_batch']} images a forward pass",))

@@ -5,6 +5,7 @@ embedding, placed by its position.
 Legend: B batch, N = h * w slots, T inputs, C width, H heads, D width of a head, V codebook size.
 """
 
+from collections.abc import Collection
 from functools import partial
 
 import torch
@@ -57,7 +58,15 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens, labels, positions, pattern=None, cache=None) -> Tensor:
         """The normalised last hidden states (B, T, C); arguments as in forward."""
+        return self.states(tokens, labels, positions, pattern, cache)["last"]
+
+    def states(
+        self, tokens, labels, positions, pattern=None, cache=None, taps: Collection[str] = ()
+    ) -> dict[str, Tensor]:
+        """'last': the normalised last hidden states; and under the name of each tap, 'blocks.0' to
+        'blocks.<layers - 1>', what that block puts out; each (B, T, C). Other arguments as in forward."""
         assert pattern is None or cache is None, "a cache holds causal inputs only"
+        states = {}
         x = self.token_embedding(tokens)  # (B, M, C)
         if labels is not None:
             x = torch.cat([self.class_embedding(labels)[:, None], x], dim=1)  # (B, T, C)
@@ -71,9 +80,13 @@ class Transformer(nn.Module):
                 x = checkpoint(block, x, sin, cos, attend, use_reentrant=False)  # with the same dropout
             else:
                 x = block(x, sin, cos, attend)
+            if (name := f"blocks.{layer}") in taps:
+                states[name] = x
         if cache is not None:
             cache.advance(x.shape[1])
-        return self.norm(x)
+        states["last"] = self.norm(x)
+        assert states.keys() == {"last", *taps}, f"no such taps: {sorted({*taps} - states.keys())}"
+        return states
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> float32 logits (..., V)."""

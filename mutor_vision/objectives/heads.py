@@ -5,24 +5,33 @@ ahead; head 1 is the transformer as it is, which is all that inference uses.
 Legend: B batch, N slots, C width.
 """
 
+import torch
 from torch import Tensor, nn
 
-from mutor_vision.config import TransformerConfig
+from mutor_vision.auxiliary_config import ParallelHeadsConfig
+from mutor_vision.config import TrainConfig
 from mutor_vision.model.attention import causal_attention
 from mutor_vision.model.layers import Block, initialise
+from mutor_vision.model.transformer import Transformer
+from mutor_vision.objectives.auxiliary import Auxiliary
+from mutor_vision.objectives.cross_entropy import linear_cross_entropy
+from mutor_vision.objectives.sequence import TrainingSequence
 
 
-class ParallelHeads(nn.Module):
+class ParallelHeads(Auxiliary):
     """Heads 2..count. Where the paper takes layers from the trunk to pay for them, here they come on top, so that the
     transformer is the same with and without."""
 
-    def __init__(self, config: TransformerConfig, count: int):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(config, config.drop_path) for _ in range(count - 1))
-        self.norms = nn.ModuleList(nn.RMSNorm(config.dim, eps=1e-5) for _ in range(count - 1))
+    name = "heads"
+
+    def __init__(self, own: ParallelHeadsConfig, config: TrainConfig):
+        super().__init__(own, config)
+        model, extra = config.model, range(own.count - 1)
+        self.blocks = nn.ModuleList(Block(model, model.drop_path) for _ in extra)
+        self.norms = nn.ModuleList(nn.RMSNorm(model.dim, eps=1e-5) for _ in extra)
         self.apply(initialise)
 
-    def forward(self, hidden: Tensor, rope: Tensor) -> list[Tensor]:
+    def ahead(self, hidden: Tensor, rope: Tensor) -> list[Tensor]:
         """hidden (B, N, C) of the slots in order, from Transformer.hidden, with its rotary table -> for k = 2, 3, ...
         what the unembedding turns into logits of x_(t+k) at slot t: (B, N - k + 1, C), the slots that have one."""
         sin, cos = rope[:, None, None, : hidden.shape[1]]
@@ -32,6 +41,17 @@ class ParallelHeads(nn.Module):
             outputs.append(ahead[:, : hidden.shape[1] - k + 1])
         return outputs
 
-    def num_targets(self, num_slots: int) -> int:
-        """Targets an image over all extra heads."""
-        return sum(num_slots - k + 1 for k in range(2, len(self.blocks) + 2))
+    def count(self, sequence: TrainingSequence) -> int:
+        slots = range(sequence.num_regular, sequence.num_regular - len(self.blocks), -1)
+        return len(sequence.targets) * sum(n - 1 for n in slots)
+
+    def forward(self, states: dict[str, Tensor], sequence: TrainingSequence, transformer: Transformer) -> Tensor:
+        n, head = sequence.num_regular, transformer.head.weight
+        terms = [
+            linear_cross_entropy(ahead.flatten(0, 1), head, sequence.targets[:, n - ahead.shape[1] : n].flatten())
+            for ahead in self.ahead(states["last"][:, :n], transformer.rope)
+        ]
+        return torch.stack(terms).sum()
+
+    def share(self, step: int) -> float:
+        return self.weight(step)

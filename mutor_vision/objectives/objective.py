@@ -1,70 +1,70 @@
-"""The objective (arXiv 2505.10518, equation 4): L = (1 - a) L_next + a L_reg, each a mean of cross-entropies over its
-own valid targets, pooled over the batch.
+"""The objective: next-token prediction and the auxiliary losses, each a mean over its own targets of the whole batch.
+With MuToR's registers it is equation 4 of arXiv 2505.10518, L = (1 - a) L_next + a L_reg.
 
 Legend: B batch, N slots.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 
-from mutor_vision.config import RegisterConfig
 from mutor_vision.model.transformer import Transformer
+from mutor_vision.objectives.auxiliary import Auxiliary
 from mutor_vision.objectives.cross_entropy import linear_cross_entropy
-from mutor_vision.objectives.heads import ParallelHeads
-from mutor_vision.objectives.sequence import TrainingSequence
+from mutor_vision.objectives.sequence import TrainingSequence, next_token_sequence
 
-
-class LossSums(NamedTuple):
-    """Summed cross-entropies in nats, scalars. Sums, so that means can be pooled over micro-batches and processes,
-    whose numbers of register targets differ."""
-
-    next_token: Tensor
-    register: Tensor  # or of the parallel heads, which come in registers' place
+NEXT_TOKEN = "next_token"
 
 
 class Objective(nn.Module):
-    """Transformer and cross-entropies as one module, so that data parallelism has one forward to wrap."""
+    """Transformer and losses as one module, so that data parallelism has one forward to wrap. Losses go by name:
+    NEXT_TOKEN first, then the auxiliaries in their order."""
 
-    def __init__(self, transformer: Transformer, heads: ParallelHeads | None = None):
+    def __init__(self, transformer: Transformer, auxiliaries: Iterable[Auxiliary] = ()):
         super().__init__()
         self.transformer = transformer
-        self.heads = heads
+        self.auxiliaries = nn.ModuleDict({auxiliary.name: auxiliary for auxiliary in auxiliaries})
 
-    def forward(self, labels: Tensor, sequence: TrainingSequence) -> LossSums:
-        """labels (B,) int64 in [0, num_classes] -> the two sums. The head sees only inputs that have a target."""
-        hidden = self.transformer.hidden(sequence.tokens, labels, sequence.positions, sequence.pattern)
-        n, head = sequence.num_regular, self.transformer.head.weight
-        next_token = linear_cross_entropy(hidden[:, :n].flatten(0, 1), head, sequence.targets[:, :n].flatten())
-        if self.heads is not None:
-            terms = [
-                linear_cross_entropy(ahead.flatten(0, 1), head, sequence.targets[:, -ahead.shape[1] :].flatten())
-                for ahead in self.heads(hidden, self.transformer.rope)
-            ]
-            return LossSums(next_token, torch.stack(terms).sum())
-        if sequence.pattern is None:
-            return LossSums(next_token, next_token.new_zeros(()))
-        rows = sequence.with_target
-        registers, targets = hidden[:, n:].flatten(0, 1)[rows], sequence.targets[:, n:].flatten()[rows]
-        return LossSums(next_token, linear_cross_entropy(registers, head, targets))
+    @property
+    def names(self) -> list[str]:
+        return [NEXT_TOKEN, *self.auxiliaries]
 
-    def num_other_targets(self, sequence: TrainingSequence) -> int:
-        """Targets behind LossSums.register."""
-        if self.heads is None:
-            return sequence.num_register_targets
-        return len(sequence.targets) * self.heads.num_targets(sequence.num_regular)
+    def sequence(self, codes: Tensor, *, seed: int, sample_index: np.ndarray, step: int = 0) -> TrainingSequence:
+        """codes (B, h, w) int64 -> what `forward` reads; the other arguments as in Auxiliary.extend."""
+        sequence = next_token_sequence(codes)
+        for auxiliary in self.auxiliaries.values():
+            sequence = auxiliary.extend(sequence, codes, seed=seed, sample_index=sample_index, step=step)
+        return sequence
+
+    def forward(self, labels: Tensor, sequence: TrainingSequence) -> dict[str, Tensor]:
+        """labels (B,) int64 in [0, num_classes] -> each loss summed over its targets, scalars, cross-entropies in nats.
+        Sums, so that means can be pooled over micro-batches and ranks, whose numbers of targets differ."""
+        taps = {tap for auxiliary in self.auxiliaries.values() for tap in auxiliary.taps}
+        states = self.transformer.states(sequence.tokens, labels, sequence.positions, sequence.pattern, taps=taps)
+        hidden, targets = (each[:, : sequence.num_regular].flatten(0, 1) for each in (states["last"], sequence.targets))
+        sums = {NEXT_TOKEN: linear_cross_entropy(hidden, self.transformer.head.weight, targets)}
+        for name, auxiliary in self.auxiliaries.items():
+            sums[name] = auxiliary(states, sequence, self.transformer)
+        return sums
+
+    def counts(self, sequence: TrainingSequence) -> dict[str, int]:
+        """Numbers of targets behind the sums."""
+        others = {name: auxiliary.count(sequence) for name, auxiliary in self.auxiliaries.items()}
+        return {NEXT_TOKEN: sequence.num_next_token_targets, **others}
+
+    def weights(self, step: int) -> dict[str, float]:
+        """Of the means, at the 0-based optimizer step."""
+        others = {name: auxiliary.weight(step) for name, auxiliary in self.auxiliaries.items()}
+        return {NEXT_TOKEN: 1 - sum(auxiliary.share(step) for auxiliary in self.auxiliaries.values()), **others}
+
+    def on_held_out(self, transformer: Transformer) -> "Objective":
+        """The losses that can be compared between runs and weights: of `transformer`, which may be the EMA, without the
+        auxiliaries that have weights of their own."""
+        comparable = [each for each in self.auxiliaries.values() if not each.state_dict()]
+        return Objective(transformer, comparable)
 
 
-def register_weight(config: RegisterConfig, step: int, steps: int) -> float:
-    """a at optimizer step `step` (0-based) of `steps`."""
-    if config.weight_schedule == "constant":
-        return config.weight
-    return config.weight * (1 - step / max(1, steps - 1))
-
-
-def total_loss(sums: LossSums, num_next_token: Tensor, num_register: Tensor | None, weight: float | None) -> Tensor:
-    """Weigh sums by the numbers of targets of the whole batch; num_register None = next-token only, weight unused."""
-    if num_register is None:
-        return sums.next_token / num_next_token
-    return (1 - weight) * sums.next_token / num_next_token + weight * sums.register / num_register.clamp(min=1)
+def total_loss(sums: dict[str, Tensor], counts: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """The weighed sum of means. counts: of the whole batch, over all ranks; 0 is taken for 1."""
+    return sum(weights[name] * sums[name] / counts[name].clamp(min=1) for name in sums)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mutor_vision.config import RegisterConfig
+from mutor_vision.auxiliary_config import RegisterConfig
 from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import uniforms
 from mutor_vision.model.attention import AttentionPattern
@@ -51,6 +51,7 @@ def crosses_edge(slots: np.ndarray, pairs: np.ndarray, width: int) -> np.ndarray
 
 
 def add_registers(
+    sequence: TrainingSequence,
     codes: Tensor,
     config: RegisterConfig,
     *,
@@ -59,40 +60,35 @@ def add_registers(
     sample_index: np.ndarray,
     step: int = 0,
 ) -> TrainingSequence:
-    """codes (B, h, w) int64 in [0, V) -> the training sequence of next-token prediction with config's registers.
+    """next_token_sequence(codes), with codes (B, h, w) int64 in [0, V) -> the same with config's registers.
 
     register_token: id of the register's embedding, V. seed and sample_index (B,) fix every draw, whatever the batch;
     step does for offsets drawn per batch. Raises UserError when the grid cannot hold the registers.
     """
-    height, width = codes.shape[1:]
-    if config.kind == "none":
-        n, raster = height * width, codes.flatten(1)
-        slots = torch.arange(n, device=codes.device)[None]
-        return TrainingSequence(raster[:, :-1], slots, None, raster, n, slots.new_empty(0))
-    placed, pairs = place_registers(config, (height, width), seed=seed, sample_index=sample_index, step=step)
-    return with_registers(codes, placed, pairs, config, register_token=register_token)
+    placed, pairs = place_registers(config, codes.shape[1:], seed=seed, sample_index=sample_index, step=step)
+    return with_registers(sequence, codes, placed, pairs, config, register_token=register_token)
 
 
 def with_registers(
-    codes: Tensor, placed: np.ndarray, pairs: np.ndarray, config: RegisterConfig, *, register_token: int
-) -> TrainingSequence:
+    sequence: TrainingSequence, codes: Tensor, placed: np.ndarray, pairs: np.ndarray, config: RegisterConfig, *,
+    register_token: int,
+) -> TrainingSequence:  # fmt: skip
     """The same with registers at the slots `placed` (B, R) and offset pairs (B, R, 2) that the caller chose."""
     batch, height, width = codes.shape
     n = height * width
     raster = codes.flatten(1)
-    slots = torch.arange(n, device=codes.device)[None]
     target_index = placed + raster_offset(pairs, width) - 1  # 0-based; also the slot of the position
     valid = has_target(placed, pairs, config, (height, width))
     target_index = _to(np.minimum(target_index, n - 1), codes.device)
     register_targets = raster.gather(1, target_index).masked_fill(~_to(valid, codes.device), NO_TARGET)
     registers = raster.new_full(placed.shape, register_token)
     return TrainingSequence(
-        tokens=torch.cat([raster[:, :-1], registers], dim=1),
-        positions=torch.cat([slots.expand(batch, -1), target_index], dim=1),
+        tokens=torch.cat([sequence.tokens, registers], dim=1),
+        positions=torch.cat([sequence.positions.expand(batch, -1), target_index], dim=1),
         pattern=AttentionPattern(n, _to(placed, codes.device), config.self_attention),
-        targets=torch.cat([raster, register_targets], dim=1),
+        targets=torch.cat([sequence.targets, register_targets], dim=1),
         num_regular=n,
-        with_target=_to(np.flatnonzero(valid), codes.device),  # found here, where no device has to be waited for
+        with_target=_to(np.flatnonzero(valid), codes.device),  # by numpy: nonzero() on a GPU would synchronise
     )
 
 

@@ -5,6 +5,7 @@ Legend: B batch, N slots, R registers.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mutor_vision.model.attention import AttentionPattern
@@ -30,3 +31,11 @@ class TrainingSequence:
     @property
     def num_register_targets(self) -> int:
         return len(self.with_target)
+
+
+def next_token_sequence(codes: Tensor) -> TrainingSequence:
+    """codes (B, h, w) int64 in [0, V) -> plain next-token prediction in raster order."""
+    raster = codes.flatten(1)
+    n = raster.shape[1]
+    slots = torch.arange(n, device=codes.device)[None]
+    return TrainingSequence(raster[:, :-1], slots, None, raster, n, slots.new_empty(0))

@@ -2,12 +2,12 @@
 built and nothing is measured.
 
 FLOPs. A product of (m, k) and (k, n) counts 2 m n k. Counted are the linear layers, the head at every input, and the
-two products of attention over the pairs that are computed: N (N + 1) / 2 of the causal inputs, and N + 1 for each
-register, for which the product with all N causal inputs is computed and those after its slot are masked (with a
-register at every slot a CPU skips half of that). A parallel head counts a block over the causal inputs, and the
-unembedding of its own targets. The backward pass counts twice the forward pass. Not counted are norms, rotary
-embedding, softmax, dropout, losses and the optimizer, which together are some 1 % of it. Activation checkpointing runs
-each block's forward pass once more. The experiments count with the same function.
+two products of attention over the pairs that are computed: N (N + 1) / 2 of the causal inputs, and N + 1 for each input
+that an auxiliary loss adds, for which the product with all N causal inputs is computed and those after its slot are
+masked (with one at every slot a CPU skips half of that). A block that an auxiliary loss has of its own counts like one
+over the causal inputs, and its targets count the unembedding. The backward pass counts twice the forward pass. Not
+counted are norms, rotary embedding, softmax, dropout, losses and the optimizer, which together are some 1 % of it.
+Activation checkpointing runs each block's forward pass once more. The experiments count with the same function.
 
 Memory. Weights, gradients, AdamW's two moments and EMA are float32, with autocast too. Activations are what autograd
 keeps of one micro-batch for the backward pass, tensor by tensor (`saved_per_layer`), and what the peak needs on top of
@@ -16,12 +16,13 @@ Not counted is a token set that is kept on the GPU (1.2 GiB for two views of Ima
 
 Time is FLOPs over the assumed share (MFU) of the accelerator's dense peak.
 
-Legend: N = h * w causal inputs, R registers, T = N + R, C width, F width of the feed-forward, V codebook size.
+Legend: N = h * w causal inputs, T = N and the added inputs, C width, F width of the feed-forward, V codebook size.
 """
 
 import dataclasses
 from dataclasses import dataclass
 
+from mutor_vision.auxiliary_config import AuxiliaryCost
 from mutor_vision.config import TrainConfig, TransformerConfig
 
 GIB = 2**30
@@ -54,7 +55,7 @@ class Parameters:
 
     blocks: int  # matrices of all blocks
     head: int
-    embeddings: int  # tokens, the register and classes
+    embeddings: int  # of tokens, with the row of added inputs, and of classes
     norms: int
 
     @property
@@ -90,23 +91,29 @@ class Flops:
         return 3 * self.forward
 
 
+def auxiliary_cost(config: TrainConfig) -> AuxiliaryCost:
+    """What all auxiliary losses add together."""
+    costs = [own.cost(config.model) for own in config.auxiliaries.values()]
+    return AuxiliaryCost(*(sum(column) for column in zip(AuxiliaryCost(), *costs, strict=True)))
+
+
 def flops(config: TrainConfig) -> Flops:
-    """Of the transformer with its registers or parallel heads; what is compared by compute is compared by this."""
-    model, n, registers, count = config.model, config.model.num_tokens, config.registers.count, parameters(config.model)
-    heads = range(2, config.parallel_heads + 1)  # head k predicts k tokens ahead
+    """Of the transformer with its auxiliary losses; what is compared by compute is compared by this."""
+    model, n, count, more = config.model, config.model.num_tokens, parameters(config.model), auxiliary_cost(config)
     causal = n * (n + 1) // 2
-    pairs = model.layers * (causal + registers * (n + 1)) + len(heads) * causal
+    pairs = model.layers * (causal + more.inputs * (n + 1)) + more.blocks * causal
     return Flops(
-        blocks=2 * ((n + registers) * count.blocks + len(heads) * n * (count.blocks // model.layers)),
+        blocks=2 * ((n + more.inputs) * count.blocks + more.blocks * n * (count.blocks // model.layers)),
         attention=2 * (2 * model.dim * pairs),
-        head=2 * (n + registers + sum(n - k + 1 for k in heads)) * count.head,
+        head=2 * (n + more.targets) * count.head,
     )
 
 
-def saved_per_layer(config: TrainConfig, width: int, on_cpu: bool, compiled: bool) -> dict[str, float]:
-    """Bytes that one block keeps of one image for the backward pass, by tensor. width: bytes of the compute type, 4 or
-    2. The residual stream and the norms are float32 throughout. Compiled blocks compute anew what is cheap."""
-    model, r = config.model, config.registers.count
+def saved_per_layer(config: TrainConfig, added: int, width: int, on_cpu: bool, compiled: bool) -> dict[str, float]:
+    """Bytes that one block keeps of one image for the backward pass, by tensor. added: inputs beside the image's
+    tokens. width: bytes of the compute type, 4 or 2. The residual stream and the norms are float32 throughout. Compiled
+    blocks compute anew what is cheap."""
+    model, r = config.model, added
     inputs = model.num_tokens + r
     c, f = inputs * model.dim, inputs * model.ffn_dim
     # Autocast casts the feed-forward's input for each of two layers; compiled blocks compute norms anew, casts not.
@@ -119,7 +126,7 @@ def saved_per_layer(config: TrainConfig, width: int, on_cpu: bool, compiled: boo
         "output of attention": width * c,
         "sums of its softmax": 4 * model.heads * (inputs + (r if on_cpu else 0)),
         "its two parts before they are joined": width * c if r and not on_cpu else 0,  # a CPU merges them in place
-        "mask of the registers": 0 if on_cpu else width * r * inputs,
+        "mask of the added inputs": 0 if on_cpu else width * r * inputs,
         "masks of dropout": c * ((model.residual_dropout > 0) + (model.ffn_dropout > 0)),
         "gate, value and product": 3 * width * f,
     }
@@ -149,33 +156,36 @@ def memory(config: TrainConfig, gpus: int, micro_batch: int, on_cpu: bool = Fals
     from mutor_vision.objectives.cross_entropy import chunk_rows
 
     model, count, sharded = config.model, parameters(config.model), config.parallel == "fsdp" and gpus > 1
-    width = 2 if autocast(config, on_cpu) else 4
-    state = 4 * count.total / (gpus if sharded else 1)
-    inputs = model.num_tokens + config.registers.count
-    gathered, cast_weights = 0.0, 2.0 * (count.blocks + count.head) if width == 2 else 0.0
+    more, width = auxiliary_cost(config), 2 if autocast(config, on_cpu) else 4
+    own = more.blocks * (count.blocks // model.layers + 3 * model.dim)  # parameters of an auxiliary loss's own blocks
+    share = 4 / (gpus if sharded else 1)
+    state = share * (count.total + own)
+    inputs = model.num_tokens + more.inputs
+    gathered, cast_weights = 0.0, 2.0 * (count.blocks + count.head + own) if width == 2 else 0.0
     if sharded:  # weights of a block and of the one being fetched; gradients as computed and, to be summed, in float32
-        block, rest = count.blocks / model.layers, count.total - count.blocks
+        block, rest = count.blocks / model.layers, count.total - count.blocks + own
         gathered = 2 * width * block + 4 * rest + max((width + 4) * block, 8 * rest)
         cast_weights = 2.0 * count.head if width == 2 else 0.0
     compiled = config.compile == "on" or (config.compile == "auto" and not on_cpu)
-    layer = sum(saved_per_layer(config, width, on_cpu, compiled).values())
+    layer = sum(saved_per_layer(config, more.inputs, width, on_cpu, compiled).values())
     residual = 4 * inputs * model.dim  # bytes of the residual stream of one image
     kept = model.layers * (residual if config.activation_checkpointing else layer)
     kept += inputs * model.dim * (model.token_dropout > 0)  # its mask
-    if r := config.registers.count:  # rotary rows, and the mask that all layers share
+    kept += more.blocks * sum(saved_per_layer(config, 0, width, on_cpu, False).values())
+    if r := more.inputs:  # rotary rows, and the mask that all layers share
         kept += 2 * 4 * inputs * model.head_dim + (4 * r * model.num_tokens if on_cpu and r < model.num_tokens else 0)
-    # The loss: the last norm's input, output and gradient, with registers a copy of those that have a target; logits
+    # The loss: the last norm's input, output and gradient, and a copy of the added inputs that have a target; logits
     # and log-probabilities of a chunk; the head's gradient, of the chunk and of each cross-entropy.
-    images = (3 + on_cpu + (r > 0)) * residual * micro_batch
+    images = (3 + on_cpu + (r > 0) + 3 * more.blocks) * residual * micro_batch
     rows = min(micro_batch * model.num_tokens, chunk_rows(model.vocab_size, model.dim))
-    in_loss = images + 8 * rows * model.vocab_size + 4 * count.head * (3 if r else 2)
+    in_loss = images + 8 * rows * model.vocab_size + 4 * count.head * (2 + (r > 0) + more.blocks)
     # A block's backward pass: gradients of two tensors in the feed-forward and of the residual stream.
     in_block = 2 * width * inputs * model.ffn_dim + 2 * residual + layer * config.activation_checkpointing
     return Memory(
         weights=state,
         gradients=state,
         moments=2 * state,
-        ema=state if config.ema_decay else 0.0,
+        ema=share * count.total if config.ema_decay else 0.0,
         gathered=gathered,
         buffers=2 * 4 * (model.num_tokens + 1) * model.head_dim * (2 if config.ema_decay else 1),
         cast_weights=cast_weights,

@@ -96,10 +96,12 @@ def whole(model: Transformer) -> Transformer:
     return copy.train(model.training).requires_grad_(False)
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, run: Path, runtime: Runtime) -> Path | None:
-    """Write the moments of a sharded model, every process its own, to a folder for checkpoint.save to move; None when
-    the model is not sharded. Collective."""
-    if not _is_sharded(model):
+def save_optimizer(
+    optimizer: torch.optim.Optimizer, trained: dict[str, nn.Module], run: Path, runtime: Runtime
+) -> Path | None:
+    """Write the moments of sharded modules, every process its own, to a folder for checkpoint.save to move; None when
+    they are not sharded. trained: file stem -> module, the transformer under 'model'. Collective."""
+    if not _is_sharded(trained["model"]):
         return None
     from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
 
@@ -108,11 +110,13 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, run: Path
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     runtime.barrier()
-    save(_moments(optimizer, model), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    save(_moments(optimizer, trained), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     return folder
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path, runtime: Runtime) -> None:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, trained: dict[str, nn.Module], folder: Path, runtime: Runtime
+) -> None:
     """The optimizer state of a verified checkpoint, whichever way of parallelism and number of processes wrote it."""
     state = checkpoint.read_training_state(folder)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -124,7 +128,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
             optimizer.state[parameter] = {"step": step} | {name: torch.zeros_like(parameter) for name in _MOMENTS}
         reader = HuggingFaceStorageReader(str(folder / checkpoint.OPTIMIZER))  # safetensors and JSON, no pickle
         with warnings.catch_warnings(action="ignore"):  # it warns of a single process
-            load(_moments(optimizer, model), storage_reader=reader, no_dist=runtime.world_size == 1)
+            load(_moments(optimizer, trained), storage_reader=reader, no_dist=runtime.world_size == 1)
         return
     saved = state["optimizer"]
     for number, parameter in enumerate(parameters):
@@ -137,9 +141,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
     optimizer.load_state_dict(saved)
 
 
-def _moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    return {f"{name}.{moment}": optimizer.state[parameter][moment]
-            for name, parameter in model.named_parameters() if parameter in optimizer.state
+def _moments(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Module]) -> dict[str, Tensor]:
+    return {f"{'' if stem == 'model' else f'{stem}.'}{name}.{moment}": optimizer.state[parameter][moment]
+            for stem, module in trained.items()
+            for name, parameter in module.named_parameters() if parameter in optimizer.state
             for moment in _MOMENTS}  # fmt: skip
 
 

@@ -1,0 +1,62 @@
+"""The contract of an auxiliary loss: what is trained beside next-token prediction and dropped afterwards.
+
+Legend: B batch, N slots, C width.
+"""
+
+from collections.abc import Collection
+from importlib import import_module
+
+import numpy as np
+from torch import Tensor, nn
+
+from mutor_vision.auxiliary_config import AuxiliaryConfig
+from mutor_vision.config import TrainConfig
+from mutor_vision.model.transformer import Transformer
+from mutor_vision.objectives.sequence import TrainingSequence
+
+
+class Auxiliary(nn.Module):
+    """One loss. Its parameters and buffers are trained with the transformer and kept in a checkpoint as
+    NAME.safetensors; a loss without any is also computed on held-out images."""
+
+    name = ""  # of the loss in the log, and of the file of weights
+    taps: Collection[str] = ()  # states that it needs beside the last: names that Transformer.states takes
+
+    def __init__(self, own: AuxiliaryConfig, config: TrainConfig):
+        """own: its settings in config. Raises UserError for what the grid or the model cannot carry."""
+        super().__init__()
+        self.own, self.steps = own, config.steps
+
+    def extend(
+        self, sequence: TrainingSequence, codes: Tensor, *, seed: int, sample_index: np.ndarray, step: int
+    ) -> TrainingSequence:
+        """The sequence with the inputs that it adds, if any. codes (B, h, w) int64; seed, sample_index (B,) and the
+        0-based step fix every draw, whatever the batch."""
+        return sequence
+
+    def count(self, sequence: TrainingSequence) -> int:
+        """Targets of `forward` in this sequence, known without waiting for the device."""
+        raise NotImplementedError
+
+    def forward(self, states: dict[str, Tensor], sequence: TrainingSequence, transformer: Transformer) -> Tensor:
+        """The loss summed over its targets, a scalar. states: 'last', the normalised last hidden states (B, T, C), of
+        which the first N are the image's, and the taps."""
+        raise NotImplementedError
+
+    def weight(self, step: int) -> float:
+        """Of the mean over the targets, at the 0-based optimizer step."""
+        return self.own.weight_at(step, self.steps)
+
+    def share(self, step: int) -> float:
+        """How much of the next token's weight, 1, it takes; 0 for a loss that is added."""
+        return 0.0
+
+
+def auxiliaries_of(config: TrainConfig) -> list[Auxiliary]:
+    """Those that are on, made in the order of the configuration's fields."""
+    found = []
+    for own in config.auxiliaries.values():
+        if own.active:
+            module, name = own.implementation.split(":")
+            found.append(getattr(import_module(module), name)(own, config))
+    return found

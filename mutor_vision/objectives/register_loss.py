@@ -1,0 +1,43 @@
+"""The loss of MuToR's registers (arXiv 2505.10518, equation 4): L = (1 - a) L_next + a L_reg. What registers are is in
+registers.py.
+
+Legend: B batch, N slots, R registers.
+"""
+
+import numpy as np
+from torch import Tensor
+
+from mutor_vision.auxiliary_config import RegisterConfig
+from mutor_vision.config import TrainConfig
+from mutor_vision.model.transformer import Transformer
+from mutor_vision.objectives.auxiliary import Auxiliary
+from mutor_vision.objectives.cross_entropy import linear_cross_entropy
+from mutor_vision.objectives.registers import add_registers, place_registers
+from mutor_vision.objectives.sequence import TrainingSequence
+
+
+class RegisterLoss(Auxiliary):
+    name = "register"
+
+    def __init__(self, own: RegisterConfig, config: TrainConfig):
+        super().__init__(own, config)
+        self.register_token = config.model.vocab_size
+        place_registers(own, config.model.grid, seed=0, sample_index=np.zeros(1, dtype=np.int64))  # does the grid do?
+
+    def extend(self, sequence, codes, *, seed, sample_index, step) -> TrainingSequence:
+        return add_registers(
+            sequence, codes, self.own, register_token=self.register_token, seed=seed, sample_index=sample_index,
+            step=step,
+        )  # fmt: skip
+
+    def count(self, sequence: TrainingSequence) -> int:
+        return sequence.num_register_targets
+
+    def forward(self, states: dict[str, Tensor], sequence: TrainingSequence, transformer: Transformer) -> Tensor:
+        """The unembedding sees only the registers that have a target."""
+        n, rows = sequence.num_regular, sequence.with_target
+        registers, targets = states["last"][:, n:].flatten(0, 1)[rows], sequence.targets[:, n:].flatten()[rows]
+        return linear_cross_entropy(registers, transformer.head.weight, targets)
+
+    def share(self, step: int) -> float:
+        return self.weight(step)

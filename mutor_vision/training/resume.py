@@ -1,0 +1,62 @@
+"""A run directory is begun, or continued from its newest checkpoint."""
+
+import os
+import shutil
+from pathlib import Path
+
+from mutor_vision.errors import MismatchError
+from mutor_vision.model.base import RECORD
+from mutor_vision.settings import differences
+from mutor_vision.storage import checkpoint
+from mutor_vision.storage.files import read_json, sha256, write_json
+from mutor_vision.training.inputs import Inputs
+from mutor_vision.training.state import State
+
+# What may change when a run is continued: how long it lasts and what it reports. The rest would be another experiment.
+RESUMABLE = {"steps", "log_every", "val_every", "val_images", "sample_every", "sample_classes", "sample_cfg_scale",
+             "save_every", "keep", "micro_batch", "activation_checkpointing", "parallel", "codes", "val_codes", "init",
+             "eval_every", "eval_reference", "eval_features", "eval_weights", "eval_images", "compile"}  # fmt: skip
+
+
+def resume(out: Path, inputs: Inputs, state: State) -> Path | None:
+    """Collective: load the weights of the newest checkpoint of `out` and return it, or begin the run directory and
+    return None.
+
+    Raises MismatchError when the run was started with other settings, another token set or another base, and what
+    checkpoint.open_run raises."""
+    config, base, runtime = state.config, inputs.base, state.runtime
+    found = checkpoint.open_run(out, state.kind)
+    record = base.record() if base else None
+    if found is not None:
+        # A schedule other than constant ends at `steps`, so another number of steps is another run.
+        active = [own for own in config.auxiliaries.values() if own.active]
+        schedules = [config.schedule, *(own.weight_schedule for own in active)]
+        allowed = RESUMABLE - (set() if set(schedules) == {"constant"} else {"steps"})
+        before = checkpoint.read_config(found, state.kind, type(config))
+        changed = [d for d in differences(before, config) if d.split(":")[0] not in allowed]
+        if sha256(out / "token_set.json") != inputs.token_set.identity:
+            changed.append(f"token set: {config.codes} is another one")
+        if bool(before.init) != bool(base) or (base and read_json(out / RECORD) != record):
+            changed.append(f"init: '{config.init}' holds other weights than '{before.init}' did")
+        if changed:
+            raise MismatchError(f"{out} was trained with other settings ({'; '.join(changed)}); use another --out")
+        state.load(found)
+    runtime.barrier()  # every rank has looked at the folder before rank 0 writes to it
+    if runtime.is_main:
+        checkpoint.write_config(out, state.kind, config)
+        if found is None:
+            if base:
+                write_json(out / RECORD, record)
+            shutil.copyfile(Path(config.codes) / "manifest.json", out / "token_set.json")
+            shutil.copytree(inputs.token_set.tokenizer_path, out / "tokenizer", copy_function=_link, dirs_exist_ok=True)
+    runtime.barrier()
+    return found
+
+
+def _link(source: str, target: str) -> None:
+    # A hard link costs no space; another file system takes a copy.
+    Path(target).unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
