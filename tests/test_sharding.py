@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig
+from mutor_vision.config import ParallelHeadsConfig, RegisterConfig, TrainConfig, TransformerConfig
 from mutor_vision.settings import to_dict
 from mutor_vision.storage import checkpoint
 from mutor_vision.storage.run_log import read_log
@@ -46,18 +46,19 @@ def runs(tmp_path_factory, train_config, root):
     plain = dataclasses.replace(train_config, model=NO_DROPOUT)
     train(plain, folder / "one")
     train(dataclasses.replace(plain, steps=5), folder / "one, then two")
+    both = dataclasses.replace(train_config, parallel_heads=ParallelHeadsConfig(2, weight=0.25))  # and registers
     sharded = {"parallel": "fsdp"}
     bfloat16 = {"precision": "bfloat16"}
     trainings = [
-        (train_config, {}, "ddp"),
-        (train_config, sharded, "fsdp"),
-        (train_config, sharded | {"steps": 5}, "fsdp, cut"),
-        (train_config, sharded, "fsdp, cut"),
+        (both, {}, "ddp"),
+        (both, sharded, "fsdp"),
+        (both, sharded | {"steps": 5}, "fsdp, cut"),
+        (both, sharded, "fsdp, cut"),
         (plain, sharded | {"micro_batch": 2, "activation_checkpointing": True}, "fsdp, small parts"),
         (plain, sharded, "one, then two"),
         (plain, sharded | {"steps": 5}, "two, then one"),
-        (train_config, bfloat16, "ddp bfloat16"),
-        (train_config, sharded | bfloat16, "fsdp bfloat16"),
+        (both, bfloat16, "ddp bfloat16"),
+        (both, sharded | bfloat16, "fsdp bfloat16"),
     ]
     listed = [
         (to_dict(dataclasses.replace(config, **changes)), str(folder / out)) for config, changes, out in trainings
@@ -74,9 +75,9 @@ def runs(tmp_path_factory, train_config, root):
     return folder
 
 
-@pytest.mark.parametrize("name", ["loss", "val_next_token", "val_next_token_ema", "val_register"])
+@pytest.mark.parametrize("name", ["loss", "heads", "val_next_token", "val_next_token_ema", "val_register"])
 def test_fsdp_trains_to_the_curve_of_ddp(runs, name):
-    """With dropout, EMA, registers and clipping."""
+    """With dropout, EMA, registers, parallel heads and clipping."""
     assert len(curve(runs / "ddp", name)) >= 2
     assert curve(runs / "fsdp", name) == pytest.approx(curve(runs / "ddp", name), rel=1e-5)
     norms = [curve(runs / run, "gradient_norm") for run in ("fsdp", "ddp")]
@@ -99,10 +100,10 @@ def test_resume_equals_uninterrupted_bit_for_bit(runs):
     assert curve(runs / "fsdp, cut") == curve(runs / "fsdp")
     first, second = (checkpoint.newest(runs / run) for run in ("fsdp, cut", "fsdp"))
     files = [path.relative_to(first) for path in first.rglob("*.safetensors")]
-    assert len(files) == 4  # weights, EMA, and the moments of two processes
+    assert len(files) == 5  # weights, heads, EMA, and the moments of two processes
     for file in files:
         tensors, others = load_file(first / file), load_file(second / file)
-        assert tensors.keys() == others.keys() and len(tensors) > 10
+        assert tensors.keys() == others.keys() and len(tensors) > 7
         assert all(torch.equal(tensors[name], others[name]) for name in tensors), file
 
 
