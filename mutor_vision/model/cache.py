@@ -7,10 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mutor_vision.config import TransformerConfig
-from mutor_vision.model.attention import (
-    additive_mask,
-    causal_attention,
-)
+from mutor_vision.model.attention import additive_mask, causal_attention
 
 
 class KVCache:

@@ -5,6 +5,7 @@ Legend: B batch, T inputs, C width, H heads, D width of a head.
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -14,15 +15,15 @@ from mutor_vision.model.attention import apply_rope
 
 
 def recomputed(function, *inputs: Tensor) -> Tensor:
-    """function(*inputs), of which only the inputs are kept for the backward pass: for what is cheap to do twice."""
+    """function(*inputs), recomputed in the backward pass, so that only the inputs are kept: for what is cheap."""
     if not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class Dropout(nn.Dropout):
-    """On a CPU with a mask of one byte for each number, where F.dropout keeps four and takes longer to draw them. Other
-    devices have a fused kernel."""
+    """On a CPU the mask takes one byte a number; F.dropout's takes four and is slower to draw. Other devices have a
+    fused kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
@@ -71,9 +72,11 @@ class Attention(nn.Module):
         self.dropout = Dropout(config.residual_dropout)
 
     def forward(self, x: Tensor, sin: Tensor, cos: Tensor, attend) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        q, k, v = apply_rope(q, sin, cos), apply_rope(k, sin, cos), v.contiguous()  # nothing keeps all of qkv alive
-        return self.dropout(self.out(attend(q, k, v).transpose(1, 2).flatten(2)))  # (B, T, C)
+        """x (B, T, C), sin and cos of its positions (B or 1, 1, T, D), attend: q, k, v -> output, each (B, H, T, D)."""
+        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
+        # v is copied: as a view it would keep the buffer of q and k alive until the backward pass.
+        q, k, v = apply_rope(q, sin, cos), apply_rope(k, sin, cos), v.contiguous()
+        return self.dropout(self.out(rearrange(attend(q, k, v), "b h t d -> b t (h d)")))
 
 
 class Block(nn.Module):
