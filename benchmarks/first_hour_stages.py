@@ -73,8 +73,8 @@ def sample(options) -> dict:
     from mutor_vision.config import TransformerConfig
     from mutor_vision.model.prepare import prepare
     from mutor_vision.runtime import start
-    from mutor_vision.sampling.decode import generate
     from mutor_vision.sampling.draw import SampleSettings
+    from mutor_vision.sampling.generate import generate
     from mutor_vision.sampling.static import StaticSteps
 
     device, cuda = _device(options)
@@ -88,7 +88,7 @@ def sample(options) -> dict:
     def draw(images: int, steps) -> None:
         labels = (torch.arange(images) % config.num_classes).to(device)
         with runtime.autocast():
-            generate(model, labels, SampleSettings(), seed=0, indices=np.arange(images), static=steps)
+            generate(model, labels, SampleSettings(), seed=0, indices=np.arange(images), decoder=steps)
 
     for images in (1, 3) if options.tiny else (1, 16, 64, 256):
         for name, steps in (("graphs", static), ("growing shapes", None)):

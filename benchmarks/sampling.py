@@ -20,13 +20,12 @@ from mutor_vision.cli import Parser, run_command
 from mutor_vision.config import TransformerConfig
 from mutor_vision.errors import UserError
 from mutor_vision.interop.llamagen import llamagen_transformer_state_dict
-from mutor_vision.keyed_random import uniforms
 from mutor_vision.model.prepare import QUANTIZATIONS, prepare
 from mutor_vision.model.transformer import Transformer
 from mutor_vision.presets import TRANSFORMERS
 from mutor_vision.runtime import start
-from mutor_vision.sampling.decode import generate
-from mutor_vision.sampling.draw import SampleSettings, draw, filtered_probabilities
+from mutor_vision.sampling.draw import SampleSettings, draw, filtered_probabilities, noise_keys
+from mutor_vision.sampling.generate import generate
 from mutor_vision.sampling.load import COMPILE
 from mutor_vision.sampling.static import StaticSteps
 from mutor_vision.settings import preset
@@ -69,7 +68,7 @@ def main() -> None:
     def cached(count: int) -> None:
         with runtime.autocast():
             generate(
-                ours, labels, settings, seed=0, indices=np.arange(len(labels)), static=static, num_tokens=count
+                ours, labels, settings, seed=0, indices=np.arange(len(labels)), decoder=static, num_tokens=count
             )  # fmt: skip
 
     sides, counts = {"ours": lambda: cached(tokens)}, {"ours": tokens}
@@ -120,7 +119,7 @@ def load(config: TransformerConfig, weights: dict[str, torch.Tensor], runtime) -
 @torch.no_grad()
 def without_cache(model: Transformer, labels: torch.Tensor, settings: SampleSettings, count: int, runtime) -> None:
     """One whole forward pass per token, both streams in one batch: what a first version of a sampler does."""
-    uniform = torch.from_numpy(uniforms(0, "sample", np.arange(len(labels)), count)).to(labels.device)
+    keys = noise_keys(0, np.arange(len(labels)), count).to(labels.device)
     guided = settings.cfg_scale != 1
     rows = torch.cat([labels, torch.full_like(labels, model.null_class)]) if guided else labels
     codes = labels.new_empty(len(labels), 0)
@@ -131,7 +130,7 @@ def without_cache(model: Transformer, labels: torch.Tensor, settings: SampleSett
             if guided:
                 conditional, unconditional = logits.chunk(2)
                 logits = unconditional + settings.cfg_scale * (conditional - unconditional)
-            drawn = draw(filtered_probabilities(logits, settings), uniform[:, i])
+            drawn = draw(filtered_probabilities(logits, settings), keys[:, i])
             codes = torch.cat([codes, drawn[:, None]], dim=1)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from mutor_vision.cli import Parser, run_command
-from mutor_vision.commands.sample import add_execution, add_settings, settings_from
+from mutor_vision.commands.sample import add_execution, add_settings, decoding_from, settings_from
 from mutor_vision.errors import UserError
 from mutor_vision.features.extract import forget
 from mutor_vision.features.extractors import load_extractor
@@ -61,12 +61,12 @@ def main() -> None:
         raise UserError("the plot needs matplotlib; pip install 'mutor-vision[demo]'") from None
     if arguments.num < 2 or arguments.image_size < 0 or not 0 <= arguments.seed < 2**63:
         raise UserError("--num-images must be 2 or more, --image-size not negative, and --seed 0 to 2^63 - 1")
-    base = settings_from(arguments)
+    base, decoding = settings_from(arguments), decoding_from(arguments)
     runtime = start(arguments.precision, arguments.device)
     record, work = arguments.out / "sweep.json", arguments.out / "work"
     check_outputs(runtime, files=(record,), folders=(work,))
     reference = open_set(arguments.reference, image_size=arguments.image_size, allow_lossy=arguments.allow_lossy)
-    loaded = load(arguments.run, runtime, arguments.run_weights, quantize=arguments.quantize, compile=arguments.compile)
+    loaded = load(arguments.run, runtime, arguments.run_weights, quantize=arguments.quantize, decoding=decoding)
     if not loaded.config.label_dropout:
         raise UserError("the model was trained with label_dropout 0 and has no null class, so there is no guidance")
     extractor = load_extractor(arguments.features, arguments.weights)
@@ -76,7 +76,7 @@ def main() -> None:
         "reference_sha256": reference.record.get("sha256") or reference.images.key(),
         "num": arguments.num, "image_size": arguments.image_size, "seed": arguments.seed, "labels": arguments.labels,
         "precision": str(runtime.autocast_dtype or torch.float32), "device": runtime.device.type,
-        "compile": arguments.compile if loaded.static else "off", "groups": arguments.groups,
+        "decoding": loaded.decoding, "groups": arguments.groups,
         "settings": dataclasses.asdict(base) | {"cfg_scale": None},
     }  # fmt: skip
     binding = json.loads(json.dumps(binding))  # as it is read back

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from mutor_vision.cli import Parser, run_command
-from mutor_vision.commands.sample import add_execution, add_settings, settings_from
+from mutor_vision.commands.sample import add_execution, add_settings, decoding_from, settings_from
 from mutor_vision.errors import UserError
 from mutor_vision.features.extractors import load_extractor
 from mutor_vision.features.sources import RunImages
@@ -77,16 +77,14 @@ def main() -> None:
         batch=arguments.batch_size, splits=arguments.splits, k=arguments.neighbours, groups=arguments.groups,
         work=work, strict=arguments.strict,
     )  # fmt: skip
-    settings = settings_from(arguments)
+    settings, decoding = settings_from(arguments), decoding_from(arguments)
     runtime = start(arguments.precision, arguments.device)
     check_outputs(runtime, files=(arguments.json, arguments.report), folders=(work,))
     reference = open_set(
         arguments.reference, image_size=arguments.image_size, allow_lossy=arguments.allow_lossy
     )  # cheap checks first: nothing heavy is loaded before both sides are known to be readable
     if arguments.run:
-        loaded = load(
-            arguments.run, runtime, arguments.run_weights, quantize=arguments.quantize, compile=arguments.compile
-        )
+        loaded = load(arguments.run, runtime, arguments.run_weights, quantize=arguments.quantize, decoding=decoding)
         if settings.cfg_scale != 1 and not loaded.config.label_dropout:
             raise UserError("the model was trained with label_dropout 0 and has no null class; use --cfg-scale 1")
         source = RunImages(

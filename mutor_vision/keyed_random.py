@@ -25,12 +25,16 @@ def _keys(seed: int, purpose: str, index: np.ndarray) -> np.ndarray:
         return _mix(_mix(key * _GOLDEN) + np.asarray(index).astype(np.uint64) * _GOLDEN)
 
 
-def uniforms(seed: int, purpose: str, index: np.ndarray, count: int) -> np.ndarray:
-    """(B,) integer sample indices -> (B, count) float64 in [0, 1), each row from (seed, purpose, index[row])."""
+def bits(seed: int, purpose: str, index: np.ndarray, count: int) -> np.ndarray:
+    """(B,) integer sample indices -> (B, count) uint64, each row from (seed, purpose, index[row])."""
     with np.errstate(over="ignore"):
         steps = (np.arange(count, dtype=np.uint64) + np.uint64(1)) * _GOLDEN
-        bits = _mix(_keys(seed, purpose, index)[:, None] + steps[None, :])
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return _mix(_keys(seed, purpose, index)[:, None] + steps[None, :])
+
+
+def uniforms(seed: int, purpose: str, index: np.ndarray, count: int) -> np.ndarray:
+    """The same as float64 in [0, 1)."""
+    return (bits(seed, purpose, index, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation(seed: int, purpose: str, epoch: int, n: int) -> np.ndarray:

@@ -26,8 +26,8 @@ from mutor_vision.model.transformer import Transformer
 from mutor_vision.objectives.auxiliary import auxiliaries_of
 from mutor_vision.objectives.objective import Objective
 from mutor_vision.runtime import Runtime
-from mutor_vision.sampling.decode import generate
 from mutor_vision.sampling.draw import SampleSettings
+from mutor_vision.sampling.generate import generate
 from mutor_vision.sampling.static import StaticSteps
 from mutor_vision.tokenizer import encode, losses
 from mutor_vision.tokenizer.model import VQTokenizer
@@ -152,7 +152,7 @@ def test_decoding_obeys_the_rules(on_fake_cuda, tiny_config, drawing, static):
         steps = StaticSteps(record=lambda step: step) if static else None
         labels = torch.zeros(3, dtype=torch.int64, device=CUDA)
         return generate(fake_model(tiny_config).eval(), labels, SampleSettings(**drawing), seed=0,
-                        indices=np.arange(3), static=steps)  # fmt: skip
+                        indices=np.arange(3), decoder=steps)  # fmt: skip
 
     assert on_fake_cuda(work).device.type == "cuda"
 
@@ -373,5 +373,5 @@ def test_a_replayed_step_draws_the_same_codes(random_model, drawing, monkeypatch
     expected = generate(random_model, labels, SampleSettings(**drawing), seed=0, indices=indices)
     for size in (5, 16, 3):
         got = generate(random_model, labels[:size], SampleSettings(**drawing), seed=0, indices=indices[:size],
-                       static=static)  # fmt: skip
+                       decoder=static)  # fmt: skip
         assert torch.equal(got, expected[:size])

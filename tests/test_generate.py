@@ -1,24 +1,33 @@
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare
 
 from mutor_vision.config import TransformerConfig
 from mutor_vision.errors import UserError
 from mutor_vision.model import fast_paths
 from mutor_vision.model.prepare import PackedLinear, prepare
 from mutor_vision.model.transformer import Transformer
-from mutor_vision.sampling.decode import generate
-from mutor_vision.sampling.draw import SampleSettings, draw, filtered_probabilities, guidance_scales
+from mutor_vision.sampling.draw import (
+    SampleSettings,
+    draw,
+    exponentials,
+    filtered_probabilities,
+    guidance_scales,
+    noise_keys,
+)
+from mutor_vision.sampling.generate import generate
 from mutor_vision.sampling.static import StaticSteps
 
 LABELS = torch.tensor([0, 3, 1, 4, 2, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0])
 INDICES = np.arange(16)
 
 
-def sample(model, rows=slice(None), seed=0, static=None, **settings):
-    return generate(model, LABELS[rows], SampleSettings(**settings), seed=seed, indices=INDICES[rows], static=static)
+def sample(model, rows=slice(None), seed=0, decoder=None, **settings):
+    return generate(model, LABELS[rows], SampleSettings(**settings), seed=seed, indices=INDICES[rows], decoder=decoder)
 
 
 def greedy_by_full_forward(model, labels, cfg_scale):
@@ -80,17 +89,66 @@ def test_guidance_schedules():
     assert guidance_scales(SampleSettings(cfg_scale=3.0, cfg_interval=(1, 3)), 4) == [1.0, 3.0, 3.0, 1.0]
 
 
-def test_draw_inverts_the_distribution_and_skips_zeros():
-    probabilities = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).expand(4, -1)
-    uniform = torch.tensor([0.0, 0.49, 0.51, 1 - 2**-53], dtype=torch.float64)
-    assert draw(probabilities, uniform).tolist() == [1, 1, 3, 3]
+def test_a_code_of_probability_zero_is_never_drawn():
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0]).expand(20_000, -1)
+    assert set(draw(probabilities, keys_of(20_000)).tolist()) == {1, 3}
+    one = torch.nn.functional.one_hot(torch.arange(300) % 7, 7).float()
+    assert torch.equal(draw(one, keys_of(300)), torch.arange(300) % 7)
 
 
-def test_draws_follow_the_probabilities():
-    logits = torch.randn(1, 6, generator=torch.Generator().manual_seed(0)).expand(20_000, -1)
-    uniform = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    counts = draw(logits.softmax(-1), uniform).bincount(minlength=6)
-    assert torch.allclose(counts / 20_000, logits[0].softmax(-1), atol=0.015)
+def keys_of(count, seed=0):
+    """Of `count` images and positions: neighbours, as in use."""
+    return noise_keys(seed, np.arange(-(-count // 16)), 16).flatten(0, 1)[:count]
+
+
+def p_value(drawn, probabilities):
+    counts = drawn.bincount(minlength=len(probabilities)).numpy()
+    return chisquare(counts, len(drawn) * probabilities.double().numpy() / probabilities.double().sum().item()).pvalue
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.8}], ids=str)
+def test_draws_follow_the_probabilities(settings):
+    logits = torch.randn(1, 6, generator=torch.Generator().manual_seed(0)).expand(100_000, -1)
+    probabilities = filtered_probabilities(logits, SampleSettings(**settings))
+    drawn, possible = draw(probabilities, keys_of(100_000)), probabilities[0] > 0
+    assert possible[drawn].all()
+    renumbered = (possible.cumsum(0) - 1)[drawn]
+    assert p_value(renumbered, probabilities[0][possible]) > 1e-3
+    assert p_value(renumbered, probabilities[0][possible].flip(0)) < 1e-9, "the test sees another law"
+
+
+def test_many_codes_are_equally_likely_and_noise_is_independent():
+    """Of codes, of positions, and of images."""
+    drawn = draw(torch.full((1, 1000), 1e-3).expand(60_000, -1), keys_of(60_000))
+    assert p_value(drawn, torch.full((1000,), 1e-3)) > 1e-3
+    noise = exponentials(keys_of(64_000), 6).neg().exp().reshape(4000, 16 * 6).double()
+    correlations = torch.corrcoef(noise.T)[*torch.triu_indices(96, 96, 1)] * 4000**0.5
+    assert abs(correlations.std() - 1) < 0.05 and correlations.abs().max() < 5
+    assert abs(torch.corrcoef(torch.stack([noise[:-1].flatten(), noise[1:].flatten()]))[0, 1]) < 0.01
+
+
+def test_noise_is_what_integers_say():
+    """The hash in Python's integers."""
+    keys = noise_keys(3, np.array([5, 2**40]), 2)
+    got = exponentials(keys.flatten(0, 1), 3)
+    for (a, b), row in zip(keys.flatten(0, 1).tolist(), got, strict=True):
+        for column, value in enumerate(row.tolist(), start=1):
+            x = (column * (2**32 - 1640531527) + a) % 2**32
+            x = (x ^ x >> 16) * 0x21F0AAAD % 2**32
+            x = ((x ^ x >> 15) + b) * 0x735A2D97 % 2**32
+            x = (x ^ x >> 15) * 0x2C1B3C6D % 2**32
+            x = (x ^ x >> 12) % 2**31
+            assert value == pytest.approx(-math.log1p(-(x + 0.5) / 2**31), rel=1e-5)
+
+
+def test_nearly_equal_distributions_draw_nearly_always_the_same_code():
+    """At an overlap of 0.9; with one uniform number and the distribution function it would be the same code in 11 %."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand(2000, 4096, generator=generator).log().neg().softmax(-1)
+    q = (p.log() + 0.25 * torch.randn(p.shape, generator=generator)).softmax(-1)
+    overlap = torch.minimum(p, q).sum(-1).mean().item()
+    same = (draw(p, keys_of(2000)) == draw(q, keys_of(2000))).double().mean().item()
+    assert 0.85 < overlap < 0.95 and same > overlap - 0.1
 
 
 def test_top_k_keeps_ties_and_top_p_keeps_the_token_that_crosses():
@@ -148,12 +206,12 @@ def test_static_steps_draw_the_same_codes(random_model, short_reach):
     for settings in KINDS:
         expected = sample(random_model, **settings)
         for size in (5, 16, 3):
-            assert torch.equal(sample(random_model, slice(size), static=static, **settings), expected[:size])
+            assert torch.equal(sample(random_model, slice(size), decoder=static, **settings), expected[:size])
 
 
 def test_a_static_step_compiles_without_breaks(random_model):
     """fullgraph: a part that falls back to Python is an error. Inductor's own code is left out: it takes a minute."""
-    got = sample(random_model, static=StaticSteps("aot_eager"), **KINDS[2])
+    got = sample(random_model, decoder=StaticSteps("aot_eager"), **KINDS[2])
     assert torch.equal(got, sample(random_model, **KINDS[2]))
 
 

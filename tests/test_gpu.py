@@ -14,8 +14,8 @@ import torch
 from mutor_vision.config import ParallelHeadsConfig, RegisterConfig, TrainConfig, TransformerConfig
 from mutor_vision.model.transformer import Transformer
 from mutor_vision.runtime import Runtime
-from mutor_vision.sampling.decode import generate
 from mutor_vision.sampling.draw import SampleSettings
+from mutor_vision.sampling.generate import generate
 from mutor_vision.sampling.static import StaticSteps
 from mutor_vision.storage.run_log import read_log
 
@@ -142,8 +142,8 @@ def test_decoding_draws_the_codes_of_the_cpu_and_graphs_the_same(tiny_config, dr
     assert (plain.cpu() == expected).float().mean() > 0.98
     for size in (5, 16, 3):
         part = labels[:size], SampleSettings(**drawing)
-        graphs = generate(model, *part, seed=0, indices=indices[:size], static=static)
-        again = generate(model, *part, seed=0, indices=indices[:size], static=static)
+        graphs = generate(model, *part, seed=0, indices=indices[:size], decoder=static)
+        again = generate(model, *part, seed=0, indices=indices[:size], decoder=static)
         assert torch.equal(graphs, again)
         assert (graphs == plain[:size]).float().mean() > 0.98
 
@@ -152,7 +152,7 @@ def test_graphs_take_no_new_memory_from_batch_to_batch(tiny_config):
     model, static, labels = model_on(CUDA, tiny_config), StaticSteps(), torch.arange(16, device=CUDA) % 5
 
     def reserved():
-        generate(model, labels, SampleSettings(), seed=0, indices=np.arange(16), static=static)
+        generate(model, labels, SampleSettings(), seed=0, indices=np.arange(16), decoder=static)
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
 

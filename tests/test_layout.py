@@ -53,7 +53,7 @@ ROOMS = {
     "tokenizer": {"storage", "data"},
     "model": {"storage"},
     "objectives": {"model"},
-    "sampling": {"storage", "data", "tokenizer", "model"},
+    "sampling": {"storage", "data", "tokenizer", "model", "objectives"},
     "features": {"storage", "data", "sampling"},
     "metrics": {"storage", "data", "features"},
     "training": {"storage", "data", "model", "objectives", "sampling", "features", "metrics"},

@@ -19,8 +19,8 @@ from mutor_vision.interop import llamagen
 from mutor_vision.interop.convert import convert, convert_back
 from mutor_vision.interop.llamagen_codes import import_codes
 from mutor_vision.model.transformer import Transformer, num_parameters
-from mutor_vision.sampling.decode import generate
 from mutor_vision.sampling.draw import SampleSettings
+from mutor_vision.sampling.generate import generate
 from mutor_vision.storage import checkpoint
 from mutor_vision.storage import foreign as foreign_checkpoint
 from mutor_vision.storage.files import read_json

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 FIXTURE = Path(__file__).parent / "fixtures" / "made_before"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
@@ -41,6 +42,19 @@ def made(tmp_path, monkeypatch):
     shutil.unpack_archive(FIXTURE / "made_before.tar.xz", tmp_path / "made")
     monkeypatch.chdir(tmp_path / "made")
     return tmp_path / "made"
+
+
+@pytest.fixture(autouse=True)
+def older_draw(monkeypatch):
+    """The fixture's images were drawn from the same bits by the distribution function, not by Gumbel-max."""
+
+    def draw(probabilities, keys):
+        bits = keys.contiguous().numpy().view(np.uint64)[:, 0]
+        uniform = torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+        cumulative = probabilities.double().cumsum(-1)
+        return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+
+    monkeypatch.setattr("mutor_vision.sampling.decode.draw", draw)
 
 
 @pytest.fixture
@@ -171,7 +185,7 @@ def test_a_sweep_that_recorded_too_little_is_refused_and_left_as_it_is(made, com
     before = (made / "sweep/sweep.json").read_bytes()
     line = f"eval/cfg_sweep.py --model next-token {FID} --scales 1,2,3 --groups 6 --out"
     printed = command(f"{line} sweep", code=5)
-    assert "(compile, device, extractor, groups, precision, reference_sha256)" in printed and printed.count("\n") == 1
+    assert "(decoding, device, extractor, groups, precision, reference_sha256)" in printed and printed.count("\n") == 1
     assert (made / "sweep/sweep.json").read_bytes() == before
     command(f"{line} again")
     points = [json.loads((made / name / "sweep.json").read_text())["points"] for name in ("sweep", "again")]

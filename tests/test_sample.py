@@ -97,7 +97,7 @@ def test_quantized_weights_are_recorded(mutor, trained_run, tmp_path):
 
 def test_static_steps_draw_the_same_images(trained_run):
     loaded, labels = load(trained_run, ALONE), label_plan(5, 5)
-    static = dataclasses.replace(loaded, static=StaticSteps())
+    static = dataclasses.replace(loaded, decoder=StaticSteps())
     images = [torch.cat([part for _, part in sample.sample_stream(each, labels, SampleSettings(), 0, 2)])
               for each in (loaded, static)]  # fmt: skip
     assert torch.equal(*images)
@@ -247,7 +247,7 @@ def test_pixels_do_not_depend_on_how_many_images_are_drawn_with_them(trained_run
     loaded = load(trained_run, ALONE)
     config = loaded.transformer.config
     codes = torch.randint(config.vocab_size, (400, *config.grid), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(sample, "generate", lambda model, labels, settings, *, seed, indices, static: codes[indices])
+    monkeypatch.setattr(sample, "generate", lambda model, labels, settings, *, seed, indices, decoder: codes[indices])
 
     def drawn(size):
         parts = np.split(np.arange(400), range(size, 400, size))

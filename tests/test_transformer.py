@@ -145,7 +145,9 @@ def test_the_query_and_key_of_the_class_token_are_zero_vectors(random_model):
 @pytest.mark.parametrize("sees_itself", [True, False])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("num_registers", [1, 80, 256])
-def test_split_attention_equals_the_dense_reference_in_values_and_gradients(num_registers, dtype, tolerance, sees_itself):
+def test_split_attention_equals_the_dense_reference_in_values_and_gradients(
+    num_registers, dtype, tolerance, sees_itself
+):
     torch.manual_seed(0)
     n, r = 256, num_registers
     slots = torch.stack([torch.randperm(n)[:r].sort().values for _ in range(2)])

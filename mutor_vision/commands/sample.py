@@ -17,9 +17,9 @@ from mutor_vision.data import images
 from mutor_vision.errors import UserError
 from mutor_vision.model.prepare import QUANTIZATIONS
 from mutor_vision.names import match_class, parse_classes
-from mutor_vision.runtime import Runtime, finish, start
+from mutor_vision.runtime import finish, start
 from mutor_vision.sampling.draw import CFG_SCHEDULES, SampleSettings
-from mutor_vision.sampling.load import load
+from mutor_vision.sampling.load import Decoding, LoadedModel, load
 from mutor_vision.sampling.stream import default_batch_size, label_plan, sample_in_order, sample_stream, spread_classes
 from mutor_vision.storage.files import written
 from mutor_vision.storage.outputs import check_out_file
@@ -43,7 +43,17 @@ def add_execution(parser) -> None:
     parser.add_argument(
         "--compile", default="auto", help="auto (CUDA graphs on CUDA), on (torch.compile too: for long runs) or off"
     )
+    parser.add_argument("--decode", default="auto", help="plain (a token a pass), forecast (several tokens a pass: the "
+                        "same images, sooner if few at once) or auto (plain)")  # fmt: skip
+    parser.add_argument("--window", type=int, default=8, help="of forecast: inputs in a row (default 8)")
+    parser.add_argument("--drafts", type=int, default=-1, help="of forecast: registers behind them (default: as many "
+                        "as the model has learnt, at most 2)")  # fmt: skip
     parser.add_argument("--quantize", default="none", help=f"{' or '.join(QUANTIZATIONS)} (weights; recorded)")
+
+
+def decoding_from(arguments: argparse.Namespace) -> Decoding:
+    """Decoding from parsed flags; raises UserError for values out of range."""
+    return Decoding(arguments.decode, arguments.compile, arguments.window, arguments.drafts)
 
 
 def settings_from(arguments: argparse.Namespace) -> SampleSettings:
@@ -78,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    settings = settings_from(arguments)
+    settings, decoding = settings_from(arguments), decoding_from(arguments)
     out = Path(arguments.out)
     if arguments.per_class < 1:
         raise UserError(f"--per-class is {arguments.per_class}, expected 1 or more")
@@ -101,7 +111,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError(f"--out is {out}, expected FILE.png for a grid; use --num for a set of images")
     check_out_file(out)
     runtime = start(arguments.precision, arguments.device)
-    loaded = load(arguments.model, runtime, arguments.weights, arguments.adapter, arguments.quantize, arguments.compile)
+    loaded = load(arguments.model, runtime, arguments.weights, arguments.adapter, arguments.quantize, decoding)
     loaded = dataclasses.replace(loaded, resize=arguments.resize)
     if settings.cfg_scale != 1 and not loaded.config.label_dropout:
         raise UserError("the model was trained with label_dropout 0 and has no null class; use --cfg-scale 1")
@@ -123,7 +133,7 @@ def _write_grid(loaded, settings, arguments, out: Path, batch_size: int) -> None
     classes = classes or spread_classes(num_classes, 8)
     labels = torch.tensor(classes).repeat_interleave(arguments.per_class)
     stream = sample_in_order(loaded, labels, settings, arguments.seed, min(batch_size, len(labels)))
-    parts = list(_progress(stream, len(labels), loaded.runtime))
+    parts = list(_progress(stream, len(labels), loaded))
     if loaded.runtime.is_main:
         names = [loaded.class_names[c] for c in classes]
         images.save_png(images.grid(torch.cat(parts), arguments.per_class, names), out)
@@ -137,8 +147,8 @@ def _write_set(loaded, settings, arguments, out: Path, batch_size: int) -> None:
     labels = label_plan(num, len(loaded.class_names), arguments.labels, arguments.seed)
     record = {
         "num": num, "labels": arguments.labels, "seed": arguments.seed, "sampler": dataclasses.asdict(settings),
-        "resize": loaded.resize, "model": loaded.identity, "mutor_vision": mutor_vision.__version__,
-        "torch": torch.__version__,
+        "decoding": loaded.decoding, "resize": loaded.resize, "model": loaded.identity,
+        "mutor_vision": mutor_vision.__version__, "torch": torch.__version__,
     }  # fmt: skip
     if out.suffix == ".npz":
         from mutor_vision.storage.npz_writer import NpzImageWriter
@@ -147,7 +157,7 @@ def _write_set(loaded, settings, arguments, out: Path, batch_size: int) -> None:
         if runtime.is_main:
             out.parent.mkdir(parents=True, exist_ok=True)
             with NpzImageWriter(out, num, *loaded.image_size) as writer:
-                for part in _progress(stream, num, runtime):
+                for part in _progress(stream, num, loaded):
                     writer.write(part)
         else:
             for _ in stream:
@@ -163,6 +173,7 @@ def _write_set(loaded, settings, arguments, out: Path, batch_size: int) -> None:
             for index, image in zip(indices, part, strict=True):
                 images.to_pil(image).save(partial / f"{index:06d}.png")
             bar.update(min(len(part) * runtime.world_size, num - bar.n))
+            bar.set_postfix_str(loaded.decoder.note())
         bar.close()
         runtime.barrier()
         if runtime.is_main:
@@ -175,8 +186,9 @@ def _write_set(loaded, settings, arguments, out: Path, batch_size: int) -> None:
         print(f"{out}: {num} images, {arguments.labels} labels, seed {arguments.seed}; how they were made: {out}.json")
 
 
-def _progress(parts: Iterator[Tensor], total: int, runtime: Runtime) -> Iterator[Tensor]:
-    with tqdm(total=total, unit=" images", disable=not runtime.is_main, dynamic_ncols=True) as bar:
+def _progress(parts: Iterator[Tensor], total: int, loaded: LoadedModel) -> Iterator[Tensor]:
+    with tqdm(total=total, unit=" images", disable=not loaded.runtime.is_main, dynamic_ncols=True) as bar:
         for part in parts:
             bar.update(len(part))
+            bar.set_postfix_str(loaded.decoder.note())
             yield part

@@ -229,7 +229,8 @@ class RunImages:
 
     def describe(self) -> dict:
         return {
-            "source": "sampler", "model": self.loaded.identity, "settings": dataclasses.asdict(self.settings),
+            "source": "sampler", "model": self.loaded.identity, "decoding": self.loaded.decoding,
+            "settings": dataclasses.asdict(self.settings),
             "labels": self.plan, "seed": self.seed, "classes": len(self.class_names) or None,
             "uint8": "clamp(127.5 x + 128), truncated", "resized_to": self.image_size or None,
         }  # fmt: skip

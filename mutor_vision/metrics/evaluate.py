@@ -310,7 +310,7 @@ def _take_sampling_record(source, record: dict, beside: Path) -> None:
         except ValueError:  # lists of unequal lengths
             raise IntegrityError(f"{beside}: labels_of_images are not class ids; restore it, or remove it") from None
         source.labels = check_labels(labels, source.count, f"{beside}: labels_of_images")
-    record |= {name: made[name] for name in ("labels", "seed", "model") if name in made}
+    record |= {name: made[name] for name in ("labels", "seed", "model", "decoding") if name in made}
     record["settings"] = made.get("sampler")
 
 

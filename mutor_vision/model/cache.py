@@ -1,9 +1,11 @@
 """Keys and values of the inputs seen so far, in memory that is taken once."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from mutor_vision.config import TransformerConfig
@@ -14,8 +16,11 @@ class KVCache:
     """Keys and values of the inputs seen so far, in memory that is taken once; for use under no_grad. Setting `length`
     back forgets the inputs after it."""
 
-    def __init__(self, config: TransformerConfig, batch: int, *, device: torch.device, dtype: torch.dtype):
-        shape = (batch, config.heads, config.num_tokens, config.head_dim)
+    def __init__(
+        self, config: TransformerConfig, batch: int, *, device: torch.device, dtype: torch.dtype, slots: int = 0
+    ):
+        """slots: how many inputs it holds, 0 = as many as an image has."""
+        shape = (batch, config.heads, slots or config.num_tokens, config.head_dim)
         # Zeros, because a masked slot still takes part: 0 * NaN is NaN.
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
@@ -34,10 +39,16 @@ class KVCache:
 
     def rows(self, count: int) -> "KVCache":
         """The first `count` rows of the batch, in the same memory."""
-        part = copy.copy(self)
-        part.keys = [keys[:count] for keys in self.keys]
-        part.values = [values[:count] for values in self.values]
-        return part
+        return self._of(lambda x: x[:count])
+
+    def selected(self, rows: Tensor) -> "KVCache":
+        """A copy of these rows (K,) int64 of the batch."""
+        return self._of(lambda x: x.index_select(0, rows))
+
+    def _of(self, part: Callable[[Tensor], Tensor]) -> "KVCache":
+        other = copy.copy(self)
+        other.keys, other.values = [part(x) for x in self.keys], [part(x) for x in self.values]
+        return other
 
 
 class StaticStep:
@@ -62,3 +73,32 @@ class StaticStep:
 
     def advance(self, count: int) -> None:
         """The caller moves `position`."""
+
+
+class WindowStep:
+    """M inputs of each row, from the row's own slot on, after those in a cache. The first `window` are causal; each of
+    the others sees the cache, the window and itself, as a register behind the window's last input does. Keys of all go
+    to the cache; what lies after a row's `start` is overwritten by its next window."""
+
+    def __init__(self, cache: KVCache, start: Tensor, count: int, window: int, reach: int):
+        """start (R,) int64, the slot of each row's first input; the slots before it are filled. count: M. reach: slots
+        that attention reads, at least start + M."""
+        self.cache, self.reach = cache, reach
+        self.rows = torch.arange(len(start), device=start.device)[:, None]
+        ahead = torch.arange(count, device=start.device)
+        self.slots = start[:, None] + ahead  # (R, M)
+        last = start[:, None] + ahead.clamp(max=window - 1)
+        key = torch.arange(reach, device=start.device)
+        seen = (key <= last[:, :, None]) | (key == self.slots[:, :, None])
+        self.mask = additive_mask(seen[:, None], cache.keys[0].dtype)  # (R, 1, M, reach)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As KVCache.attend."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[self.rows, :, self.slots] = rearrange(k, "r h m d -> r m h d").to(keys.dtype)
+        values[self.rows, :, self.slots] = rearrange(v, "r h m d -> r m h d").to(values.dtype)
+        keys, values = keys[:, :, : self.reach], values[:, :, : self.reach]
+        return F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=self.mask)
+
+    def advance(self, count: int) -> None:
+        """The caller moves `start`."""

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mutor_vision.config import TransformerConfig
 from mutor_vision.model.attention import AttentionPattern, SplitAttention, causal_attention, rope_table
-from mutor_vision.model.cache import KVCache, StaticStep
+from mutor_vision.model.cache import KVCache, StaticStep, WindowStep
 from mutor_vision.model.layers import Block, Dropout, initialise
 
 
@@ -46,7 +46,7 @@ class Transformer(nn.Module):
         labels: Tensor | None,
         positions: Tensor,
         pattern: AttentionPattern | None = None,
-        cache: KVCache | StaticStep | None = None,
+        cache: KVCache | StaticStep | WindowStep | None = None,
     ) -> Tensor:
         """tokens (B, M) int64 in [0, V] (V = register), labels (B,) in [0, num_classes] (num_classes = null class) or
         None, positions (B or 1, T) slots in [0, N] -> logits (B, T, V) float32.

@@ -1,83 +1,56 @@
-"""Class labels -> codes: one token after another over a key-value cache. Registers are not used here. This module knows
-no pixels and no files.
+"""The plain decoder, which the others are held to, and what they share with it.
 
-Legend: B images, N = h * w tokens, V codebook size.
+Legend: B images, R rows (B, or 2 B with the null class's stream), N = h * w tokens, V codebook size.
 """
 
-import numpy as np
 import torch
+from einops import repeat
 from torch import Tensor
 
-from mutor_vision.errors import UserError
-from mutor_vision.keyed_random import uniforms
 from mutor_vision.model.cache import KVCache
 from mutor_vision.model.transformer import Transformer, compute_dtype
-from mutor_vision.runtime import float64_device, to_device
-from mutor_vision.sampling.draw import SampleSettings, draw, filtered_probabilities, guidance_scales
+from mutor_vision.sampling.draw import SampleSettings, draw, filtered_probabilities
 
 
-@torch.no_grad()
-def generate(
-    model: Transformer,
-    labels: Tensor,
-    settings: SampleSettings,
-    *,
-    seed: int,
-    indices: np.ndarray,
-    static=None,
-    num_tokens: int = 0,
-) -> Tensor:
-    """labels (B,) int64 in [0, num_classes) -> codes (B, h, w) int64 in [0, V).
+class Plain:
+    """One token after another, in shapes that grow. A decoder: see generate.Decoder."""
 
-    indices (B,): number of each image in the run. Image i is drawn from the uniforms of (seed, i) alone. That makes it
-    the same in every batch, order and number of processes as far as the logits are: a model that prepare.prepare has
-    packed for the CPU computes a row alike in every batch; any other may round differently (a batch of one takes
-    another kernel than a batch of twelve, and then about 3 of 1,000 tokens differ at V = 16384).
+    def decode(self, model: Transformer, labels: Tensor, keys: Tensor, scales: list[float], settings: SampleSettings,
+               count: int) -> Tensor:  # fmt: skip
+        batch, num_guided = len(labels), num_guided_tokens(scales)
+        rows = streams(model, labels, num_guided)
+        dtype = compute_dtype(model.token_embedding.weight)
+        cache = KVCache(model.config, len(rows), device=labels.device, dtype=dtype)
+        slots = torch.arange(len(scales), device=labels.device)[None]
+        codes = torch.empty(batch, count, dtype=torch.int64, device=labels.device)
+        tokens, first = rows.new_empty(len(rows), 0), rows
+        for i in range(count):
+            if i == num_guided > 0:
+                cache = cache.rows(batch)  # the null class's stream ends with the last guided token
+            scale = scales[i] if i < num_guided else None
+            codes[:, i] = next_codes(model, tokens, first, slots[:, i : i + 1], cache, scale, keys[:, i], settings)
+            tokens, first = codes[:, i : i + 1], None
+            if i + 1 < num_guided:
+                tokens = both_streams(tokens)
+        return codes
 
-    The two streams of guidance share a batch and part after the last guided token. static: steps of static shape made
-    for this model. num_tokens above 0 stops after as many, for benchmarks, and gives codes (B, num_tokens).
-    """
-    config = model.config
-    if settings.top_k > config.vocab_size:
-        raise UserError(f"top_k is {settings.top_k}, expected at most the codebook's {config.vocab_size}; 0 = all")
-    n = config.num_tokens
-    uniform = to_device(torch.from_numpy(uniforms(seed, "sample", indices, n)), float64_device(labels.device))
-    scales = guidance_scales(settings, n)
-    decoder = decode if static is None else static.decode
-    codes = decoder(model, labels, uniform, scales, settings, num_tokens or n)
-    return codes if num_tokens else codes.unflatten(1, config.grid)
+    def note(self) -> str:
+        return ""
 
 
-def decode(
-    model: Transformer, labels: Tensor, uniform: Tensor, scales: list[float], settings: SampleSettings, count: int
-) -> Tensor:
-    """labels (B,), uniform (B, N) -> the first `count` codes (B, count), one after another in shapes that grow."""
-    batch, num_guided = len(labels), num_guided_tokens(scales)
-    rows = streams(model, labels, num_guided)
-    cache = KVCache(model.config, len(rows), device=labels.device, dtype=compute_dtype(model.token_embedding.weight))
-    slots = torch.arange(len(scales), device=labels.device)[None]
-    codes = torch.empty(batch, count, dtype=torch.int64, device=labels.device)
-    tokens, first_labels = rows.new_empty(len(rows), 0), rows
-    for i in range(count):
-        guided = i < num_guided
-        if i == num_guided > 0:
-            cache = cache.rows(batch)
-        scale = scales[i] if guided else None
-        slot = slots[:, i : i + 1]
-        codes[:, i] = next_codes(model, tokens, first_labels, slot, cache, scale, uniform[:, i], settings)
-        tokens, first_labels = codes[:, i : i + 1], None
-        if i + 1 < num_guided:
-            tokens = tokens.repeat(2, 1)
-    return codes
-
-
-def next_codes(model, tokens, labels, positions, cache, scale, uniform, settings) -> Tensor:
-    """One step: the inputs of Transformer.forward, guidance `scale` or None, uniform (B,) -> codes (B,)."""
+def next_codes(model, tokens, labels, positions, cache, scale, keys, settings) -> Tensor:
+    """One step: the inputs of Transformer.forward, guidance `scale` or None, keys (B, 2) -> codes (B,)."""
     logits = model(tokens, labels, positions, cache=cache)[:, -1]
-    if scale is not None:
-        conditional, unconditional = logits.chunk(2)
-        logits = unconditional + scale * (conditional - unconditional)
-    return draw(filtered_probabilities(logits, settings), uniform)
+    return draw(filtered_probabilities(guided(logits, scale), settings), keys)
+
+
+def guided(logits: Tensor, scale) -> Tensor:
+    """logits (2 B, ..., V) of both streams -> null + scale * (class - null) (B, ..., V); scale None = no guidance, and
+    logits (B, ..., V) of the class's stream."""
+    if scale is None:
+        return logits
+    conditional, unconditional = logits.chunk(2)
+    return unconditional + scale * (conditional - unconditional)
 
 
 def num_guided_tokens(scales: list[float]) -> int:
@@ -86,4 +59,10 @@ def num_guided_tokens(scales: list[float]) -> int:
 
 
 def streams(model: Transformer, labels: Tensor, num_guided: int) -> Tensor:
+    """labels (B,) -> (R,): followed by as many of the null class, where any token is guided."""
     return torch.cat([labels, torch.full_like(labels, model.null_class)]) if num_guided else labels
+
+
+def both_streams(x: Tensor) -> Tensor:
+    """(B, ...) -> (2 B, ...): the same inputs for the class's stream and the null class's."""
+    return repeat(x, "b ... -> (streams b) ...", streams=2)

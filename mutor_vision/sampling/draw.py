@@ -1,16 +1,19 @@
 """Logits -> a code: guidance, filtering and the draw. This module knows no model.
 
-Legend: B images, N tokens, V codebook size."""
+Legend: B images, N tokens, V codebook size, R rows: images, or images and positions."""
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mutor_vision.errors import UserError
+from mutor_vision.keyed_random import bits
 
 CFG_SCHEDULES = ("constant", "linear", "power-cosine")
+LAW = "gumbel-max 1"  # of `draw`, for protocols: with another law or another noise a seed gives other images
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def guidance_scales(settings: SampleSettings, num_tokens: int) -> list[float]:
 
 
 def filtered_probabilities(logits: Tensor, settings: SampleSettings) -> Tensor:
-    """logits (B, V) -> float32 probabilities after temperature, top-k (ties kept) and top-p, in LlamaGen's order."""
+    """logits (R, V) -> float32 probabilities after temperature, top-k (ties kept) and top-p, in LlamaGen's order."""
     logits = logits.float()
     if settings.temperature == 0:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
@@ -77,12 +80,33 @@ def filtered_probabilities(logits: Tensor, settings: SampleSettings) -> Tensor:
     return logits.softmax(-1)
 
 
-def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Invert the distribution function: probabilities (B, V), uniform (B,) float64 in [0, 1) -> (B,) int64. A token of
-    probability 0 is never drawn. Computed where `uniform` is, since a device may lack float64."""
-    cumulative = probabilities.to(uniform.device).double().cumsum(-1)
-    drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    return drawn.clamp(max=probabilities.shape[-1] - 1).to(probabilities.device)
+def noise_keys(seed: int, indices: np.ndarray, num_tokens: int) -> Tensor:
+    """(B,) numbers of images -> (B, N, 2) int32 on the CPU: what the noise of each image and token is computed from."""
+    keys = bits(seed, "sample", indices, num_tokens)
+    return torch.from_numpy(keys.view(np.int32).reshape(len(indices), num_tokens, 2))
+
+
+def draw(probabilities: Tensor, keys: Tensor) -> Tensor:
+    """probabilities (R, V) float32, keys (R, 2) int32 of noise_keys -> (R,) int64: code v with its probability.
+
+    The Gumbel-max draw, argmax(log p + g) with Gumbel noise g, as argmin(E / p) with E = exp(-g), which is exponential.
+    Noise belongs to an image, a position and a code, so two nearly equal distributions at one position nearly always
+    give the same code: that is what a forecast can hit (arXiv 2002.09928). A code of probability 0 is never drawn.
+    """
+    return (exponentials(keys, probabilities.shape[-1]) / probabilities).argmin(-1)
+
+
+def exponentials(keys: Tensor, count: int) -> Tensor:
+    """keys (R, 2) int32 -> (R, count) float32, independent and exponential with mean 1, by a hash of (key, column). Its
+    steps of 2^-31 bias probabilities of less than about 1e-9."""
+    # Multipliers of Wang's hash-prospector search; int32 products wrap, and & undoes the sign that >> copies.
+    x = torch.arange(1, count + 1, dtype=torch.int32, device=keys.device).mul_(-1640531527) + keys[:, :1]
+    x = x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(0x21F0AAAD)
+    x = x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).add_(keys[:, 1:]).mul_(0x735A2D97)
+    x = x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(0x2C1B3C6D)
+    x = x.bitwise_xor_((x >> 12).bitwise_and_(0xFFFFF)).bitwise_and_(0x7FFFFFFF)
+    uniform = x.float().add_(0.5).mul_(2**-31).clamp_(max=1 - 2**-24)
+    return uniform.neg_().log1p_().neg_()
 
 
 def _is_interval(interval: tuple[int, ...]) -> bool:

@@ -1,6 +1,6 @@
 """A run -> everything that sampling needs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mutor_vision.config import TrainConfig
@@ -8,12 +8,34 @@ from mutor_vision.errors import UserError
 from mutor_vision.model.prepare import prepare
 from mutor_vision.model.transformer import Transformer
 from mutor_vision.runtime import Runtime
+from mutor_vision.sampling.decode import Plain
+from mutor_vision.sampling.draw import LAW
+from mutor_vision.sampling.forecast import Forecast, most_drafts
+from mutor_vision.sampling.generate import Decoder
 from mutor_vision.sampling.static import StaticSteps
 from mutor_vision.storage import checkpoint
 from mutor_vision.storage.files import read_json, sha256
 from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer
 
 COMPILE = ("auto", "on", "off")
+DECODE = ("auto", "plain", "forecast")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How codes are drawn: by which decoder. The codes are the same by all, but for rounding."""
+
+    decode: str = "plain"  # 'plain' or 'forecast'; 'auto': plain
+    compile: str = "auto"  # of plain: 'off'; 'auto' records steps as CUDA graphs on CUDA; 'on' compiles them, too
+    window: int = 8  # of forecast: inputs in a row
+    drafts: int = -1  # of forecast: registers behind them; -1 = as many as the model was trained for, at most 2
+
+    def __post_init__(self) -> None:
+        for name, expected in (("compile", COMPILE), ("decode", DECODE)):
+            if getattr(self, name) not in expected:
+                raise UserError(f"{name} is '{getattr(self, name)}', expected one of {', '.join(expected)}")
+        if not 1 <= self.window <= 64 or not -1 <= self.drafts <= 64:
+            raise UserError(f"window is {self.window} and drafts {self.drafts}, expected 1 to 64, and 0 to 64")
 
 
 @dataclass(frozen=True)
@@ -27,7 +49,8 @@ class LoadedModel:
     runtime: Runtime
     identity: dict  # where the weights come from, for the protocol of a result
     resize: int = 0  # pixels square to resize decoded images to, 0 = as decoded
-    static: StaticSteps | None = None  # steps of static shape for this transformer; None = shapes that grow
+    decoder: Decoder = Plain()
+    decoding: dict = field(default_factory=lambda: {"draw": LAW, "decode": "plain"})  # the decoder, for the protocol
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -40,14 +63,11 @@ class LoadedModel:
 
 def load(
     path: str | Path, runtime: Runtime, weights: str = "best", adapter: str | Path = "", quantize: str = "none",
-    compile: str = "auto",
+    decoding: Decoding = Decoding(),
 ) -> LoadedModel:  # fmt: skip
     """A run or one of its checkpoints -> LoadedModel. weights: 'model', 'ema', or 'best' (EMA where there is one).
     adapter: a LoRA run trained on it, whose classes, tokenizer and `weights` then count. quantize: 'none' or 'int8',
-    see prepare.prepare. compile: 'off'; 'auto' records steps as CUDA graphs where there is CUDA; 'on' compiles them
-    by torch.compile as well, on any device."""
-    if compile not in COMPILE:
-        raise UserError(f"compile is '{compile}', expected one of {', '.join(COMPILE)}")
+    see prepare.prepare."""
     if adapter:
         from mutor_vision.model.lora import load_merged
 
@@ -75,7 +95,7 @@ def load(
     if quantize != "none":
         identity["quantize"] = quantize
     transformer = transformer.to(runtime.device).eval().requires_grad_(False)
-    static = compile == "on" or (compile == "auto" and runtime.device.type == "cuda")
+    decoder, described = _decoder(decoding, config, runtime)
     return LoadedModel(
         transformer=prepare(transformer, runtime.autocast_dtype, quantize),
         tokenizer=load_tokenizer(root / "tokenizer", runtime.device),
@@ -83,8 +103,25 @@ def load(
         class_names=token_set["class_names"],
         runtime=runtime,
         identity=identity,
-        static=StaticSteps("inductor" if compile == "on" else "") if static else None,
+        decoder=decoder,
+        decoding=described,
     )
+
+
+def _decoder(decoding: Decoding, config: TrainConfig, runtime: Runtime) -> tuple[Decoder, dict]:
+    """The decoder, and what it is."""
+    if decoding.decode == "forecast":
+        most = most_drafts(config)
+        drafts = min(most, 2) if decoding.drafts < 0 else decoding.drafts
+        if drafts > most:
+            raise UserError(f"drafts is {drafts}, expected at most {most}: the model has learnt no registers for "
+                            "tokens further ahead")  # fmt: skip
+        described = {"draw": LAW, "decode": "forecast", "window": decoding.window, "drafts": drafts}
+        return Forecast(decoding.window, drafts), described
+    if decoding.compile == "off" or (decoding.compile == "auto" and runtime.device.type != "cuda"):
+        return Plain(), {"draw": LAW, "decode": "plain"}
+    steps = StaticSteps("inductor" if decoding.compile == "on" else "")
+    return steps, {"draw": LAW, "decode": "plain", "compile": decoding.compile}
 
 
 def training_model(transformer: Transformer, run: Path, config: TrainConfig, runtime: Runtime) -> LoadedModel:

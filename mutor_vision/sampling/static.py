@@ -14,14 +14,14 @@ from torch import Tensor
 
 from mutor_vision.model.cache import KVCache, StaticStep
 from mutor_vision.model.transformer import compute_dtype
-from mutor_vision.sampling.decode import next_codes, num_guided_tokens, streams
+from mutor_vision.sampling.decode import both_streams, next_codes, num_guided_tokens, streams
 from mutor_vision.sampling.draw import SampleSettings
 
 Step = Callable[[], object]
 
 
 class StaticSteps:
-    """A decoder that draws the same codes as decode.decode. One step is kept for each number of cache slots read
+    """A decoder: see generate.Decoder. One step is kept for each number of cache slots read
     (multiples of REACH) and of streams. Memory and steps are kept for the batches that follow, smaller ones included; a
     larger batch or other settings replace them."""
 
@@ -41,25 +41,28 @@ class StaticSteps:
         self._record = record
         self._made_for = None
 
-    def decode(self, model, labels, uniform, scales, settings, count) -> Tensor:
-        """As decode.decode."""
+    def decode(self, model, labels, keys, scales, settings, count) -> Tensor:
+        """As decode.Plain.decode."""
         batch, num_guided = len(labels), num_guided_tokens(scales)
-        self._prepare(model, batch, uniform, scales, settings)
+        self._prepare(model, batch, keys, scales, settings)
         size = len(self._codes)
-        self._uniform[:batch] = uniform
+        self._keys[:batch] = keys
         rows = streams(model, torch.nn.functional.pad(labels, (0, size - batch)), num_guided)
         self._cache.length = 0
         first, empty = self._position.zero_()[None], rows.new_empty(len(rows), 0)
         scale = scales[0] if num_guided else None
-        self._codes[:, 0] = next_codes(model, empty, rows, first, self._cache, scale, self._uniform[:, 0], settings)
+        self._codes[:, 0] = next_codes(model, empty, rows, first, self._cache, scale, self._keys[:, 0], settings)
         for i in range(1, count):
             self._position.fill_(i)
             reach = min(len(scales), -(-(i + 1) // self.REACH) * self.REACH)
             self._recorded(model, settings, reach, i < num_guided)()
         return self._codes[:batch, :count].clone()
 
-    def _prepare(self, model, batch: int, uniform: Tensor, scales: list[float], settings: SampleSettings) -> None:
-        device, dtype = uniform.device, compute_dtype(model.token_embedding.weight)
+    def note(self) -> str:
+        return ""
+
+    def _prepare(self, model, batch: int, keys: Tensor, scales: list[float], settings: SampleSettings) -> None:
+        device, dtype = keys.device, compute_dtype(model.token_embedding.weight)
         made_for = (model, settings, dtype)
         if self._made_for == made_for and batch <= len(self._codes):
             return
@@ -68,7 +71,7 @@ class StaticSteps:
         num_streams = 2 if num_guided_tokens(scales) else 1
         self._cache = KVCache(model.config, num_streams * batch, device=device, dtype=dtype)
         self._codes = torch.zeros(batch, len(scales), dtype=torch.int64, device=device)
-        self._uniform = torch.zeros(batch, len(scales), dtype=torch.float64, device=device)
+        self._keys = torch.zeros(batch, len(scales), 2, dtype=torch.int32, device=device)
         self._scales = torch.tensor(scales, device=device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         record = self._record
@@ -80,24 +83,24 @@ class StaticSteps:
         if (reach, guided) not in self._steps:
             cache = self._cache if guided else self._cache.rows(len(self._codes))
             scales = self._scales if guided else None
-            tensors = self._codes, self._uniform, scales, self._position
+            tensors = self._codes, self._keys, scales, self._position
             step = partial(self._step, model, cache, *tensors, reach, settings)
             self._steps[reach, guided] = self._recorder(step)
         return self._steps[reach, guided]
 
 
 def static_step(
-    model, cache: KVCache, codes: Tensor, uniform: Tensor, scales: Tensor | None, position: Tensor, reach: int,
+    model, cache: KVCache, codes: Tensor, keys: Tensor, scales: Tensor | None, position: Tensor, reach: int,
     settings: SampleSettings,
 ) -> None:  # fmt: skip
     """Write code `position` (1,) of codes (B, N) from the ones before it. Doing it twice changes nothing."""
     tokens = codes.index_select(1, position - 1)
     if scales is not None:
-        tokens = tokens.repeat(2, 1)
+        tokens = both_streams(tokens)
     scale = None if scales is None else scales.index_select(0, position)
     drawn = next_codes(
         model, tokens, None, position[None], StaticStep(cache, position, reach), scale,
-        uniform.index_select(1, position)[:, 0], settings,
+        keys.index_select(1, position)[:, 0], settings,
     )  # fmt: skip
     codes.index_copy_(1, position, drawn[:, None])
 

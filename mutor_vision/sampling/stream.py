@@ -21,8 +21,8 @@ from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import permutation, uniforms
 from mutor_vision.model.transformer import Transformer
 from mutor_vision.runtime import Runtime, to_device
-from mutor_vision.sampling.decode import generate
 from mutor_vision.sampling.draw import SampleSettings
+from mutor_vision.sampling.generate import generate
 from mutor_vision.sampling.load import LoadedModel, training_model
 
 LABEL_PLANS = ("balanced", "random")
@@ -57,7 +57,7 @@ def _launch(loaded, labels, indices, settings, seed) -> tuple[Tensor, torch.cuda
     with loaded.runtime.autocast():
         codes = generate(
             loaded.transformer, to_device(labels, device), settings, seed=seed, indices=np.asarray(indices),
-            static=loaded.static,
+            decoder=loaded.decoder,
         )  # fmt: skip
     decoded = torch.cat([_decode(loaded, part) for part in codes.split(DECODED_AT_ONCE[device.type])])
     if device.type != "cuda":
