@@ -74,6 +74,7 @@ def sample(options) -> dict:
     from mutor_vision.model.prepare import prepare
     from mutor_vision.runtime import start
     from mutor_vision.sampling.draw import SampleSettings
+    from mutor_vision.sampling.forecast import Forecast
     from mutor_vision.sampling.generate import generate
     from mutor_vision.sampling.static import StaticSteps
 
@@ -83,7 +84,7 @@ def sample(options) -> dict:
         12, 12, 768, 16384, 1000, (16, 16)
     )  # fmt: skip
     model = prepare(load(config, random_weights(config), runtime), runtime.autocast_dtype)
-    rows, kernels, static = [], [], StaticSteps()
+    rows, kernels, static, forecast = [], [], StaticSteps(), Forecast(8, 2)
 
     def draw(images: int, steps) -> None:
         labels = (torch.arange(images) % config.num_classes).to(device)
@@ -91,7 +92,7 @@ def sample(options) -> dict:
             generate(model, labels, SampleSettings(), seed=0, indices=np.arange(images), decoder=steps)
 
     for images in (1, 3) if options.tiny else (1, 16, 64, 256):
-        for name, steps in (("graphs", static), ("growing shapes", None)):
+        for name, steps in (("graphs", static), ("forecast, 8 and 2", forecast), ("growing shapes", None)):
             if images == 256 and steps is None:
                 continue
             seconds = medians(measure({"draw": lambda n=images, s=steps: draw(n, s)}, 3, device))["draw"]
@@ -99,6 +100,11 @@ def sample(options) -> dict:
                 "what": f"sampling, GPT-B, guidance 2, batch {images}, {name}", "s": seconds,
                 "images/s": images / seconds, "ms per token": 1000 * seconds / config.num_tokens,
             })  # fmt: skip
+            if steps is forecast:  # with random weights few guesses hit: what a pass costs is what tells
+                forecast.passes = forecast.tokens = 0
+                draw(images, forecast)
+                rows[-1] |= {"tokens a pass": forecast.tokens / forecast.passes}
+                rows[-1] |= {"ms per pass": 1000 * seconds * images / forecast.passes}
     if cuda:
         kernels = _kernels(lambda: draw(64, static))
     return {"rows": rows, "kernels": kernels, "machine": machine(device)}

@@ -26,7 +26,9 @@ from mutor_vision.model.transformer import Transformer
 from mutor_vision.objectives.auxiliary import auxiliaries_of
 from mutor_vision.objectives.objective import Objective
 from mutor_vision.runtime import Runtime
-from mutor_vision.sampling.draw import SampleSettings
+from mutor_vision.sampling.decode import Plain, num_guided_tokens
+from mutor_vision.sampling.draw import SampleSettings, guidance_scales
+from mutor_vision.sampling.forecast import Forecast, forecast_step
 from mutor_vision.sampling.generate import generate
 from mutor_vision.sampling.static import StaticSteps
 from mutor_vision.tokenizer import encode, losses
@@ -146,10 +148,16 @@ def test_the_loss_of_every_kind_of_registers_obeys_the_rules(on_fake_cuda, tiny_
     assert all(term.device.type == "cuda" for term in on_fake_cuda(work).values())
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_decoding_obeys_the_rules(on_fake_cuda, tiny_config, drawing, static):
+DECODERS = {
+    "plain": Plain, "static": lambda: StaticSteps(record=lambda step: step),
+    "forecast": lambda: Forecast(4, 2, record=lambda step: step),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("decoder", ["plain", "static"])
+def test_decoding_obeys_the_rules(on_fake_cuda, tiny_config, drawing, decoder):
     def work():
-        steps = StaticSteps(record=lambda step: step) if static else None
+        steps = DECODERS[decoder]()
         labels = torch.zeros(3, dtype=torch.int64, device=CUDA)
         return generate(fake_model(tiny_config).eval(), labels, SampleSettings(**drawing), seed=0,
                         indices=np.arange(3), decoder=steps)  # fmt: skip
@@ -366,10 +374,28 @@ def _tensors(value):
     return [each for each in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(each, torch.Tensor)]
 
 
-def test_a_replayed_step_draws_the_same_codes(random_model, drawing, monkeypatch):
+def test_a_pass_of_a_forecast_obeys_the_rules(on_fake_cuda, tiny_config, drawing):
+    """All but the question how far the images are, which waits for the device once a pass."""
+
+    def work():
+        settings, model = SampleSettings(**drawing), fake_model(tiny_config).eval()
+        scales = guidance_scales(settings, 16)
+        guided, labels = num_guided_tokens(scales), torch.zeros(3, dtype=torch.int64, device=CUDA)
+        keys = torch.zeros(3, 16, 2, dtype=torch.int32, device=CUDA)
+        with torch.no_grad():
+            begun = Forecast(4, 2)._begin(model, labels, keys, scales, settings, keep=False)
+            forecast_step(model, begun.cache, begun.tokens, begun.start, keys, begun.scales, guided, 16, settings, 4, 2)
+        return begun.start
+
+    assert on_fake_cuda(work).device.type == "cuda"
+
+
+@pytest.mark.parametrize("decoder", [StaticSteps, partial(Forecast, 4, 2)], ids=["static", "forecast"])
+def test_a_replayed_step_draws_the_same_codes(random_model, drawing, monkeypatch, decoder):
     """Same addresses, no number of the step that Python kept, nothing whose size depends on data."""
     monkeypatch.setattr(StaticSteps, "REACH", 4)
-    labels, indices, static = torch.arange(16) % 5, np.arange(16), StaticSteps(record=Replayed)
+    monkeypatch.setattr(Forecast, "REACH", 4)
+    labels, indices, static = torch.arange(16) % 5, np.arange(16), decoder(record=Replayed)
     expected = generate(random_model, labels, SampleSettings(**drawing), seed=0, indices=indices)
     for size in (5, 16, 3):
         got = generate(random_model, labels[:size], SampleSettings(**drawing), seed=0, indices=indices[:size],

@@ -14,7 +14,8 @@ import torch
 from mutor_vision.config import ParallelHeadsConfig, RegisterConfig, TrainConfig, TransformerConfig
 from mutor_vision.model.transformer import Transformer
 from mutor_vision.runtime import Runtime
-from mutor_vision.sampling.draw import SampleSettings
+from mutor_vision.sampling.draw import SampleSettings, exponentials, noise_keys
+from mutor_vision.sampling.forecast import Forecast
 from mutor_vision.sampling.generate import generate
 from mutor_vision.sampling.static import StaticSteps
 from mutor_vision.storage.run_log import read_log
@@ -148,8 +149,27 @@ def test_decoding_draws_the_codes_of_the_cpu_and_graphs_the_same(tiny_config, dr
         assert (graphs == plain[:size]).float().mean() > 0.98
 
 
-def test_graphs_take_no_new_memory_from_batch_to_batch(tiny_config):
-    model, static, labels = model_on(CUDA, tiny_config), StaticSteps(), torch.arange(16, device=CUDA) % 5
+def test_forecasts_by_graphs_draw_the_codes_of_one_token_after_another(tiny_config, drawing, monkeypatch):
+    monkeypatch.setattr(Forecast, "REACH", 8)
+    model, indices, forecast = model_on(CUDA, tiny_config), np.arange(16), Forecast(4, 2)
+    labels = torch.arange(16, device=CUDA) % 5
+    plain = generate(model, labels, SampleSettings(**drawing), seed=0, indices=indices)
+    for size in (5, 16, 3):
+        part = labels[:size], SampleSettings(**drawing)
+        got = generate(model, *part, seed=0, indices=indices[:size], decoder=forecast)
+        assert torch.equal(got, generate(model, *part, seed=0, indices=indices[:size], decoder=forecast))
+        assert (got == plain[:size]).float().mean() > 0.9  # a near-tie changes the tokens after it as well
+    assert forecast.passes < forecast.tokens
+
+
+def test_noise_is_that_of_the_cpu():
+    keys = noise_keys(0, np.arange(50), 16).flatten(0, 1)
+    torch.testing.assert_close(exponentials(keys.to(CUDA), 4096).cpu(), exponentials(keys, 4096), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("decoder", [StaticSteps, Forecast])
+def test_graphs_take_no_new_memory_from_batch_to_batch(tiny_config, decoder):
+    model, static, labels = model_on(CUDA, tiny_config), decoder(), torch.arange(16, device=CUDA) % 5
 
     def reserved():
         generate(model, labels, SampleSettings(), seed=0, indices=np.arange(16), decoder=static)

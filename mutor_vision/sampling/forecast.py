@@ -90,7 +90,10 @@ class Forecast:
                     forecast_step, model, cache, work.tokens, work.start, work.keys, work.scales, guided_until, reach,
                     settings, self.window, self.drafts,
                 )  # fmt: skip
+                before = work.tokens.clone(), work.start.clone()
                 work.steps[reach, bool(guided_until)] = record(step) if record else step
+                work.tokens.copy_(before[0])  # recording takes the step a few times, and a step moves on
+                work.start.copy_(before[1])
             work.steps[reach, bool(guided_until)]()
         codes[work.images] = work.tokens[:, 1 : count + 1]
         return codes[:batch]
