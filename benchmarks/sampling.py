@@ -25,6 +25,7 @@ from mutor_vision.model.transformer import Transformer
 from mutor_vision.presets import TRANSFORMERS
 from mutor_vision.runtime import start
 from mutor_vision.sampling.draw import SampleSettings, draw, filtered_probabilities, noise_keys
+from mutor_vision.sampling.forecast import Forecast
 from mutor_vision.sampling.generate import generate
 from mutor_vision.sampling.load import COMPILE
 from mutor_vision.sampling.static import StaticSteps
@@ -40,6 +41,10 @@ def main() -> None:
     parser.add_argument("--naive-tokens", type=int, default=16, help="tokens of the side without a cache, 0 = omit it")
     parser.add_argument("--llamagen", help="folder with a checkout of LlamaGen, to time its generate as well")
     parser.add_argument("--compile", default="auto", help="of ours, as in `mutor sample`; on: LlamaGen's model as well")
+    parser.add_argument("--window", type=int, default=8, help="of forecasts (default 8)")
+    parser.add_argument("--drafts", type=int, default=2, help="of forecasts (default 2)")
+    parser.add_argument("--tokens-per-pass", type=float, default=2.85, help="of a trained model, as "
+                        "experiments/passes.py counts them (default 2.85, the demo's)")  # fmt: skip
     parser.add_argument("--quantize", default="none", help=f"of ours: {' or '.join(QUANTIZATIONS)}")
     parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
     add_arguments(parser)
@@ -71,7 +76,15 @@ def main() -> None:
                 ours, labels, settings, seed=0, indices=np.arange(len(labels)), decoder=static, num_tokens=count
             )  # fmt: skip
 
-    sides, counts = {"ours": lambda: cached(tokens)}, {"ours": tokens}
+    forecast = Forecast(arguments.window, arguments.drafts)
+
+    def forecasted() -> None:
+        with runtime.autocast():
+            generate(ours, labels, settings, seed=0, indices=np.arange(len(labels)), decoder=forecast,
+                     num_tokens=tokens)  # fmt: skip
+
+    named = f"forecast, {arguments.window} + {arguments.drafts}"
+    sides, counts = {"ours": lambda: cached(tokens), named: forecasted}, {"ours": tokens, named: tokens}
     if arguments.llamagen:
         sides["llamagen"] = llamagen(config, weights, labels, settings, tokens, runtime, arguments)
         counts["llamagen"] = tokens
@@ -99,8 +112,23 @@ def main() -> None:
     print(f"{arguments.preset}: {len(labels)} images, guidance {arguments.cfg_scale:g}, {sizes['precision']}, "
           f"{host['device']}, {host['threads']} threads, median of {arguments.repeats}")  # fmt: skip
     print(table(rows))
+    # Random weights are guessed well or badly by chance; what a pass costs is the same for any weights.
+    a_pass, a_token = forecast_pass(forecasted, forecast, len(labels), runtime.device), middle["ours"] / tokens
+    print(f"a pass of {arguments.window} + {arguments.drafts} inputs: {1000 * a_pass:.1f} ms, "
+          f"{a_pass / a_token:.2f} times a token of plain decoding; with {arguments.tokens_per_pass:g} tokens a pass "
+          f"forecasts are {arguments.tokens_per_pass * a_token / a_pass:.2f} times as fast")  # fmt: skip
     if arguments.json:
         write(arguments.json, {"machine": host, "sizes": sizes, "seconds": seconds, "medians": middle})
+
+
+def forecast_pass(forecasted, forecast: Forecast, images: int, device: torch.device) -> float:
+    """Seconds of a pass, in the middle of three batches."""
+    found = []
+    for _ in range(3):
+        before = forecast.passes
+        seconds = measure({"one": forecasted}, 1, device, warmup=0)["one"][0]
+        found.append(seconds * images / (forecast.passes - before))
+    return sorted(found)[1]
 
 
 def random_weights(config: TransformerConfig) -> dict[str, torch.Tensor]:

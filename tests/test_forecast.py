@@ -12,8 +12,9 @@ from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig
 from mutor_vision.errors import UserError
 from mutor_vision.model.transformer import Transformer
 from mutor_vision.runtime import Runtime
+from mutor_vision.sampling.decode import Plain
 from mutor_vision.sampling.draw import SampleSettings
-from mutor_vision.sampling.forecast import Forecast, most_drafts
+from mutor_vision.sampling.forecast import Either, Forecast, most_drafts
 from mutor_vision.sampling.generate import generate
 from mutor_vision.sampling.load import Decoding, load
 
@@ -133,12 +134,20 @@ def test_the_command_draws_the_same_images_and_says_how(trained_run, tmp_path, m
         main()
         return json.loads((tmp_path / f"{name}.json").read_text())["decoding"]
 
-    assert sample("plain.npz")["decode"] == "plain"
+    assert sample("plain.npz", "--decode", "plain") == {"draw": "gumbel-max 1", "decode": "plain"}
     made = sample("forecast.npz", "--decode", "forecast", "--window", "4")
     assert made == {"draw": "gumbel-max 1", "decode": "forecast", "window": 4, "drafts": 2}
     assert "tokens a pass" in capfd.readouterr().err
     images = [np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("plain", "forecast")]
     assert (images[0] == images[1]).mean() > 0.95, "float32: a near-tie may fall the other way"
+
+
+def test_auto_forecasts_for_few_images_and_not_for_many(random_model):
+    forecast, model = Forecast(4, 0), random_model.double()
+    either = Either(forecast, Plain(), up_to=2)
+    expected = codes(model, {})
+    assert torch.equal(codes(model, {}, either), expected) and forecast.passes == 0
+    assert torch.equal(codes(model, {}, either, slice(2)), expected[:2]) and forecast.passes > 0
 
 
 @pytest.mark.parametrize(

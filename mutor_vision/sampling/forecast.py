@@ -163,6 +163,21 @@ def forecast_step(
     start.add_(agreeing + 1).clamp_(max=n)
 
 
+class Either:
+    """A decoder: see generate.Decoder. Forecasts for up to `up_to` images at once, else another decoder."""
+
+    def __init__(self, forecast: Forecast, other, up_to: int):
+        self._forecast, self._other, self._up_to = forecast, other, up_to
+
+    def decode(self, model, labels, keys, scales, settings, count) -> Tensor:
+        """As decode.Plain.decode."""
+        chosen = self._forecast if len(labels) <= self._up_to else self._other
+        return chosen.decode(model, labels, keys, scales, settings, count)
+
+    def note(self) -> str:
+        return self._forecast.note()
+
+
 def most_drafts(config: TrainConfig) -> int:
     """How many registers may stand behind the window: the model was trained with offsets 2, 3, ..., m + 1."""
     if not config.registers.active:

@@ -10,7 +10,7 @@ from mutor_vision.model.transformer import Transformer
 from mutor_vision.runtime import Runtime
 from mutor_vision.sampling.decode import Plain
 from mutor_vision.sampling.draw import LAW
-from mutor_vision.sampling.forecast import Forecast, most_drafts
+from mutor_vision.sampling.forecast import Either, Forecast, most_drafts
 from mutor_vision.sampling.generate import Decoder
 from mutor_vision.sampling.static import StaticSteps
 from mutor_vision.storage import checkpoint
@@ -19,13 +19,14 @@ from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer
 
 COMPILE = ("auto", "on", "off")
 DECODE = ("auto", "plain", "forecast")
+FORECAST_UP_TO = {"cpu": 1}  # images at once for which forecasts were measured to be faster (docs/performance.md)
 
 
 @dataclass(frozen=True)
 class Decoding:
     """How codes are drawn: by which decoder. The codes are the same by all, but for rounding."""
 
-    decode: str = "plain"  # 'plain' or 'forecast'; 'auto': plain
+    decode: str = "plain"  # 'plain', 'forecast', or 'auto': by FORECAST_UP_TO, forecasts for few images at once
     compile: str = "auto"  # of plain: 'off'; 'auto' records steps as CUDA graphs on CUDA; 'on' compiles them, too
     window: int = 8  # of forecast: inputs in a row
     drafts: int = -1  # of forecast: registers behind them; -1 = as many as the model was trained for, at most 2
@@ -110,18 +111,24 @@ def load(
 
 def _decoder(decoding: Decoding, config: TrainConfig, runtime: Runtime) -> tuple[Decoder, dict]:
     """The decoder, and what it is."""
-    if decoding.decode == "forecast":
+    if decoding.compile == "off" or (decoding.compile == "auto" and runtime.device.type != "cuda"):
+        plain, described = Plain(), {"draw": LAW, "decode": "plain"}
+    else:
+        plain = StaticSteps("inductor" if decoding.compile == "on" else "")
+        described = {"draw": LAW, "decode": "plain", "compile": decoding.compile}
+    up_to = FORECAST_UP_TO.get(runtime.device.type, 0)
+    if decoding.decode == "forecast" or (decoding.decode == "auto" and up_to):
         most = most_drafts(config)
         drafts = min(most, 2) if decoding.drafts < 0 else decoding.drafts
         if drafts > most:
             raise UserError(f"drafts is {drafts}, expected at most {most}: the model has learnt no registers for "
                             "tokens further ahead")  # fmt: skip
-        described = {"draw": LAW, "decode": "forecast", "window": decoding.window, "drafts": drafts}
-        return Forecast(decoding.window, drafts), described
-    if decoding.compile == "off" or (decoding.compile == "auto" and runtime.device.type != "cuda"):
-        return Plain(), {"draw": LAW, "decode": "plain"}
-    steps = StaticSteps("inductor" if decoding.compile == "on" else "")
-    return steps, {"draw": LAW, "decode": "plain", "compile": decoding.compile}
+        forecast = Forecast(decoding.window, drafts)
+        described |= {"decode": decoding.decode, "window": decoding.window, "drafts": drafts}
+        if decoding.decode == "forecast":
+            return forecast, described
+        return Either(forecast, plain, up_to), described | {"forecast_up_to": up_to}
+    return plain, described
 
 
 def training_model(transformer: Transformer, run: Path, config: TrainConfig, runtime: Runtime) -> LoadedModel:
