@@ -43,7 +43,7 @@ def add_execution(parser) -> None:
     parser.add_argument(
         "--compile", default="auto", help="auto (CUDA graphs on CUDA), on (torch.compile too: for long runs) or off"
     )
-    parser.add_argument("--decode", default="plain", help="plain (a token a pass), forecast (several tokens a pass: the "
+    parser.add_argument("--decode", default="plain", help="plain (a token a pass), forecast (several: the "
                         "same images, sooner if one at a time) or auto: by batch and device")  # fmt: skip
     parser.add_argument("--window", type=int, default=8, help="of forecast: inputs in a row (default 8)")
     parser.add_argument("--drafts", type=int, default=-1, help="of forecast: registers behind them (default: as many "
