@@ -1,57 +1,6 @@
-"""Reference statistics of one's own images, in the keys of ADM's reference files.
+"""Statistics of images to compare samples with: `mutor reference` as a script (mutor_vision/commands/reference.py)."""
 
-    python eval/reference.py --data DIR --image-size 256 --out reference.npz
-    torchrun --nproc-per-node=8 eval/reference.py --data IMAGENET/train --image-size 256 --out imagenet256.npz
-
-DIR: images at any depth; sub-folders are classes. They are cut by ADM's centre crop. The originals may be JPEG: what
-samples are compared with is the data as it is.
-"""
-
-from pathlib import Path
-
-from mutor_vision.cli import Parser, run_command
-from mutor_vision.errors import UserError
-from mutor_vision.features.extractors import load_extractor
-from mutor_vision.features.sources import FolderImages
-from mutor_vision.metrics.evaluate import check_outputs
-from mutor_vision.metrics.reference import write_reference
-from mutor_vision.runtime import finish, start
-
-
-def main() -> None:
-    parser = Parser(prog="eval/reference.py", description=__doc__)
-    parser.add_argument("--data", required=True, help="folder of images")
-    parser.add_argument("--out", required=True, type=Path, help="FILE.npz")
-    parser.add_argument("--image-size", type=int, default=0, help="centre-crop to this, 0 = as they are, of one size")
-    parser.add_argument("--features", default="inception", help="inception, timm:NAME[@SIZE], or a trained folder")
-    parser.add_argument("--weights", help="file of the extractor's weights, or 'random' (tests the plumbing only)")
-    parser.add_argument("--allow-unknown-weights", action="store_true", help="accept another Inception; marked")
-    parser.add_argument("--keep-images", type=int, default=10_000, help="stored for precision and recall, 0 = none")
-    parser.add_argument("--batch-size", type=int, default=50, help="images per forward pass and process (default 50)")
-    parser.add_argument("--work", type=Path, help="folder for snapshots, so that a killed run goes on")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    arguments = parser.parse_args()
-    if arguments.image_size < 0 or arguments.batch_size < 1:
-        raise UserError("--image-size must not be negative, and --batch-size must be 1 or more")
-    if arguments.out.suffix != ".npz":
-        raise UserError(f"--out is {arguments.out}, expected FILE.npz")
-    runtime = start(device=arguments.device)
-    check_outputs(runtime, files=(arguments.out,), folders=(arguments.work,))
-    source = FolderImages(arguments.data, image_size=arguments.image_size, allow_lossy=True)
-    extractor = load_extractor(arguments.features, arguments.weights, arguments.allow_unknown_weights)
-    protocol = write_reference(
-        source, extractor, runtime, arguments.out, batch=arguments.batch_size, keep_images=arguments.keep_images,
-        work=arguments.work,
-    )  # fmt: skip
-    if runtime.is_main:
-        width = extractor.layers["pool"]
-        print(f"{arguments.out}: {protocol['n']:,} images of {source.width}x{source.height}, {width} features of "
-              f"{extractor.identity['name']} ({extractor.identity['weights']} weights)")  # fmt: skip
-        if protocol["n"] <= width:
-            print(f"warning: fewer images than the {width} features: distances from this reference compare with "
-                  "nothing")  # fmt: skip
-    finish()
-
+from mutor_vision.cli import door
 
 if __name__ == "__main__":
-    run_command(main)
+    door("reference", "eval/reference.py")

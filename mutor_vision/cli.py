@@ -140,15 +140,23 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-# Subcommand of `mutor` -> (what it does, for --help). Each is a module of commands/ with `add_arguments(parser)` and
-# `main(arguments)`, imported only when it is asked for: `mutor info` needs no image library.
+# Subcommand of `mutor`, in the order of the pipeline -> what it does, for --help, and the script that is its door. Each
+# is a module of commands/ with `add_arguments(parser)` and `main(arguments)`, imported only when it is asked for.
 COMMANDS = {
-    "sample": "make an image grid, or a set of images for evaluation",
+    "train-tokenizer": "images -> a tokenizer (tokenizers/train_vq.py)",
+    "reconstruct": "how well a tokenizer reconstructs images (tokenizers/reconstruct.py)",
+    "encode": "images -> a token set (tokenizers/encode.py)",
+    "plan": "what a training costs: FLOPs, memory, days",
+    "train": "a token set -> a transformer (train/imagenet.py)",
+    "plot": "curves of trainings as a picture",
+    "sample": "an image grid, or a set of images for evaluation",
+    "features": "train a feature network of one's own (eval/train_features.py)",
+    "reference": "statistics of images to compare with (eval/reference.py)",
+    "fid": "FID and the rest of ADM's suite, of images or of a run (eval/fid.py)",
+    "sweep": "the guidance scale of the lowest FID (eval/cfg_sweep.py)",
     "info": "say what a run, checkpoint or token set is",
-    "convert": "LlamaGen's checkpoints and codes in, our checkpoints out",
     "merge": "a base and its LoRA adapter -> a plain run",
-    "plot": "curves of one or more training runs as a picture",
-    "plan": "what a training run costs: FLOPs, memory, days",
+    "convert": "LlamaGen's checkpoints and codes in, our checkpoints out",
 }
 
 
@@ -158,12 +166,30 @@ def main() -> None:
 
 
 def _main() -> None:
-    parser = Parser(prog="mutor", description="Sample from a trained model, or ask what a folder holds.")
+    parser = Parser(prog="mutor", description="From images to a trained model, its samples and their scores.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    parsers = {name: commands.add_parser(name, help=text) for name, text in COMMANDS.items()}
-    command = None
-    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
-        command = importlib.import_module(f"mutor_vision.commands.{sys.argv[1]}")
-        command.add_arguments(parsers[sys.argv[1]])
+    name, parsers = sys.argv[1] if len(sys.argv) > 1 else "", {}
+    for each, text in COMMANDS.items():
+        parsers[each] = commands.add_parser(each, help=text)
+    if name in COMMANDS:
+        command = _command(name)
+        parsers[name].description = command.__doc__
+        command.add_arguments(parsers[name])
     arguments = parser.parse_args()
     command.main(arguments)
+
+
+def door(name: str, script: str) -> None:
+    """The command `mutor name` as a script of its own, called `script` in its messages."""
+
+    def run() -> None:
+        command = _command(name)
+        parser = Parser(prog=script, description=command.__doc__)
+        command.add_arguments(parser)
+        command.main(parser.parse_args())
+
+    run_command(run)
+
+
+def _command(name: str):
+    return importlib.import_module(f"mutor_vision.commands.{name.replace('-', '_')}")

@@ -69,17 +69,12 @@ def extractor():
 @pytest.fixture
 def run_eval(monkeypatch, capsys):
     """Run eval/NAME.py in this process -> (exit code, output)."""
-    import importlib.util
-
-    from mutor_vision.cli import run_command
+    import runpy
 
     def run(name: str, *arguments) -> tuple[int, str]:
-        spec = importlib.util.spec_from_file_location(f"command_{name}", ROOT / "eval" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
         monkeypatch.setattr(sys, "argv", [f"eval/{name}.py", *map(str, arguments)])
         try:
-            run_command(module.main)
+            runpy.run_path(str(ROOT / "eval" / f"{name}.py"), run_name="__main__")
             code = 0
         except SystemExit as stop:
             code = stop.code

@@ -58,7 +58,7 @@ ROOMS = {
     "metrics": {"storage", "data", "features"},
     "training": {"storage", "data", "model", "objectives", "sampling", "features", "metrics"},
     "interop": {"storage", "data", "tokenizer", "model"},
-    "commands": {"storage", "data", "tokenizer", "model", "sampling", "metrics", "training", "interop"},
+    "commands": {"storage", "data", "tokenizer", "model", "sampling", "features", "metrics", "training", "interop"},
 }
 LONGEST = 350  # lines of a module
 

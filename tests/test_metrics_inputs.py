@@ -6,11 +6,11 @@ validation statistics) cannot be told from a file; its name and sha256 stand in 
 """
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
 import pickle
+import runpy
 import shutil
 import socket
 import sys
@@ -23,7 +23,6 @@ import pytest
 import torch
 from PIL import Image
 
-from mutor_vision.cli import run_command
 from mutor_vision.errors import IntegrityError, UserError
 from mutor_vision.features.extractors import load_extractor
 from mutor_vision.features.moments import Statistics
@@ -37,10 +36,8 @@ DIM = 96  # features of timm's test_resnet
 
 
 def command(name: str):
-    spec = importlib.util.spec_from_file_location(f"command_{name}", ROOT / "eval" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    """The script eval/NAME.py as a function."""
+    return lambda: runpy.run_path(str(ROOT / "eval" / f"{name}.py"), run_name="__main__")
 
 
 def call(monkeypatch, capsys, name: str, *arguments) -> tuple[int, str]:
@@ -48,7 +45,7 @@ def call(monkeypatch, capsys, name: str, *arguments) -> tuple[int, str]:
     monkeypatch.setattr(sys, "argv", [f"eval/{name}.py", *map(str, arguments)])
     monkeypatch.delenv("MUTOR_DEBUG", raising=False)
     try:
-        run_command(command(name))
+        command(name)()
         code = 0
     except SystemExit as stop:
         code = stop.code
@@ -577,7 +574,7 @@ def test_results_are_written_before_anything_is_printed(good, tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", ["eval/fid.py", *map(str, arguments)])
     monkeypatch.setattr(sys, "stdout", ClosedPipe())
     with contextlib.suppress(SystemExit, BrokenPipeError):
-        run_command(command("fid"))
+        command("fid")()
     assert "metrics" in json.loads((tmp_path / "m.json").read_text()) and (tmp_path / "new" / "page.html").is_file()
 
 

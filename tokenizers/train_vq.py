@@ -1,44 +1,6 @@
-"""Train a VQ tokenizer on a folder of images.
+"""Train a tokenizer on images: `mutor train-tokenizer` as a script (mutor_vision/commands/train_tokenizer.py)."""
 
-    python tokenizers/train_vq.py --preset tiny-imagenet --data train/ --val-data val/ --out runs/vq
-    torchrun --nproc-per-node=8 tokenizers/train_vq.py --preset vq-16 --data train/ --out runs/vq --set lpips_weights=F
-
-Run the same command again to resume. --dry-run prints the resolved configuration; every name in it is a --set name. A
-flag and a --set that contradict each other are an error.
-"""
-
-import json
-
-from mutor_vision import runtime
-from mutor_vision.cli import Parser, choose_settings, run_command
-from mutor_vision.presets import TOKENIZERS
-from mutor_vision.settings import to_dict
-
-
-def main() -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument("--preset", required=True, help=", ".join(TOKENIZERS))
-    parser.add_argument("--data", required=True, help="folder with one sub-folder of images per class")
-    parser.add_argument("--val-data", help="the same, held out; default: a share of --data is held out")
-    parser.add_argument("--out", required=True, help="run directory")
-    parser.add_argument("--steps", type=int, help="optimizer steps, instead of the preset's")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change any other setting")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration as JSON and stop")
-    arguments = parser.parse_args()
-
-    config = choose_settings(
-        TOKENIZERS, arguments.preset, arguments.set, data=arguments.data, val_data=arguments.val_data,
-        steps=arguments.steps,
-    )  # fmt: skip
-    if arguments.dry_run:
-        print(json.dumps(to_dict(config), indent=1))
-        return
-
-    from mutor_vision.tokenizer.train import train_tokenizer
-
-    train_tokenizer(config, arguments.out)
-    runtime.finish()
-
+from mutor_vision.cli import door
 
 if __name__ == "__main__":
-    run_command(main)
+    door("train-tokenizer", "tokenizers/train_vq.py")

@@ -1,51 +1,6 @@
-"""Train the class-conditional transformer on a token set: next-token prediction, MuToR-1D or MuToR-2D by preset.
+"""Train the transformer on a token set: `mutor train` as a script (mutor_vision/commands/train.py)."""
 
-    torchrun --nproc-per-node=8 train/imagenet.py --preset imagenet256-B-mutor-2d-80 --codes CODES --out runs/B-80
-    python train/imagenet.py --preset tiny-imagenet-mutor-2d --codes CODES --out runs/tiny
-
-Fine-tuning: --init RUN starts from any checkpoint and takes its sizes, --set lora_rank=8 trains an adapter on it.
-
-Run the same command again to continue. Any setting can be changed with --set name=value, for example
---set registers.count=128 --set lr=1e-4; --dry-run prints them all. A flag and a --set that contradict each other are an
-error. Presets, their hardware and their scores are in mutor_vision/presets.py.
-"""
-
-import json
-from pathlib import Path
-
-from mutor_vision.cli import Parser, choose_settings, run_command
-from mutor_vision.presets import TRANSFORMERS
-from mutor_vision.settings import to_dict
-
-
-def main() -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument("--preset", required=True, metavar="NAME", help=", ".join(TRANSFORMERS))
-    parser.add_argument("--codes", required=True, help="token set made by tokenizers/encode.py")
-    parser.add_argument("--val-codes", help="held-out token set; without it the preset's share is held out")
-    parser.add_argument("--init", help="run to start from instead of random weights; decides the sizes")
-    parser.add_argument("--out", required=True, help="run directory, new or to be continued")
-    parser.add_argument("--steps", type=int, help="optimizer steps in all")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
-    arguments = parser.parse_args()
-
-    config = choose_settings(
-        TRANSFORMERS, arguments.preset, arguments.set, codes=arguments.codes, val_codes=arguments.val_codes,
-        init=arguments.init, steps=arguments.steps,
-    )  # fmt: skip
-
-    from mutor_vision.data.token_set import TokenSet
-    from mutor_vision.runtime import finish
-    from mutor_vision.training.inputs import resolve
-    from mutor_vision.training.loop import train
-
-    if arguments.dry_run:
-        print(json.dumps(to_dict(resolve(config, TokenSet.open(config.codes))), indent=1))
-        return
-    train(config, Path(arguments.out))
-    finish()
-
+from mutor_vision.cli import door
 
 if __name__ == "__main__":
-    run_command(main)
+    door("train", "train/imagenet.py")

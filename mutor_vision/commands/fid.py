@@ -1,0 +1,114 @@
+"""FID, sFID, Inception Score, precision, recall and KID by ADM's protocol, without TensorFlow.
+
+    mutor fid --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz --json metrics.json
+    mutor fid --samples FOLDER --reference FOLDER --features timm:vit_large_patch14_dinov2.lvd142m@224
+    torchrun --nproc-per-node=8 eval/fid.py --model RUN --num-images 50000 --reference reference.npz --json metrics.json
+
+Samples and reference: a folder of PNGs (sub-folders are classes), an npz of images (arr_0), or statistics (mu, sigma,
+mu_s, sigma_s; made by eval/reference.py, or ADM's own). --model (or --run) samples
+from a trained run and keeps no image.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from mutor_vision.commands.sample import add_execution, add_settings, decoding_from, settings_from
+from mutor_vision.errors import UserError
+from mutor_vision.features.extractors import load_extractor
+from mutor_vision.features.sources import RunImages
+from mutor_vision.metrics import report
+from mutor_vision.metrics.evaluate import METRICS, ImageSet, Options, check_outputs, evaluate, open_set
+from mutor_vision.runtime import finish, start
+from mutor_vision.sampling import stream as sample
+from mutor_vision.sampling.load import load
+from mutor_vision.storage.files import write_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--samples", help="folder, npz of images, or statistics")
+    # torchrun takes --run and --num for abbreviations of its own options, so the flags have other names as well.
+    parser.add_argument(
+        "--model", "--run", dest="run", help="sample from this run or checkpoint instead; needs --num-images"
+    )
+    parser.add_argument("--num-images", "--num", type=int, default=0, dest="num", help="samples to draw, or to expect")
+    parser.add_argument("--reference", required=True, help="folder, npz of images, or statistics")
+    parser.add_argument("--features", default="inception", help="inception, timm:NAME[@SIZE], or a trained folder")
+    parser.add_argument("--weights", help="file of the extractor's weights, or 'random' (tests the plumbing only)")
+    parser.add_argument("--metrics", default="", help=f"of {','.join(METRICS)}; default: all that are possible")
+    parser.add_argument("--json", type=Path, help="write values, warnings and the protocol here")
+    parser.add_argument("--report", type=Path, help="write a page with the worst and best classes here (.html)")
+    parser.add_argument("--batch-size", type=int, default=50, help="images per forward pass and process (default 50)")
+    parser.add_argument("--splits", type=int, default=10, help="parts of the Inception Score (default 10)")
+    parser.add_argument("--neighbours", type=int, default=3, help="k of precision and recall (default 3)")
+    parser.add_argument("--groups", type=int, default=20, help="jackknife groups, 0 = no error bars (default 20)")
+    parser.add_argument("--work", type=Path, help="folder for features of finished images, so that a killed run goes "
+                        "on; default: beside --json")  # fmt: skip
+    parser.add_argument("--keep-features", action="store_true", help="leave them there for a later run")
+    parser.add_argument("--image-size", type=int, default=0, help="crop and resize images of both sides to this")
+    parser.add_argument("--sample-labels", help=".npy of class ids, one for each sample")
+    parser.add_argument("--allow-lossy", action="store_true", help="accept JPEG, WEBP and palette files; recorded")
+    parser.add_argument("--allow-unknown-weights", action="store_true", help="accept another Inception; marked")
+    parser.add_argument("--nchw", action="store_true", help="the samples' npz holds (N, 3, H, W)")
+    parser.add_argument("--strict", action="store_true", help="stop with an error at the first warning")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    sampling = parser.add_argument_group("sampling with --model")
+    sampling.add_argument("--labels", default="balanced", help=", ".join(sample.LABEL_PLANS))
+    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--sample-batch-size", type=int, default=0, help="images sampled at once, 0 = by free memory")
+    sampling.add_argument("--run-weights", default="best", help="best (EMA where there is one), ema or model")
+    sampling.add_argument("--precision", default="auto", help="of sampling: auto, float32 or bfloat16")
+    add_execution(sampling)
+    add_settings(parser)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    if (arguments.samples is None) == (arguments.run is None):
+        raise UserError("give either --samples or --model")
+    if arguments.run and arguments.num < 2:
+        raise UserError(f"--model needs --num-images, 2 or more; got {arguments.num}")
+    if min(arguments.num, arguments.image_size, arguments.sample_batch_size) < 0:
+        raise UserError("--num-images, --image-size and --sample-batch-size must not be negative")
+    if not 0 <= arguments.seed < 2**63:
+        raise UserError(f"--seed is {arguments.seed}, expected 0 to 2^63 - 1")
+    work = arguments.work or (arguments.json.with_name(arguments.json.name + ".work") if arguments.json else None)
+    options = Options(
+        metrics=tuple(name.strip() for name in arguments.metrics.split(",") if name.strip()),
+        batch=arguments.batch_size, splits=arguments.splits, k=arguments.neighbours, groups=arguments.groups,
+        work=work, strict=arguments.strict,
+    )  # fmt: skip
+    settings, decoding = settings_from(arguments), decoding_from(arguments)
+    runtime = start(arguments.precision, arguments.device)
+    check_outputs(runtime, files=(arguments.json, arguments.report), folders=(work,))
+    reference = open_set(
+        arguments.reference, image_size=arguments.image_size, allow_lossy=arguments.allow_lossy
+    )  # cheap checks first: nothing heavy is loaded before both sides are known to be readable
+    if arguments.run:
+        loaded = load(arguments.run, runtime, arguments.run_weights, quantize=arguments.quantize, decoding=decoding)
+        if settings.cfg_scale != 1 and not loaded.config.label_dropout:
+            raise UserError("the model was trained with label_dropout 0 and has no null class; use --cfg-scale 1")
+        source = RunImages(
+            loaded, arguments.num, settings, plan=arguments.labels, seed=arguments.seed,
+            image_size=arguments.image_size, batch=arguments.sample_batch_size,
+        )  # fmt: skip
+        samples = ImageSet(source, None, {"path": loaded.identity["run"]} | source.describe())
+    else:
+        samples = open_set(
+            arguments.samples, image_size=arguments.image_size, allow_lossy=arguments.allow_lossy,
+            nchw=arguments.nchw, labels=arguments.sample_labels, count=arguments.num,
+        )  # fmt: skip
+    extractor = load_extractor(arguments.features, arguments.weights, arguments.allow_unknown_weights)
+    result = evaluate(samples, reference, extractor, runtime, options)
+    if runtime.is_main:
+        # Everything is written before anything is printed: whoever reads the output may have gone.
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            write_json(arguments.json, result)
+        if arguments.report:
+            report.write_page(arguments.report, report.page(result, samples.images, reference.images))
+        if work is not None and not arguments.keep_features and arguments.work is None:
+            shutil.rmtree(work, ignore_errors=True)
+        print(report.table(result))
+        for path in filter(None, (arguments.json, arguments.report)):
+            print(f"written: {path}")
+    finish()
