@@ -12,9 +12,9 @@ from pathlib import Path
 from mutor_vision.cli import Parser, run_command
 from mutor_vision.errors import UserError
 from mutor_vision.features.extractors import load_extractor
+from mutor_vision.features.reference import write_reference
 from mutor_vision.features.sources import FolderImages
 from mutor_vision.metrics.evaluate import check_outputs
-from mutor_vision.metrics.reference import write_reference
 from mutor_vision.runtime import finish, start
 
 
