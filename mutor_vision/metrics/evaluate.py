@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 import mutor_vision
+from mutor_vision.data.reading import source_kind
 from mutor_vision.errors import IntegrityError, UserError
 from mutor_vision.features.extract import extract
 from mutor_vision.features.moments import Statistics, read_protocol, read_statistics
-from mutor_vision.features.sources import FolderImages, NpzImages, check_count, check_labels, read_labels
+from mutor_vision.features.sources import NpzImages, SourceImages, check_count, check_labels, read_labels
 from mutor_vision.metrics import guards
 from mutor_vision.metrics.frechet import FrechetDistance
 from mutor_vision.metrics.metric import ImageSet, Measured, Metric, MetricSettings, Side, impossible
@@ -66,11 +67,11 @@ def open_set(
     labels: str | None = None,
     count: int = 0,
 ) -> ImageSet:
-    """A folder or an npz -> ImageSet. count > 0: how many images it must have. Where the sampler left PATH.json beside
-    its set, the labels and the protocol of sampling come from there."""
-    path = Path(path)
-    if path.is_dir():
-        source, statistics = FolderImages(path, image_size=image_size, allow_lossy=allow_lossy), None
+    """A folder (or another data source) or an npz -> ImageSet. count > 0: how many images it must have. Where the
+    sampler left PATH.json beside its set, the labels and the protocol of sampling come from there."""
+    claimed, path = source_kind(path) is not None, Path(path)
+    if claimed or path.is_dir():
+        source, statistics = SourceImages(path, image_size=image_size, allow_lossy=allow_lossy), None
         record = {"path": path.name}
     else:
         npz = Npz(path)
