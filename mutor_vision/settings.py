@@ -11,20 +11,27 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 from mutor_vision.errors import UserError
 
 Config = TypeVar("Config")
-FORMAT = 2  # of config.json; see Settings._absent_in_format_1
+FORMAT = 3  # of config.json; see Settings._absent_in
 
 
 class Settings:
     """Base of every configuration: refuses values that are not of their field's type."""
 
     _prefix = ""  # what --set writes before the names of these fields
-    # Files of format 1 were written while fields were still being added. What a file does not have was the value here
-    # when its weights were trained; a default that changes later must not change it. Format 2 has every field.
-    _absent_in_format_1: ClassVar[dict[str, Any]] = {}
+    # Format -> the fields that its files may lack, with what their absence meant when the weights were trained. A
+    # default that changes later must not change it.
+    _absent_in: ClassVar[dict[int, dict[str, Any]]] = {}
 
     def __post_init__(self) -> None:
         for name, hint in _hints(type(self)).items():
             self._require(name, lambda value, hint=hint: _is_of(value, hint), _described(hint))
+
+    @classmethod
+    def _migrated(cls, given: dict[str, Any], format: int) -> dict[str, Any]:
+        """Values by dotted name, of a file of `format` -> those of today's format."""
+        for older in range(format, FORMAT):
+            given = cls._absent_in.get(older, {}) | given
+        return given
 
     def _require(self, names: str, holds: Callable[[Any], bool], expected: str) -> None:
         """Raise UserError for the first of the names, separated by blanks, whose value does not hold."""
@@ -57,8 +64,7 @@ def from_dict(kind: type[Config], values: Any, format: int = FORMAT) -> Config:
     for name in given:
         if name not in hints:
             raise UserError(f"unknown setting '{name}'; {_nearest(name, list(hints))}")
-    if format == 1:
-        given = kind._absent_in_format_1 | given
+    given = kind._migrated(given, format)
     if missing := [name for name in hints if name not in given]:
         raise UserError(f"setting '{missing[0]}' is missing ({len(missing)} of {len(hints)}); restore the file")
     return _build(kind, {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})

@@ -45,7 +45,7 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
 @torch.no_grad()
 def reconstruct(tokenizer: VQTokenizer, images: Tensor) -> tuple[Tensor, Tensor]:
     """uint8 (B, 3, H, W) -> (reconstructions as uint8, codes (B, h, w)) on the tokenizer's device, in float32."""
-    codes = tokenizer.encode(to_float(images.to(tokenizer.quantizer.codebook.device)))
+    codes = tokenizer.encode(to_float(images.to(next(tokenizer.parameters()).device)))
     return to_uint8(tokenizer.decode(codes)), codes
 
 

@@ -26,7 +26,7 @@ from mutor_vision.storage.outputs import check_out_folder
 from mutor_vision.storage.run_log import RunLog
 from mutor_vision.tokenizer import losses
 from mutor_vision.tokenizer.model import VQTokenizer
-from mutor_vision.tokenizer.quantizer import count_codes, revive_dead_codes, usage
+from mutor_vision.tokenizer.quantizer import count_codes, quantizer_named, usage
 from mutor_vision.tokenizer.reconstruction import reconstruct, score_reconstructions, side_by_side
 from mutor_vision.tokenizer.repairs import forget_bad, only_repaired, recall_bad, record_bad
 
@@ -47,6 +47,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
     begun with other settings or images."""
     runtime = start(config.precision)
     check_warmup(config.steps, config.warmup_steps)
+    quantizer_named(config.model.quantizer).check_training(config)
     if config.batch_size % runtime.world_size:
         raise UserError(f"batch_size {config.batch_size} is no multiple of the {runtime.world_size} processes")
     if config.lpips_weight > 0 and not config.lpips_weights:  # presets leave the file to the user
@@ -160,10 +161,9 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
                 some = reconstruction.quantized.encoded[: max(1, 8 // runtime.world_size)].detach().contiguous()
                 some = rearrange(runtime.gather(some), "(rank i) c h w -> (i rank h w) c", rank=runtime.world_size)
                 draws = torch.from_numpy(uniforms(config.seed, "revive", np.array([step]), len(counts))[0])
-                revive_dead_codes(
-                    model.quantizer.codebook, idle_steps, runtime.all_reduce(new_counts), some,
-                    config.dead_code_steps, draws.to(device),
-                )  # fmt: skip
+                model.quantizer.revive_dead_codes(
+                    idle_steps, runtime.all_reduce(new_counts), some, config.dead_code_steps, draws.to(device)
+                )
             if ema is not None:
                 ema.update(model, step=step)
 
