@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from mutor_vision.data import images
@@ -140,7 +141,7 @@ class NpzImages:
             self._context = self.npz.rows("arr_0")
             self._rows = self._context.__enter__()
         found = torch.from_numpy(self._as_uint8(self._rows(start, stop)).copy())
-        found = found if self.nchw else found.permute(0, 3, 1, 2).contiguous()
+        found = found if self.nchw else rearrange(found, "b h w c -> b c h w").contiguous()
         if self.image_size:
             crops = [images.center_crop(images.to_pil(image), self.image_size) for image in found]
             found = torch.stack([images.to_tensor(crop) for crop in crops])

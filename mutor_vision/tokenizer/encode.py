@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
@@ -121,9 +122,10 @@ def _encode_shards(
         for shard in missing:
             codes = []
             for images in islice(stream, len(batches[shard])):
-                parts = images.flatten(0, 1).split(plan["batch_size"])
+                parts = rearrange(images, "image view c h w -> (image view) c h w").split(plan["batch_size"])
                 encoded = [_encode(tokenizer, part, plan["precision"], runtime) for part in parts]
-                codes.append(torch.cat(encoded).unflatten(0, images.shape[:2]).cpu().numpy())
+                of_images = rearrange(torch.cat(encoded), "(image view) n -> image view n", image=len(images))
+                codes.append(of_images.cpu().numpy())
                 bar.update(len(images))
             codes_name, labels_name = shard_names(shard)
             save_array(out / codes_name, np.concatenate(codes).astype(code_dtype(plan["codebook_size"])))
