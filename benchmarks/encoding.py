@@ -90,7 +90,7 @@ def make_images(folder: Path, number: int, pixels: int) -> None:
 def one_at_a_time(tokenizer: Path, data: Path, device: torch.device) -> np.ndarray:
     model = load_tokenizer(tokenizer, device)
     codes = []
-    for name in ImageFolder.open(data).paths:
+    for name in ImageFolder(data).paths:
         for view in center_flip(read_image(data / name), model.config.image_size):
             codes.append(model.encode(to_float(to_tensor(view)[None]).to(device)).cpu().numpy())
     return np.concatenate(codes)

@@ -27,6 +27,7 @@ class TokenizerConfig(Settings):
     attention: bool = True  # self-attention at the lowest resolution and in the middle
     norm_groups: int = 32  # GroupNorm groups; every channel count must be a multiple
     l2_norm: bool = True  # compare unit vectors (LlamaGen); False: plain vectors (taming-transformers)
+    quantizer: str = "vq"  # of tokenizer.quantizer.QUANTIZERS; vq = the nearest of `codebook_size` learned vectors
 
     _prefix = "model."
 
@@ -91,7 +92,7 @@ class TokenizerTrainConfig(Settings):
     save_every: int = 1000  # steps, 0 = only at the end
     keep: int = 2  # checkpoints kept, at least 2
 
-    _absent_in = {1: {"val_images": 2000, "quantize_after": 0}}
+    _absent_in = {1: {"val_images": 2000, "quantize_after": 0}, 2: {"model.quantizer": "vq"}}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,6 +5,7 @@ import torch
 
 from mutor_vision.config import TrainConfig
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
+from mutor_vision.settings import FORMAT
 from mutor_vision.storage import checkpoint
 from mutor_vision.storage.files import write_json
 
@@ -180,7 +181,7 @@ def test_another_kind_or_format_is_refused(tmp_path):
     folder = save(tmp_path, 1)
     with pytest.raises(MismatchError, match="holds a transformer, expected a tokenizer"):
         checkpoint.read_config(folder, "tokenizer", TrainConfig)
-    write_json(folder / "config.json", {"format": 3, "kind": "transformer", "config": {}})
+    write_json(folder / "config.json", {"format": FORMAT + 1, "kind": "transformer", "config": {}})
     with pytest.raises(MismatchError, match="upgrade"):
         checkpoint.read_config(folder, "transformer", TrainConfig)
     (folder / "config.json").write_text('{"format": ')

@@ -345,7 +345,7 @@ def test_a_reference_serves_in_place_of_its_images(sets, tmp_path, run_eval):
 
 
 def test_a_reference_goes_on_after_a_kill(sets, tmp_path, extractor, monkeypatch):
-    from mutor_vision.metrics import reference
+    from mutor_vision.features import reference
 
     monkeypatch.setattr(reference, "SNAPSHOT_EVERY", 1)
     monkeypatch.setattr("mutor_vision.features.extract.CHUNK", 40)

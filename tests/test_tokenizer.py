@@ -117,10 +117,14 @@ def test_ema_weights_are_the_best_and_each_can_be_named(tokenizer, tmp_path):
 # The quantizer.
 
 
+def vector_quantizer(codebook_size, code_dim, l2_norm=True):
+    return VectorQuantizer(TokenizerConfig(codebook_size=codebook_size, code_dim=code_dim, l2_norm=l2_norm))
+
+
 @pytest.mark.parametrize("l2_norm", [True, False])
 def test_the_nearest_code_is_chosen(l2_norm):
     torch.manual_seed(0)
-    quantizer = VectorQuantizer(50, 4, l2_norm)
+    quantizer = vector_quantizer(50, 4, l2_norm)
     quantizer.codebook.data.normal_()
     latents = torch.randn(2, 4, 5, 3)
     quantized = quantizer(latents)
@@ -142,7 +146,7 @@ def test_slices_of_the_search_change_nothing(monkeypatch):
 
 def test_the_gradient_goes_straight_through_and_each_loss_moves_its_side():
     torch.manual_seed(0)
-    quantizer = VectorQuantizer(16, 4, l2_norm=False)
+    quantizer = vector_quantizer(16, 4, l2_norm=False)
     latents = torch.randn(1, 4, 2, 2, requires_grad=True)
     weights = torch.randn(1, 4, 2, 2)
     (quantizer(latents).latents * weights).sum().backward()
@@ -157,7 +161,7 @@ def test_the_gradient_goes_straight_through_and_each_loss_moves_its_side():
 
 def test_without_rounding_latents_pass_as_they_are_and_codes_still_follow():
     torch.manual_seed(0)
-    quantizer, latents = VectorQuantizer(16, 4), torch.randn(3, 4, 2, 2, requires_grad=True)
+    quantizer, latents = vector_quantizer(16, 4), torch.randn(3, 4, 2, 2, requires_grad=True)
     plain, rounded = quantizer(latents, rounding=False), quantizer(latents)
     assert torch.equal(plain.latents, plain.encoded) and not torch.equal(plain.latents, rounded.latents)
     assert torch.equal(plain.codes, rounded.codes) and plain.codebook_loss == rounded.codebook_loss
@@ -166,7 +170,7 @@ def test_without_rounding_latents_pass_as_they_are_and_codes_still_follow():
 
 def test_distances_are_float32_under_autocast():
     torch.manual_seed(0)
-    quantizer = VectorQuantizer(4096, 8)
+    quantizer = vector_quantizer(4096, 8)
     latents = torch.randn(2, 8, 8, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under = quantizer(latents)

@@ -123,7 +123,7 @@ def write_report(out: Path, stages: list[tuple[str, float]], total: float, num_s
     from mutor_vision.data.images import grid, read_image, save_png, to_tensor
     from mutor_vision.storage.run_log import read_log
 
-    folder = ImageFolder.open(out / "images" / "train")
+    folder = ImageFolder(out / "images" / "train")
     labelled = list(zip(folder.paths, folder.labels, strict=True))
     rows = [[folder.root / path for path, label in labelled if label == digit][:8] for digit in range(10)]
     inputs = torch.stack([to_tensor(read_image(path)) for row in rows for path in row])

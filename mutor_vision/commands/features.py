@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mutor_vision.data.folder import ImageFolder, batched, check_apart
+from mutor_vision.data.folder import batched, check_apart
 from mutor_vision.data.images import center
-from mutor_vision.data.reading import Views, read_batches
+from mutor_vision.data.reading import Views, open_source, read_batches
+from mutor_vision.data.source import Source
 from mutor_vision.errors import MismatchError, UserError
 from mutor_vision.features.train import FeatureTraining, train
 from mutor_vision.keyed_random import permutation
@@ -58,9 +59,9 @@ def main(arguments: argparse.Namespace) -> None:
         lr=arguments.lr, shift=arguments.shift, flip=not arguments.no_flip, seed=arguments.seed,
         channels=defaults.channels if slim else (), stem_width=defaults.stem_width if slim else 0,
     )  # fmt: skip
-    folder = ImageFolder.open(arguments.data)
+    folder = open_source(arguments.data)
     if arguments.val_data:
-        held_out = ImageFolder.open(arguments.val_data)
+        held_out = open_source(arguments.val_data)
         if held_out.class_names != folder.class_names:
             raise MismatchError(f"{arguments.val_data} has other class folders than {arguments.data}; give the same")
         parts = [(folder, np.arange(len(folder))), (held_out, np.arange(len(held_out)))]
@@ -77,7 +78,7 @@ def main(arguments: argparse.Namespace) -> None:
           f"{len(folder.class_names)} classes (chance {chance:.1%}); use it as --features {arguments.out}")  # fmt: skip
 
 
-def _read(folder: ImageFolder, chosen: np.ndarray, size: int, workers: int) -> tuple[Tensor, Tensor]:
+def _read(folder: Source, chosen: np.ndarray, size: int, workers: int) -> tuple[Tensor, Tensor]:
     """uint8 (N, 3, size, size) and int64 (N,) of the chosen images."""
     from tqdm import tqdm
 

@@ -17,9 +17,9 @@ import torch
 
 import mutor_vision
 from mutor_vision import runtime
-from mutor_vision.data.folder import ImageFolder, batched, check_apart
+from mutor_vision.data.folder import batched, check_apart
 from mutor_vision.data.images import center, save_png, to_pil
-from mutor_vision.data.reading import Views, read_batches
+from mutor_vision.data.reading import Views, open_source, read_batches
 from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import permutation
 from mutor_vision.storage.files import write_json, written_folder
@@ -56,7 +56,7 @@ def main(arguments: argparse.Namespace) -> None:
     check_out_folder(out)
     if arguments.save_images:
         check_replaceable(out)
-    folder = ImageFolder.open(arguments.data)
+    folder = open_source(arguments.data)
     tokenizer = load_tokenizer(arguments.tokenizer, where.device, arguments.weights)
     size = arguments.image_size or tokenizer.config.image_size
     views = Views(folder, size, center)
@@ -78,7 +78,7 @@ def main(arguments: argparse.Namespace) -> None:
         "crop": "ADM centre crop", "codebook_size": tokenizer.config.codebook_size,
         "psnr": "mean over images of the PSNR in dB of uint8 RGB",
         "ssim": "mean over images of SSIM of uint8 RGB, Gaussian window 11, sigma 1.5",
-        "source": folder.root.resolve().name, "files_sha256": folder.fingerprint(), "images_in_source": len(folder),
+        "source": folder.name, "files_sha256": folder.fingerprint(), "images_in_source": len(folder),
         "seed": arguments.seed, "mutor_vision": mutor_vision.__version__, "torch": torch.__version__,
     }  # fmt: skip
     write_json(out / "metrics.json", {**scores, "protocol": protocol})

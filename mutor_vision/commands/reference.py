@@ -12,9 +12,9 @@ from pathlib import Path
 
 from mutor_vision.errors import UserError
 from mutor_vision.features.extractors import load_extractor
-from mutor_vision.features.sources import FolderImages
+from mutor_vision.features.reference import write_reference
+from mutor_vision.features.sources import SourceImages
 from mutor_vision.metrics.evaluate import check_outputs
-from mutor_vision.metrics.reference import write_reference
 from mutor_vision.runtime import finish, start
 
 
@@ -38,7 +38,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError(f"--out is {arguments.out}, expected FILE.npz")
     runtime = start(device=arguments.device)
     check_outputs(runtime, files=(arguments.out,), folders=(arguments.work,))
-    source = FolderImages(arguments.data, image_size=arguments.image_size, allow_lossy=True)
+    source = SourceImages(arguments.data, image_size=arguments.image_size, allow_lossy=True)
     extractor = load_extractor(arguments.features, arguments.weights, arguments.allow_unknown_weights)
     protocol = write_reference(
         source, extractor, runtime, arguments.out, batch=arguments.batch_size, keep_images=arguments.keep_images,

@@ -1,44 +1,81 @@
-"""Folders of images, one sub-folder a class."""
+"""Folders of images as sources: one sub-folder a class for training, or any tree of images to be measured."""
 
 import dataclasses
 import functools
 import hashlib
 import os
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
-from mutor_vision.data.images import EXTENSIONS, Header, check_image
+from mutor_vision.data.images import EXTENSIONS, Header, check_image, read_image
 from mutor_vision.data.listing import Listing, list_folders, list_images, say_left_out
-from mutor_vision.errors import DataError, ImageError, UserError
+from mutor_vision.data.source import Source, raise_all
+from mutor_vision.errors import DataError, ImageError, IntegrityError, UserError
 from mutor_vision.names import printable
 
 READERS = 8  # threads that look at images
-SHOWN = 10  # bad images that one message names
 OUTSIDE = "images outside of the class folders"
 
 
-@dataclass(frozen=True)
-class ImageFolder:
+class Files(Source):
+    """Images that are files below one folder. paths: of each image in order, relative to root, with '/'."""
+
+    kind = "folder"
+
+    def __init__(self, root: str | Path, paths: list[str], listing: Listing):
+        self.root, self.paths = Path(root), paths
+        self.name = self.root.resolve().name
+        self.left_out, self.ignored = listing.left_out, listing.ignored
+        say_left_out(self.root, listing)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def open(self, number: int) -> Image.Image:
+        return read_image(self.root / self.paths[number])
+
+    def fingerprint(self, numbers: Sequence[int] | None = None) -> str:
+        """Over the relative path and the size in bytes of each file; contents would take minutes to read."""
+        digest = hashlib.sha256()
+        for number in range(len(self)) if numbers is None else numbers:
+            digest.update(os.fsencode(f"{self.paths[number]}\0{self._sizes[number]}\n"))
+        return digest.hexdigest()
+
+    def check(self, numbers: Sequence[int]) -> list[Header]:
+        return check_images([self.root / self.paths[number] for number in numbers])
+
+    def shown(self, number: int) -> str:
+        return printable(str(self.root / self.paths[number]))
+
+    def names_of(self, error: ImageError) -> list[str]:
+        inside = (Path(path) for path in error.paths if Path(path).is_relative_to(self.root))
+        return [path.relative_to(self.root).as_posix() for path in inside]
+
+    def stamp(self) -> bytes:
+        states = ((path, (self.root / path).stat()) for path in self.paths)
+        return b"".join(os.fsencode(f"{path} {state.st_size} {state.st_mtime_ns};") for path, state in states)
+
+    @functools.cached_property
+    def _sizes(self) -> list[int]:
+        """Bytes of every file, asked of the disk once: fingerprints are of all, of each class, and of each shard."""
+        return [_size(self.root / path) for path in self.paths]
+
+
+class ImageFolder(Files):
     """root/<class>/**/<image>, in an order that depends on the names alone. Labels number the class folders in sorted
     order, as torchvision's ImageFolder does; names are compared in their composed Unicode form, so that a copy that
-    macOS made has the same classes."""
+    macOS made has the same classes.
 
-    root: Path
-    paths: list[str]  # relative to root, with '/'
-    labels: list[int]  # of each path, in [0, len(class_names))
-    class_names: list[str]  # names of the class folders, composed (NFC)
-    listing: Listing = field(compare=False)  # with what was left out
+    Lists the folder without opening an image, and says in one line what is not taken for one (`listing`). Raises
+    DataError when it is missing, a file, without class folders, or has a class without an image."""
 
-    @classmethod
-    def open(cls, root: str | Path) -> "ImageFolder":
-        """List a folder without opening an image, and say in one line what is not taken for one (`listing`). Raises
-        DataError when it is missing, a file, without class folders, or has a class without an image."""
+    def __init__(self, root: str | Path):
         root = Path(root)
         folders, listing = list_folders(root), list_images(root)
         loose = sum("/" not in path for path in listing.paths)
@@ -47,58 +84,65 @@ class ImageFolder:
             raise DataError(f"{root} has {found}; expected one sub-folder of images for each class")
         if loose:
             listing = dataclasses.replace(listing, left_out=listing.left_out | {OUTSIDE: loose})
-        say_left_out(root, listing)
         names = {folder: unicodedata.normalize("NFC", folder) for folder in folders}
-        class_names = sorted(set(names.values()))
-        if len(class_names) < len(folders):
-            twice = next(name for name in class_names if list(names.values()).count(name) > 1)
-            raise DataError(
-                f"{root} has two class folders named '{printable(twice)}' in two forms of Unicode; make one of them"
-            )
-        number = {name: label for label, name in enumerate(class_names)}
+        self.class_names = sorted(set(names.values()))
+        number = {name: label for label, name in enumerate(self.class_names)}
         number = {folder: number[name] for folder, name in names.items()}
-        of_class = [[] for _ in class_names]
+        of_class = [[] for _ in self.class_names]
         for path in listing.paths:
             if "/" in path:
                 of_class[number[path.partition("/")[0]]].append(path)
-        if not any(of_class):
+        self.labels = [label for label, paths in enumerate(of_class) for _ in paths]
+        super().__init__(root, [path for paths in of_class for path in paths], listing)
+        if len(self.class_names) < len(folders):
+            twice = next(name for name in self.class_names if list(names.values()).count(name) > 1)
+            raise DataError(
+                f"{root} has two class folders named '{printable(twice)}' in two forms of Unicode; make one of them"
+            )
+        if not self.paths:
             raise DataError(f"{root} holds no image; expected files ending in {', '.join(EXTENSIONS)}")
         if empty := [folder for folder in folders if not of_class[number[folder]]]:
             raise DataError(
                 f"class folder {printable(str(root / empty[0]))} holds no image ({', '.join(EXTENSIONS)}); "
                 "fill it or remove it"
             )
-        labels = [label for label, paths in enumerate(of_class) for _ in paths]
-        return cls(root, [path for paths in of_class for path in paths], labels, class_names, listing)
 
-    def __len__(self) -> int:
-        return len(self.paths)
 
-    def counts(self) -> list[int]:
-        """Images of each class."""
-        return np.bincount(self.labels, minlength=len(self.class_names)).tolist()
+class ImageTree(Files):
+    """Every image below a folder, in natural order (2.png before 10.png), as samples are numbered. Where all of them
+    lie in sub-folders, the first level is the class; else labels are None. Raises DataError for a folder without an
+    image, and IntegrityError for a gap in a numbered sequence."""
 
-    def fingerprint(self, numbers: Sequence[int] | None = None) -> str:
-        """sha256 (hex) over the relative path and size in bytes of every image, or of those numbers."""
-        digest = hashlib.sha256()
-        for number in range(len(self)) if numbers is None else numbers:
-            digest.update(os.fsencode(f"{self.paths[number]}\0{self._sizes[number]}\n"))
-        return digest.hexdigest()
+    def __init__(self, root: str | Path):
+        listing = list_images(root)
+        names = sorted(map(PurePosixPath, listing.paths), key=_natural)
+        if not names:
+            raise DataError(f"{root} holds no image; looked for {', '.join(EXTENSIONS)}, at any depth")
+        super().__init__(root, list(map(str, names)), listing)
+        _check_numbering(self.root, names)
+        self.labels, self.class_names = None, []
+        if all(len(name.parts) > 1 for name in names):
+            # In composed Unicode, as ImageFolder has them: classes are compared by name.
+            folders = [unicodedata.normalize("NFC", name.parts[0]) for name in names]
+            self.class_names = sorted(set(folders))
+            number = {name: label for label, name in enumerate(self.class_names)}
+            self.labels = [number[folder] for folder in folders]
 
-    def fingerprints_of_classes(self) -> list[str]:
-        """The same of each class, 16 hex digits."""
-        counts = self.counts()
-        ends = np.cumsum(counts)
-        return [self.fingerprint(range(end - count, end))[:16] for end, count in zip(ends, counts, strict=True)]
 
-    def check(self, numbers: Sequence[int]) -> None:
-        """Raise one ImageError that names those of these images that images.check_image refuses."""
-        check_images([self.root / self.paths[number] for number in numbers])
+def _check_numbering(folder: Path, names: list[PurePosixPath]) -> None:
+    """A flat folder of 000000.png, 000001.png, ... must have no gap: one of its files was lost."""
+    if any(len(name.parts) > 1 or not name.stem.isascii() or not name.stem.isdigit() for name in names):
+        return
+    numbers = sorted(int(name.stem) for name in names)
+    for before, after in zip(numbers, numbers[1:], strict=False):
+        if after - before > 1:
+            raise IntegrityError(
+                f"{folder}: image {before + 1} is missing between {before} and {after}; sample it, or rename the files"
+            )
 
-    @functools.cached_property
-    def _sizes(self) -> list[int]:
-        """Bytes of every file, asked of the disk once: fingerprints are of all, of each class, and of each shard."""
-        return [_size(self.root / path) for path in self.paths]
+
+def _natural(name: PurePosixPath) -> list:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name.as_posix())]
 
 
 def _size(path: Path) -> int:
@@ -110,7 +154,7 @@ def _size(path: Path) -> int:
 
 def check_images(paths: Sequence[Path]) -> list[Header]:
     """images.check_image of every path, by threads (0.1 to 0.3 ms each from a fast disk). Raises one ImageError for all
-    that cannot be used; its message names the first SHOWN."""
+    that cannot be used."""
     headers, errors = [], []
 
     def look(part: Sequence[Path]) -> list[Header | ImageError]:
@@ -121,13 +165,7 @@ def check_images(paths: Sequence[Path]) -> list[Header]:
                      delay=5, leave=False, dynamic_ncols=True, disable=os.environ.get("RANK", "0") != "0")  # fmt: skip
         for found in (found for part in parts for found in part):
             (errors if isinstance(found, ImageError) else headers).append(found)
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        shown = "; ".join(str(error) for error in errors[:SHOWN])
-        more = f"; and {len(errors) - SHOWN:,} more" if len(errors) > SHOWN else ""
-        bad = [path for error in errors for path in error.paths]
-        raise ImageError(f"{len(errors):,} of {len(paths):,} images cannot be used: {shown}{more}", *bad)
+    raise_all(errors, len(paths))
     return headers
 
 

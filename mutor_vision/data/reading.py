@@ -1,10 +1,11 @@
-"""Images read in worker processes."""
+"""Images read: which source a user's string means, and the worker processes that read from it."""
 
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,27 +14,40 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mutor_vision.data.folder import ImageFolder
-from mutor_vision.data.images import center_crop, random_crop, read_image, to_tensor
+from mutor_vision.data.images import center_crop, random_crop, to_tensor
+from mutor_vision.data.source import Source
 from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import permutation, uniforms
 
 PATIENCE = 600  # seconds that a batch may take to be read
+SOURCES: list[type[Source]] = []  # kinds beside folders, asked in this order whether they claim what a user wrote
 _CURE = "use fewer workers, or none (--workers 0, --set workers=0); in a container, more --shm-size"
 
 
-class TrainingCrops(Dataset):
-    """Position k of training -> uint8 (3, size, size): image `permutation(epoch)[k % n]` with a crop keyed by k, so
-    that k alone says what step, process and restart would read. indices are the images of `folder` to train on."""
+def source_kind(data: str | Path) -> type[Source] | None:
+    """The kind of source that claims a user's string; None where it means a folder, or nothing that exists."""
+    return next((kind for kind in SOURCES if kind.claims(str(data))), None)
 
-    def __init__(self, folder: ImageFolder, indices: np.ndarray, size: int, seed: int, min_scale: float):
-        self.folder, self.indices, self.size, self.seed, self.min_scale = folder, indices, size, seed, min_scale
+
+def open_source(data: str | Path, folder: type[Source] = ImageFolder) -> Source:
+    """The source that a user's string means. folder: how it is read where it is one: ImageFolder (a class for every
+    image, in the order of classes) or ImageTree (any images, in natural order). Raises DataError when there is none."""
+    return (source_kind(data) or folder)(data)
+
+
+class TrainingCrops(Dataset):
+    """Position k of training -> uint8 (3, size, size): image `permutation(epoch)[k % n]` with a crop drawn from
+    (seed, k). So position k fixes image and crop, whatever the rank or restart. indices: the images to train on."""
+
+    def __init__(self, source: Source, indices: np.ndarray, size: int, seed: int, min_scale: float):
+        self.source, self.indices, self.size, self.seed, self.min_scale = source, indices, size, seed, min_scale
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __getitem__(self, k: int) -> Tensor:
         epoch, place = divmod(k, len(self.indices))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, permutation(self.seed, "order", epoch, len(self.indices))
-        image = read_image(self.folder.root / self.folder.paths[self.indices[self._order[place]]])
+        image = self.source.open(int(self.indices[self._order[place]]))
         if self.min_scale == 1:
             return to_tensor(center_crop(image, self.size))
         draws = uniforms(self.seed, "crop", np.array([k]), 4)[0]
@@ -41,13 +55,13 @@ class TrainingCrops(Dataset):
 
 
 class Views(Dataset):
-    """Image number i of a folder -> uint8 (views, 3, size, size), cut by `crops`: (image, size) -> list of images."""
+    """Image number i of a source -> uint8 (views, 3, size, size), cut by `crops`: (image, size) -> list of images."""
 
-    def __init__(self, folder: ImageFolder, size: int, crops: Callable[[Image.Image, int], list[Image.Image]]):
-        self.folder, self.size, self.crops = folder, size, crops
+    def __init__(self, source: Source, size: int, crops: Callable[[Image.Image, int], list[Image.Image]]):
+        self.source, self.size, self.crops = source, size, crops
 
     def __getitem__(self, i: int) -> Tensor:
-        image = read_image(self.folder.root / self.folder.paths[i])
+        image = self.source.open(int(i))
         return torch.stack([to_tensor(view) for view in self.crops(image, self.size)])
 
 

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -125,9 +126,10 @@ def gather_chunks(
     here = torch.zeros(per_rank, CHUNK, *shape, dtype=dtype, device=runtime.device)
     for index, part in enumerate(parts):
         here[index, : len(part)] = part.to(runtime.device)
-    gathered = runtime.gather(here).cpu().unflatten(0, (runtime.world_size, per_rank))
-    # Chunk c is the (c // world_size)-th of rank c % world_size.
-    return gathered.transpose(0, 1).flatten(0, 2)[:count].contiguous()
+    # Chunk c is the (c // world_size)-th of rank c % world_size; what a short chunk lacks lies behind the last image.
+    gathered = runtime.gather(here).cpu()
+    rows = rearrange(gathered, "(rank chunk) row ... -> (chunk rank row) ...", rank=runtime.world_size)
+    return rows[:count].contiguous()
 
 
 class _Launched:

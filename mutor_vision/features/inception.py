@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from mutor_vision.errors import DataError, IntegrityError
@@ -43,8 +44,8 @@ class InceptionFeatures(nn.Module):
         self.eval().requires_grad_(False)
 
     def _keep_spatial(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        # Channels last before flattening: ADM's mu_s and sigma_s are in TensorFlow's order.
-        self._spatial = output.movedim(1, -1)[..., :SPATIAL_CHANNELS].flatten(1).float()
+        # Channels last, as ADM's mu_s and sigma_s have them: TensorFlow's order.
+        self._spatial = rearrange(output[:, :SPATIAL_CHANNELS], "b c h w -> b (h w c)").float()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         pool, logits = self.network(images)

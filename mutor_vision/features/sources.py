@@ -1,4 +1,5 @@
-"""Where images come from: a folder, an npz, or the sampler itself. A source has
+"""Images to be measured, all of one size and read in batches: from a data source (such as a folder), an npz, or the
+sampler itself. Each class here has
 
 count, height, width
 read(start, stop)   uint8 (stop - start, 3, H, W) of those images, in index order, on the CPU
@@ -13,23 +14,21 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
-import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from mutor_vision.data import images
-from mutor_vision.data.folder import check_images
-from mutor_vision.data.listing import list_images, say_left_out
+from mutor_vision.data.folder import ImageTree
+from mutor_vision.data.reading import open_source
 from mutor_vision.errors import DataError, IntegrityError, MismatchError, UserError
 from mutor_vision.features.extractors import resize
 from mutor_vision.features.moments import read_protocol
-from mutor_vision.names import printable
 from mutor_vision.storage.npz import Npz, check_image_array
 
 READERS = 8  # decoding threads; Pillow releases Python's lock
@@ -37,28 +36,24 @@ PEEKED = 64  # images looked at before the work begins
 LARGEST_CLASS = 99_999  # of labels; every class has an entry in results, so an id must not be any number
 
 
-class FolderImages:
-    """Every image below a folder, in natural order (2.png before 10.png). Where all of them lie in sub-folders, the
-    first level is the class. image_size > 0 cuts and resizes all to that size by ADM's centre crop.
+class SourceImages:
+    """Every image of a data source; of a folder, any image below it (data.folder.ImageTree). image_size > 0 cuts and
+    resizes all to that size by ADM's centre crop.
 
-    Raises DataError for an empty folder and IntegrityError for lossy files without `allow_lossy`, palette files,
-    mixed sizes, and a gap in a numbered sequence."""
+    Raises DataError for a folder without an image and IntegrityError for lossy files without `allow_lossy`, palette
+    files, mixed sizes, and a gap in a numbered sequence."""
 
     prefetch = True
 
-    def __init__(self, path: str | Path, *, image_size: int = 0, allow_lossy: bool = False):
-        self.path = Path(path)
+    def __init__(self, data: str | Path, *, image_size: int = 0, allow_lossy: bool = False):
+        self.source = open_source(data, ImageTree)
+        self.path = Path(data)
         self.image_size = image_size
         self.allow_lossy = allow_lossy
-        self.listing = list_images(self.path)
-        self.names = sorted(map(Path, self.listing.paths), key=_natural)
-        self.count = len(self.names)
-        if not self.count:
-            raise DataError(f"{path} holds no image; looked for {', '.join(images.EXTENSIONS)}, at any depth")
-        say_left_out(self.path, self.listing)
-        _check_numbering(self.path, self.names)
+        self.count = len(self.source)
         self.height, self.width, self.lossy = self._check_headers()
-        self.labels, self.class_names = self._classes()
+        self.labels = None if self.source.labels is None else torch.tensor(self.source.labels)
+        self.class_names = tuple(self.source.class_names)
 
     def read(self, start: int, stop: int) -> Tensor:
         with ThreadPoolExecutor(READERS) as pool:
@@ -66,42 +61,37 @@ class FolderImages:
 
     def describe(self) -> dict:
         return {
-            "source": "folder", "path": self.path.name, "files": "lossy" if self.lossy else "lossless",
+            "source": self.source.kind, "path": self.path.name, "files": "lossy" if self.lossy else "lossless",
             "centre_crop": self.image_size or None, "classes": len(self.class_names) or None,
-            "left_out": self.listing.left_out, "ignored": self.listing.ignored,
+            "left_out": self.source.left_out, "ignored": self.source.ignored,
         }  # fmt: skip
 
     def key(self) -> str:
         digest = hashlib.sha256(os.fsencode(f"{self.path.resolve()} {self.image_size};"))
-        for name in self.names:
-            state = (self.path / name).stat()
-            digest.update(os.fsencode(f"{name} {state.st_size} {state.st_mtime_ns};"))
+        digest.update(self.source.stamp())
         return digest.hexdigest()
 
     def _read_one(self, index: int) -> Tensor:
-        image = images.read_image(self.path / self.names[index])
+        image = self.source.open(index)
         if self.image_size:
             image = images.center_crop(image, self.image_size)
         if image.size != (self.width, self.height):
-            raise IntegrityError(f"{self._shown(self.names[index])} has changed its size to {image.size} while read")
+            raise IntegrityError(f"{self.source.shown(index)} has changed its size to {image.size} while read")
         return images.to_tensor(image)
-
-    def _shown(self, name: Path) -> str:
-        return printable(str(self.path / name))
 
     def _check_headers(self) -> tuple[int, int, bool]:
         # Headers cost 0.1 ms each: much cheaper than finding image 40,000 of another size after an hour.
-        headers = check_images([self.path / name for name in self.names])
-        lossy = [name for name, header in zip(self.names, headers, strict=True) if header.lossy]
+        headers = self.source.check(range(self.count))
+        lossy = [index for index, header in enumerate(headers) if header.lossy]
         if lossy and not self.allow_lossy:
             raise IntegrityError(
-                f"{self._shown(lossy[0])} and {len(lossy) - 1} more of {self.count} files are JPEG or WEBP, whose loss "
-                "shifts every metric; use PNG or npz, or pass --allow-lossy, which is recorded"
+                f"{self.source.shown(lossy[0])} and {len(lossy) - 1} more of {self.count} files are JPEG or WEBP, "
+                "whose loss shifts every metric; use PNG or npz, or pass --allow-lossy, which is recorded"
             )
-        for name, header in zip(self.names, headers, strict=True):
+        for index, header in enumerate(headers):
             if header.mode == "P" and not self.allow_lossy:
                 raise IntegrityError(
-                    f"{self._shown(name)} has a palette of 256 colours, so pixels were lost; save RGB, or pass "
+                    f"{self.source.shown(index)} has a palette of 256 colours, so pixels were lost; save RGB, or pass "
                     "--allow-lossy, which is recorded"
                 )
         if self.image_size:
@@ -110,19 +100,10 @@ class FolderImages:
         for index, size in enumerate(header.size for header in headers):
             if size != first:
                 raise IntegrityError(
-                    f"{self._shown(self.names[index])} (index {index}) is {size[0]}x{size[1]}, the images before it "
+                    f"{self.source.shown(index)} (index {index}) is {size[0]}x{size[1]}, the images before it "
                     f"{first[0]}x{first[1]}; give images of one size, or pass --image-size to centre-crop all"
                 )
         return first[1], first[0], bool(lossy)
-
-    def _classes(self) -> tuple[Tensor | None, tuple[str, ...]]:
-        if any(len(name.parts) < 2 for name in self.names):
-            return None, ()
-        # In composed Unicode, as ImageFolder has them: classes are compared by name.
-        folders = [unicodedata.normalize("NFC", name.parts[0]) for name in self.names]
-        class_names = tuple(sorted(set(folders)))
-        number = {name: index for index, name in enumerate(class_names)}
-        return torch.tensor([number[folder] for folder in folders]), class_names
 
 
 class NpzImages:
@@ -160,7 +141,7 @@ class NpzImages:
             self._context = self.npz.rows("arr_0")
             self._rows = self._context.__enter__()
         found = torch.from_numpy(self._as_uint8(self._rows(start, stop)).copy())
-        found = found if self.nchw else found.permute(0, 3, 1, 2).contiguous()
+        found = found if self.nchw else rearrange(found, "b h w c -> b c h w").contiguous()
         if self.image_size:
             crops = [images.center_crop(images.to_pil(image), self.image_size) for image in found]
             found = torch.stack([images.to_tensor(crop) for crop in crops])
@@ -298,19 +279,3 @@ def check_count(source, expected: int) -> None:
             f"{source.path} has {source.count:,} images, expected exactly {expected:,} (--num); "
             + ("remove what is of another run" if source.count > expected else "sample the missing ones")
         )
-
-
-def _check_numbering(folder: Path, names: list[Path]) -> None:
-    """A flat folder of 000000.png, 000001.png, ... must have no gap: one of its files was lost."""
-    if any(len(name.parts) > 1 or not name.stem.isascii() or not name.stem.isdigit() for name in names):
-        return
-    numbers = sorted(int(name.stem) for name in names)
-    for before, after in zip(numbers, numbers[1:], strict=False):
-        if after - before > 1:
-            raise IntegrityError(
-                f"{folder}: image {before + 1} is missing between {before} and {after}; sample it, or rename the files"
-            )
-
-
-def _natural(name: Path) -> list:
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name.as_posix())]

@@ -78,7 +78,10 @@ def convert_back(
         theirs = llamagen.llamagen_transformer_state_dict(ours)
         say("the register's row is left out: LlamaGen's code has no register, and sampling does not use it")
     else:
-        if not checkpoint.read_config(folder, "tokenizer", TokenizerTrainConfig).model.l2_norm:
+        model = checkpoint.read_config(folder, "tokenizer", TokenizerTrainConfig).model
+        if model.quantizer != "vq":
+            raise MismatchError(f"{run} has the quantizer '{model.quantizer}'; LlamaGen's VQ model is of 'vq' alone")
+        if not model.l2_norm:
             raise MismatchError(f"{run} was trained without l2_norm, which LlamaGen's VQ model always uses")
         theirs = llamagen.llamagen_tokenizer_state_dict(ours)
         say(f"{llamagen.USAGE_BUFFER}, a statistic, is written as zeros")

@@ -9,30 +9,42 @@ import torch
 from torch import nn
 
 import mutor_vision
+from mutor_vision.data.reading import source_kind
 from mutor_vision.errors import IntegrityError, UserError
 from mutor_vision.features.extract import extract
-from mutor_vision.features.moments import Moments, Statistics, read_protocol, read_statistics
-from mutor_vision.features.sources import FolderImages, NpzImages, check_count, check_labels, read_labels
-from mutor_vision.metrics import frechet, guards, per_class, scores
-from mutor_vision.runtime import Runtime, exact_float32
+from mutor_vision.features.moments import Statistics, read_protocol, read_statistics
+from mutor_vision.features.sources import NpzImages, SourceImages, check_count, check_labels, read_labels
+from mutor_vision.metrics import guards
+from mutor_vision.metrics.frechet import FrechetDistance
+from mutor_vision.metrics.metric import ImageSet, Measured, Metric, MetricSettings, Side, impossible
+from mutor_vision.metrics.per_class import PerClass
+from mutor_vision.metrics.scores import InceptionScore, KernelDistance, PrecisionRecall
+from mutor_vision.runtime import Runtime
 from mutor_vision.storage.files import read_json, sha256
 from mutor_vision.storage.npz import Npz, is_statistics
 from mutor_vision.storage.outputs import check_out_file, check_out_folder
 
-METRICS = ("fid", "sfid", "is", "pr", "kid")
+# What --metrics offers, in the order of the results. A new metric is a class in a file of its own, and a line here.
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        FrechetDistance("fid", "FID", "pool"),
+        FrechetDistance("sfid", "sFID", "spatial", extractors=("inception",)),
+        InceptionScore(),
+        PrecisionRecall(),
+        KernelDistance(),
+    )
+}
+ALWAYS: tuple[Metric, ...] = (PerClass(),)  # computed whatever is asked for, as far as samples and reference allow
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(MetricSettings):
     """How to measure. Defaults: ADM's protocol."""
 
     metrics: tuple[str, ...] = ()  # of METRICS; () = all that the extractor and the reference allow
     batch: int = 50  # images per forward pass and process
-    splits: int = 10  # parts of the Inception Score
-    k: int = 3  # neighbours of precision and recall
     groups: int = 20  # of the jackknife, 0 = no error bars
-    kid_subsets: int = 100
-    kid_subset_size: int = 1000  # at most; smaller sets use all of the smaller one
     work: Path | None = None  # keeps features of finished chunks there, None = nowhere
     strict: bool = False  # a warning stops the evaluation
 
@@ -40,30 +52,10 @@ class Options:
         unknown = set(self.metrics) - set(METRICS)
         if unknown:
             raise UserError(f"metric '{min(unknown)}' does not exist; expected some of {', '.join(METRICS)}")
-        for name in ("batch", "splits", "k", "kid_subsets"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        self._require_positive("batch")
+        super().__post_init__()
         if self.groups < 0 or self.groups == 1:
             raise UserError(f"groups is {self.groups}, expected 2 or more, or 0 for no error bars")
-
-
-@dataclass
-class ImageSet:
-    """One side of a comparison: images, statistics, or (ADM's reference files) both."""
-
-    images: object | None  # a source of features.sources
-    statistics: Npz | None
-    record: dict  # for the protocol
-
-    def __post_init__(self) -> None:
-        both = self.images is not None and self.statistics is not None
-        self.record["distance_from"] = "images" if self.statistics is None else "statistics in the file"
-        if both:  # as ADM's evaluator does: its file has statistics of 1.28 M images and 10,000 images
-            self.record["distance_from"] += "; its images serve precision, recall and KID"
-
-    @property
-    def name(self) -> str:
-        return str(self.record["path"])
 
 
 def open_set(
@@ -75,11 +67,11 @@ def open_set(
     labels: str | None = None,
     count: int = 0,
 ) -> ImageSet:
-    """A folder or an npz -> ImageSet. count > 0: how many images it must have. Where the sampler left PATH.json beside
-    its set, the labels and the protocol of sampling come from there."""
-    path = Path(path)
-    if path.is_dir():
-        source, statistics = FolderImages(path, image_size=image_size, allow_lossy=allow_lossy), None
+    """A folder (or another data source) or an npz -> ImageSet. count > 0: how many images it must have. Where the
+    sampler left PATH.json beside its set, the labels and the protocol of sampling come from there."""
+    claimed, path = source_kind(path) is not None, Path(path)
+    if claimed or path.is_dir():
+        source, statistics = SourceImages(path, image_size=image_size, allow_lossy=allow_lossy), None
         record = {"path": path.name}
     else:
         npz = Npz(path)
@@ -127,138 +119,117 @@ def evaluate(samples: ImageSet, reference: ImageSet, extractor: nn.Module, runti
     """Collective. Returns a JSON-ready dict: 'metrics' (each with its own protocol), 'marks', 'warnings', 'protocol',
     and, where both sides have labels, 'classes'."""
     extractor.to(runtime.device)
-    metrics = _choose_metrics(samples, reference, extractor, options)
+    chosen = _choose(samples, reference, extractor, options)
     warnings = guards.extractor_weights(extractor)
     if reference.images is not None:
         guards.image_sizes(samples.images, reference.images.height, reference.images.width, "the reference")
     warnings += guards.lossy(samples.images, reference.images)
 
-    # ---- the reference
-    roots, n_reference, by_image = {}, None, None
+    theirs, found = _measure_reference(samples, reference, chosen, extractor, runtime, options)
+    warnings += found
+    prepared = {metric.name: metric.prepare(theirs) for metric in chosen}
+    ours, found = _measure_samples(samples, chosen, extractor, runtime, options)
+    warnings += found
+    if ours.extracted is not None and theirs.extracted is not None:
+        warnings += guards.same_images(ours.extracted, theirs.extracted)
+        warnings += guards.channel_order(ours.extracted, theirs.extracted)
+    warnings += guards.counts(ours.n or 0, theirs.n, extractor.layers["pool"]) if ours.n else []
+
+    measured = Measured(ours, theirs, extractor, runtime, options)
+    results, sections = {}, {}
+    for metric in (*chosen, *ALWAYS):
+        of_metric = metric.compute(measured, prepared.get(metric.name))
+        results |= of_metric.results
+        sections |= of_metric.sections
+        warnings += of_metric.warnings
+    if options.strict and warnings:
+        raise IntegrityError(f"--strict: {warnings[0].text}")
+
+    protocol = _protocol(measured, warnings)
+    of_all = {
+        "extractor": extractor.identity["name"], "extractor_sha256": extractor.identity["state_sha256"], "n": ours.n,
+        "reference": reference.name, "reference_sha256": protocol["reference"].get("sha256")
+        or protocol["reference"].get("images_sha256"),
+    }  # fmt: skip
+    for result in results.values():
+        result["protocol"] = of_all | result["protocol"]
+    return {
+        "format": 1, "metrics": results, "marks": [warning.mark for warning in warnings],
+        "warnings": [warning.text for warning in warnings], "protocol": protocol,
+    } | sections  # fmt: skip
+
+
+def _choose(samples: ImageSet, reference: ImageSet, extractor: nn.Module, options: Options) -> list[Metric]:
+    """The metrics asked for, or all possible ones; everything that would fail later fails here."""
+    reasons = {name: impossible(metric, samples, reference, extractor) for name, metric in METRICS.items()}
+    for name in options.metrics:
+        if reasons[name]:
+            raise UserError(f"metric '{name}' {reasons[name]}; drop it from --metrics")
+    wanted = options.metrics or [name for name, reason in reasons.items() if not reason]
+    chosen = [metric for name, metric in METRICS.items() if name in wanted]
+    if samples.images is not None:
+        for metric in chosen:
+            metric.check(samples.images.count, reference.images.count if reference.images else None, options)
+    return chosen
+
+
+def _measure_reference(
+    samples: ImageSet, reference: ImageSet, chosen: list[Metric], extractor: nn.Module, runtime: Runtime,
+    options: Options,
+) -> tuple[Side, list[guards.Warning]]:  # fmt: skip
+    """Collective. The reference's statistics, from its file where it has them, else from its images; features of its
+    images where they give the statistics, or a metric needs them."""
+    warnings, n, statistics, extracted = [], None, {}, None
     if reference.statistics is not None:
         protocol = read_protocol(reference.statistics)
         warnings += guards.recorded_extractor(protocol, extractor, reference.name)
         warnings += guards.statistics_file(reference.statistics)
         if protocol is not None and samples.images is not None:
             guards.image_sizes(samples.images, *protocol["image_size"], "the reference's images")
-        n_reference = protocol["n"] if protocol else None
-        found = read_statistics(reference.statistics, extractor.layers)
-        roots = {layer: frechet.root(to_device(statistics, runtime)) for layer, statistics in found.items()}
-    if reference.images is not None and (reference.statistics is None or {"pr", "kid"} & set(metrics)):
-        by_image = extract(
-            reference.images, extractor, runtime, batch=options.batch, keep=("pool",), work=options.work,
-            title="reference",
+        n = protocol["n"] if protocol else None
+        statistics = _read_statistics(reference, extractor, runtime)
+    if reference.images is not None and (reference.statistics is None or any(one.reference_rows for one in chosen)):
+        keep = {layer for metric in (*chosen, *ALWAYS) for layer in metric.reference_rows}
+        extracted = extract(
+            reference.images, extractor, runtime, batch=options.batch, keep=_in_order(keep, extractor),
+            work=options.work, title="reference",
         )  # fmt: skip
-        reference.record["images_sha256"] = by_image.images_sha256
+        reference.record["images_sha256"] = extracted.images_sha256
         if reference.statistics is None:
-            n_reference = reference.images.count
-            roots = {layer: frechet.root(moments.total()) for layer, moments in by_image.moments.items()}
+            n = reference.images.count
+            statistics = {layer: moments.total() for layer, moments in extracted.moments.items()}
+    return Side(reference, n, statistics, extracted), warnings
 
-    # ---- the samples
-    ours = None
+
+def _measure_samples(
+    samples: ImageSet, chosen: list[Metric], extractor: nn.Module, runtime: Runtime, options: Options
+) -> tuple[Side, list[guards.Warning]]:
+    """Collective. Features and statistics of the samples, or the statistics that were given in their place."""
     if samples.images is None:
-        ours_statistics = {
-            layer: to_device(statistics, runtime)
-            for layer, statistics in read_statistics(samples.statistics, extractor.layers).items()
-        }
-        n = next(iter(ours_statistics.values())).n
-    else:
-        n = samples.images.count
-        keep = tuple(layer for layer in ("pool", "logits") if layer in extractor.layers)
-        ours = extract(
-            samples.images, extractor, runtime, batch=options.batch, groups=_groups(n, extractor, options), keep=keep,
-            work=options.work, title="samples",
-        )  # fmt: skip
-        samples.record["images_sha256"] = ours.images_sha256
-        warnings += guards.pixels(ours, samples.images.labels)
-        warnings += guards.class_histogram(samples.images.labels) if samples.record.get("labels") != "random" else []
-        ours_statistics = {layer: moments.total() for layer, moments in ours.moments.items()}
-        if by_image is not None:
-            warnings += guards.same_images(ours, by_image) + guards.channel_order(ours, by_image)
-    warnings += guards.counts(n or 0, n_reference, extractor.layers["pool"]) if n else []
-
-    # ---- the numbers
-    results = {}
-    short = "FID" if extractor.identity["name"] == "inception" else f"FD-{extractor.identity['name']}"
-    at = f"@{n}" if n else ""
-    for metric, layer, name in (("fid", "pool", short), ("sfid", "spatial", "sFID")):
-        if metric in metrics:
-            key = metric if metric == "sfid" or short == "FID" else "fd"
-            results[key] = {"name": f"{name}{at}"} | _distance(
-                ours_statistics[layer], ours.moments[layer] if ours else None, roots[layer], runtime
-            )
-            results[key]["protocol"] = {"layer": layer, "features": extractor.layers[layer], "n_reference": n_reference}
-    if "is" in metrics:
-        score = scores.inception_score(ours.rows["logits"], options.splits)
-        results["is"] = {"name": f"IS{at}", "value": score.mean, "standard_deviation": score.std}
-        results["is"]["protocol"] = {"splits": options.splits, "shuffle_seed": scores.SHUFFLE_SEED}
-        if n < guards.ADM_SPLIT * options.splits:
-            text = f"Inception Score over splits of {n // options.splits:,} images, published: {guards.ADM_SPLIT:,}"
-            warnings.append(guards.Warning("small-is-splits", text))
-    if "pr" in metrics:
-        pool, reference_pool = ours.rows["pool"], by_image.rows["pool"]
-        with exact_float32():
-            values = scores.precision_recall(pool, reference_pool, runtime, options.k)
-        for key, value in zip(("precision", "recall"), values, strict=True):
-            results[key] = {"name": f"{key.capitalize()}{at}", "value": value}
-            results[key]["protocol"] = {"k": options.k, "n_reference": reference.images.count, "distances": "float32"}
-    if "kid" in metrics:
-        size = min(options.kid_subset_size, n, reference.images.count)
-        score = scores.kernel_distance(
-            ours.rows["pool"], by_image.rows["pool"], options.kid_subsets, size, runtime.device
-        )
-        results["kid"] = {"name": f"KID{at}", "value": score.mean, "standard_deviation": score.std}
-        results["kid"]["protocol"] = {
-            "subsets": options.kid_subsets, "subset_size": size, "seed": scores.SHUFFLE_SEED,
-            "n_reference": reference.images.count, "kernel_dtype": "float64",
-        }  # fmt: skip
-    classes = per_class.measure(samples.images, reference.images, ours, by_image, extractor)
-    if classes is not None and classes["accuracy"] is not None:
-        results["accuracy"] = {"name": f"Accuracy{at}", "value": classes["accuracy"]}
-        results["accuracy"]["protocol"] = {"classifier": extractor.identity["name"], "classes": classes["matched_by"]}
-    if options.strict and warnings:
-        raise IntegrityError(f"--strict: {warnings[0].text}")
-
-    protocol = _protocol(samples, reference, extractor, n, n_reference, warnings, options)
-    shared = {
-        "extractor": extractor.identity["name"], "extractor_sha256": extractor.identity["state_sha256"], "n": n,
-        "reference": reference.name, "reference_sha256": protocol["reference"].get("sha256")
-        or protocol["reference"].get("images_sha256"),
-    }  # fmt: skip
-    for result in results.values():
-        result["protocol"] = shared | result["protocol"]
-    found = {"format": 1, "metrics": results, "marks": [warning.mark for warning in warnings]}
-    found |= {"warnings": [warning.text for warning in warnings], "protocol": protocol}
-    return found | ({"classes": classes} if classes is not None else {})
+        statistics = _read_statistics(samples, extractor, runtime)
+        return Side(samples, next(iter(statistics.values())).n, statistics, None), []
+    n = samples.images.count
+    keep = {layer for metric in (*chosen, *ALWAYS) for layer in metric.rows}
+    extracted = extract(
+        samples.images, extractor, runtime, batch=options.batch, groups=_groups(n, extractor, options),
+        keep=_in_order(keep, extractor), work=options.work, title="samples",
+    )  # fmt: skip
+    samples.record["images_sha256"] = extracted.images_sha256
+    warnings = guards.pixels(extracted, samples.images.labels)
+    if samples.record.get("labels") != "random":
+        warnings += guards.class_histogram(samples.images.labels)
+    statistics = {layer: moments.total() for layer, moments in extracted.moments.items()}
+    return Side(samples, n, statistics, extracted), warnings
 
 
-def _choose_metrics(samples: ImageSet, reference: ImageSet, extractor, options: Options) -> tuple[str, ...]:
-    """The metrics asked for, or all possible ones; everything that would fail later fails here."""
-    impossible = {}
-    if "spatial" not in extractor.layers:
-        impossible["sfid"] = "needs --features inception"
-        impossible["is"] = "needs --features inception"
-    if reference.images is None:
-        impossible["pr"] = impossible["kid"] = "needs reference images; these are statistics only"
-    if reference.statistics is not None and "mu_s" not in reference.statistics.arrays:
-        impossible["sfid"] = "needs mu_s and sigma_s in the reference"
-    if samples.images is None:
-        impossible |= {name: "needs sample images; these are statistics" for name in ("is", "pr", "kid")}
-        if "mu_s" not in samples.statistics.arrays:
-            impossible["sfid"] = "needs mu_s and sigma_s in the samples' statistics"
-    for metric in options.metrics:
-        if metric in impossible:
-            raise UserError(f"metric '{metric}' {impossible[metric]}; drop it from --metrics")
-    chosen = options.metrics or tuple(metric for metric in METRICS if metric not in impossible)
-    if samples.images is not None:
-        n = samples.images.count
-        if "is" in chosen and n < options.splits:
-            raise UserError(f"Inception Score of {n} samples in {options.splits} splits; use --splits {n} or fewer")
-        if "pr" in chosen:
-            smaller = min(n, reference.images.count)
-            if options.k >= smaller:
-                raise UserError(f"precision and recall with k {options.k} and {smaller} images; k must be less")
-    return chosen
+def _read_statistics(side: ImageSet, extractor: nn.Module, runtime: Runtime) -> dict[str, Statistics]:
+    found = read_statistics(side.statistics, extractor.layers)
+    return {layer: to_device(statistics, runtime) for layer, statistics in found.items()}
+
+
+def _in_order(layers: set[str], extractor: nn.Module) -> tuple[str, ...]:
+    """Those of the layers that the extractor has, in its own order."""
+    return tuple(layer for layer in extractor.layers if layer in layers)
 
 
 def _groups(n: int, extractor: nn.Module, options: Options) -> int:
@@ -269,26 +240,17 @@ def _groups(n: int, extractor: nn.Module, options: Options) -> int:
     return options.groups
 
 
-def _distance(statistics: Statistics, moments: Moments | None, root: frechet.Root, runtime: Runtime) -> dict:
-    if moments is None or len(moments.n) == 1:
-        return {"value": frechet.distance(statistics, root)}
-    estimate = frechet.jackknife(moments, root, runtime)
-    return {
-        "value": estimate.value, "bias_corrected": estimate.bias_corrected,
-        "standard_error": estimate.standard_error, "interval_95": list(estimate.interval_95),
-        "jackknife_groups": estimate.groups,
-    }  # fmt: skip
-
-
-def _protocol(samples, reference, extractor, n, n_reference, warnings, options) -> dict:
+def _protocol(measured: Measured, warnings: list[guards.Warning]) -> dict:
+    samples, reference, identity = measured.samples, measured.reference, measured.extractor.identity
     marks = {warning.mark for warning in warnings}
     breaking = {"unknown-weights", "random-weights", "lossy-samples", "lossy-reference"}
-    is_adm = extractor.identity["name"] == "inception" and not marks & breaking and options.splits == 10
+    as_adm = (measured.settings.splits, measured.settings.k) == (MetricSettings.splits, MetricSettings.k)
     return {
-        "protocol": "adm" if is_adm and options.k == 3 else "custom",
-        "n": n, "n_reference": n_reference, "samples": samples.record, "reference": reference.record,
-        "extractor": extractor.identity, "features_dtype": "float32", "tf32": False, "moments_dtype": "float64",
-        "labels": samples.record.get("labels"), "sampler": samples.record.get("settings"),
+        "protocol": "adm" if identity["name"] == "inception" and not marks & breaking and as_adm else "custom",
+        "n": samples.n, "n_reference": reference.n, "samples": samples.given.record,
+        "reference": reference.given.record,
+        "extractor": identity, "features_dtype": "float32", "tf32": False, "moments_dtype": "float64",
+        "labels": samples.given.record.get("labels"), "sampler": samples.given.record.get("settings"),
         "versions": {
             "mutor_vision": mutor_vision.__version__, "torch": torch.__version__, "numpy": np.__version__,
             "python": platform.python_version(),

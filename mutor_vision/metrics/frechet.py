@@ -1,4 +1,4 @@
-"""Fréchet distance of two Gaussians with error bars:
+"""FID and sFID: the Fréchet distance of two Gaussians, with error bars:
 
     |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))        (Heusel et al. 2017, arXiv 1706.08500, equation 6)
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mutor_vision.errors import IntegrityError
 from mutor_vision.features.moments import Moments, Statistics
+from mutor_vision.metrics.metric import Found, Measured, Metric, Side
 from mutor_vision.runtime import Runtime
 
 NEGATIVE_TOLERANCE = 1e-6  # of the largest eigenvalue; below -that, a matrix is no covariance
@@ -39,6 +40,39 @@ class Estimate:
     standard_error: float
     interval_95: tuple[float, float]
     groups: int
+
+
+class FrechetDistance(Metric):
+    """The distance of one layer's features, with error bars where samples are images."""
+
+    def __init__(self, name: str, title: str, layer: str, extractors: tuple[str, ...] = ()):
+        self.name, self.title, self.layer, self.extractors = name, title, layer, extractors
+        self.statistics = (layer,)
+
+    def prepare(self, reference: Side) -> Root:
+        return root(reference.statistics[self.layer])
+
+    def compute(self, measured: Measured, prepared: Root) -> Found:
+        key, title, extractor = self.name, self.title, measured.extractor
+        if extractor.identity["name"] != "inception":  # FID means Inception's features and no others
+            key, title = "fd", f"FD-{extractor.identity['name']}"
+        result = {"name": measured.title(title)} | self._value(measured, prepared)
+        result["protocol"] = {
+            "layer": self.layer, "features": extractor.layers[self.layer], "n_reference": measured.reference.n,
+        }  # fmt: skip
+        return Found({key: result})
+
+    def _value(self, measured: Measured, reference: Root) -> dict:
+        samples = measured.samples
+        moments = samples.extracted.moments[self.layer] if samples.extracted else None
+        if moments is None or len(moments.n) == 1:
+            return {"value": distance(samples.statistics[self.layer], reference)}
+        estimate = jackknife(moments, reference, measured.runtime)
+        return {
+            "value": estimate.value, "bias_corrected": estimate.bias_corrected,
+            "standard_error": estimate.standard_error, "interval_95": list(estimate.interval_95),
+            "jackknife_groups": estimate.groups,
+        }  # fmt: skip
 
 
 def root(statistics: Statistics, what: str = "the reference") -> Root:

@@ -9,6 +9,31 @@ import torch
 from torch import Tensor, nn
 
 from mutor_vision.features.extract import Extracted
+from mutor_vision.metrics.metric import Found, Measured, Metric
+
+
+class PerClass(Metric):
+    """The section 'classes' of a result, and the accuracy over all of them. Computed wherever samples have labels; a
+    side that it lacks makes it say less."""
+
+    name = "classes"
+    rows = ("pool", "logits")
+    reference_rows = ("pool",)
+
+    def compute(self, measured: Measured, prepared: None) -> Found:
+        samples, reference = measured.samples, measured.reference
+        classes = measure(
+            samples.given.images, reference.given.images, samples.extracted, reference.extracted, measured.extractor
+        )
+        if classes is None:
+            return Found()
+        results = {}
+        if classes["accuracy"] is not None:
+            protocol = {"classifier": measured.extractor.identity["name"], "classes": classes["matched_by"]}
+            results["accuracy"] = {
+                "name": measured.title("Accuracy"), "value": classes["accuracy"], "protocol": protocol,
+            }  # fmt: skip
+        return Found(results, sections={"classes": classes})
 
 
 def measure(samples, reference, ours: Extracted | None, theirs: Extracted | None, extractor: nn.Module) -> dict | None:

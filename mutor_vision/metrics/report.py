@@ -67,8 +67,7 @@ def notes(result: dict) -> list[str]:
     )
     if protocol["reference"]["distance_from"] != "images":
         lines.append(f"distances from the {protocol['reference']['distance_from']}: {protocol['reference']['path']}")
-    entry = result["metrics"].get("is") or result["metrics"].get("kid")
-    if entry is not None:
+    if any("standard_deviation" in entry for entry in result["metrics"].values()):
         lines.append("± of IS and KID is the deviation over splits or subsets, not an error of the mean")
     return lines
 

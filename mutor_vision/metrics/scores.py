@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from mutor_vision.errors import UserError
-from mutor_vision.runtime import Runtime
+from mutor_vision.metrics.guards import ADM_SPLIT, Warning
+from mutor_vision.metrics.metric import Found, Measured, Metric, MetricSettings
+from mutor_vision.runtime import Runtime, exact_float32
 
 SHUFFLE_SEED = 2020  # torch-fidelity's, so that its own numbers can be checked against ours
 BLOCK = 4096  # rows and columns of one block of distances, 64 MB; fixed, so that rounding never depends on the ranks
@@ -23,6 +26,29 @@ class Score:
 
     mean: float
     std: float
+
+
+class InceptionScore(Metric):
+    """How sure the classifier is of each sample, and how many classes it sees."""
+
+    name = "is"
+    extractors = ("inception",)  # the score is of the classes of this one network
+    rows = ("logits",)
+
+    def check(self, num_samples: int, num_reference: int | None, settings: MetricSettings) -> None:
+        if num_samples < settings.splits:
+            raise UserError(f"Inception Score of {num_samples} samples in {settings.splits} splits; use --splits "
+                            f"{num_samples} or fewer")  # fmt: skip
+
+    def compute(self, measured: Measured, prepared: None) -> Found:
+        splits, n = measured.settings.splits, measured.samples.n
+        score = inception_score(measured.samples.extracted.rows["logits"], splits)
+        result = {"name": measured.title("IS"), "value": score.mean, "standard_deviation": score.std}
+        result["protocol"] = {"splits": splits, "shuffle_seed": SHUFFLE_SEED}
+        if n >= ADM_SPLIT * splits:
+            return Found({self.name: result})
+        text = f"Inception Score over splits of {n // splits:,} images, published: {ADM_SPLIT:,}"
+        return Found({self.name: result}, (Warning("small-is-splits", text),))
 
 
 def inception_score(logits: Tensor, splits: int = 10, shuffle_seed: int | None = SHUFFLE_SEED) -> Score:
@@ -43,6 +69,28 @@ def inception_score(logits: Tensor, splits: int = 10, shuffle_seed: int | None =
         divergence = (p * (log_p - p.mean(0).log())).sum(1)
         scores.append(divergence.mean().exp().item())
     return Score(float(np.mean(scores)), float(np.std(scores)))
+
+
+class PrecisionRecall(Metric):
+    """How many samples lie among the reference images, and how many reference images among the samples."""
+
+    name = "pr"
+    rows = reference_rows = ("pool",)
+
+    def check(self, num_samples: int, num_reference: int | None, settings: MetricSettings) -> None:
+        smaller = min(num_samples, num_reference)
+        if settings.k >= smaller:
+            raise UserError(f"precision and recall with k {settings.k} and {smaller} images; k must be less")
+
+    def compute(self, measured: Measured, prepared: None) -> Found:
+        samples, reference = (side.extracted.rows["pool"] for side in (measured.samples, measured.reference))
+        with exact_float32():
+            values = precision_recall(samples, reference, measured.runtime, measured.settings.k)
+        protocol = {"k": measured.settings.k, "n_reference": len(reference), "distances": "float32"}
+        return Found({
+            key: {"name": measured.title(key.capitalize()), "value": value, "protocol": protocol}
+            for key, value in zip(("precision", "recall"), values, strict=True)
+        })  # fmt: skip
 
 
 def precision_recall(samples: Tensor, reference: Tensor, runtime: Runtime, k: int = 3) -> tuple[float, float]:
@@ -85,8 +133,8 @@ def neighbour_radii(features: Tensor, k: int, runtime: Runtime) -> Tensor:
         else:
             nearest[columns] = _merge(nearest[columns], squared.T.contiguous(), k)
         nearest[rows] = _merge(nearest[rows], squared, k)
-    gathered = runtime.gather(nearest).view(runtime.world_size, len(features), k)
-    return gathered.movedim(0, 1).flatten(1).sort(1).values[:, k - 1]
+    of_all_ranks = rearrange(runtime.gather(nearest), "(rank n) k -> n (rank k)", rank=runtime.world_size)
+    return of_all_ranks.sort(1).values[:, k - 1]
 
 
 def _merge(nearest: Tensor, squared: Tensor, k: int) -> Tensor:
@@ -99,6 +147,25 @@ def squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
     """(A, D), (B, D) float32 -> (A, B) squared distances, at least 0, by one product in IEEE float32."""
     squared = torch.addmm(rows.square().sum(1)[:, None], rows, columns.T, alpha=-2)
     return squared.add_(columns.square().sum(1)).clamp_(min=0)
+
+
+class KernelDistance(Metric):
+    """KID: a distance without the bias that FID has for few images."""
+
+    name = "kid"
+    rows = reference_rows = ("pool",)
+
+    def compute(self, measured: Measured, prepared: None) -> Found:
+        samples, reference = (side.extracted.rows["pool"] for side in (measured.samples, measured.reference))
+        subsets = measured.settings.kid_subsets
+        size = min(measured.settings.kid_subset_size, len(samples), len(reference))
+        score = kernel_distance(samples, reference, subsets, size, measured.runtime.device)
+        result = {"name": measured.title("KID"), "value": score.mean, "standard_deviation": score.std}
+        result["protocol"] = {
+            "subsets": subsets, "subset_size": size, "seed": SHUFFLE_SEED, "n_reference": len(reference),
+            "kernel_dtype": "float64",
+        }  # fmt: skip
+        return Found({self.name: result})
 
 
 def kernel_distance(

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from mutor_vision.data.folder import ImageFolder, batched, check_apart
+from mutor_vision.data.folder import batched, check_apart
 from mutor_vision.data.images import to_float, views_named
-from mutor_vision.data.reading import Views, read_batches
-from mutor_vision.data.repairs import forget_bad, only_repaired, recall_bad, record_bad
+from mutor_vision.data.reading import Views, open_source, read_batches
+from mutor_vision.data.source import Source
 from mutor_vision.data.token_set import (
     FORMAT,
     PLAN,
@@ -34,6 +35,7 @@ from mutor_vision.storage import checkpoint
 from mutor_vision.storage.files import read_json, write_json
 from mutor_vision.storage.outputs import check_out_folder
 from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer, tokenizer_folder, tokenizer_identity
+from mutor_vision.tokenizer.repairs import forget_bad, only_repaired, recall_bad, record_bad
 
 _CORNERS = ["top-left", "top-right", "bottom-left", "bottom-right", "center"]
 VIEW_NAMES = {
@@ -59,42 +61,45 @@ class EncodeSettings:
     shard_size: int = 10_000  # images per file
     weights: str = "best"  # of the tokenizer: best | ema | model
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 0:
+            raise UserError(f"batch_size is {self.batch_size}, expected 1 or more, or 0 to choose by device")
+        if self.shard_size < 1:
+            raise UserError(f"shard_size is {self.shard_size}, expected 1 or more")
+        if self.precision not in PRECISIONS:
+            raise UserError(f"precision is '{self.precision}', expected one of {', '.join(PRECISIONS)}")
+        views_named(self.views)
+
 
 def encode_folder(
     tokenizer_path: str | Path, data: str | Path, out: str | Path, settings: EncodeSettings, runtime: Runtime,
     workers: int = 2,
 ) -> TokenSet:  # fmt: skip
-    """Encode every image of folder `data` into the token set `out`, and return it opened and verified.
+    """Encode every image of `data` (a folder, or another source that reading.open_source knows) into the token set
+    `out`, and return it opened and verified.
 
     Run again to continue: settings, tokenizer and images must be those of the first time (MismatchError), but for
     images that could not be used and were replaced or removed: then finished shards whose images are the same are
     kept, and the manifest lists what was repaired.
 
-    Every file is looked at before the first is encoded (images.check_image), and ImageError names all that cannot be
+    Every image is looked at before the first is encoded (Source.check), and ImageError names all that cannot be
     used; damage that only decoding shows stops at that image. Finished shards stay, and there is no manifest."""
     out = Path(out)
-    if settings.batch_size < 0:
-        raise UserError(f"batch_size is {settings.batch_size}, expected 1 or more, or 0 to choose by device")
-    if settings.shard_size < 1:
-        raise UserError(f"shard_size is {settings.shard_size}, expected 1 or more")
-    if settings.precision not in PRECISIONS:
-        raise UserError(f"precision is '{settings.precision}', expected one of {', '.join(PRECISIONS)}")
     check_apart(data, out)
     check_out_folder(out)
-    crops = views_named(settings.views)
-    folder = ImageFolder.open(data)
+    source = open_source(data)
     tokenizer = load_tokenizer(tokenizer_path, runtime.device, settings.weights)
-    plan = _plan(tokenizer, folder, settings, runtime)
-    plan = _begin(out, plan, folder, tokenizer_path, settings.weights, runtime)
+    plan = _plan(tokenizer, source, settings, runtime)
+    plan = _begin(out, plan, source, tokenizer_path, settings.weights, runtime)
     if not (out / "manifest.json").is_file():
-        views = Views(folder, plan["image_size"], crops)
+        views = Views(source, plan["image_size"], views_named(settings.views))
         if runtime.device.type == "cpu":
             tokenizer.to(memory_format=torch.channels_last)  # a tenth faster on VQ-16; not measured on CUDA
         try:
             measured = _agreement(tokenizer, views, plan, runtime) if runtime.is_main else {}
             _encode_shards(tokenizer, views, out, plan, runtime, workers)
         except ImageError as error:
-            record_bad(out, folder, error, runtime.rank)
+            record_bad(out, source, error, runtime.rank)
             raise
         runtime.barrier()
         if runtime.is_main:
@@ -117,14 +122,15 @@ def _encode_shards(
         for shard in missing:
             codes = []
             for images in islice(stream, len(batches[shard])):
-                parts = images.flatten(0, 1).split(plan["batch_size"])
+                parts = rearrange(images, "image view c h w -> (image view) c h w").split(plan["batch_size"])
                 encoded = [_encode(tokenizer, part, plan["precision"], runtime) for part in parts]
-                codes.append(torch.cat(encoded).unflatten(0, images.shape[:2]).cpu().numpy())
+                of_images = rearrange(torch.cat(encoded), "(image view) n -> image view n", image=len(images))
+                codes.append(of_images.cpu().numpy())
                 bar.update(len(images))
             codes_name, labels_name = shard_names(shard)
             save_array(out / codes_name, np.concatenate(codes).astype(code_dtype(plan["codebook_size"])))
             # The labels come second: a shard is done when both are there.
-            labels = [views.folder.labels[i] for i in _images_of(shard, plan)]
+            labels = [views.source.labels[i] for i in _images_of(shard, plan)]
             save_array(out / labels_name, np.array(labels, dtype=np.int64))
 
 
@@ -173,12 +179,12 @@ def _images_of(shard: int, plan: dict[str, Any]) -> range:
     return range(shard * plan["shard_size"], min((shard + 1) * plan["shard_size"], plan["num_images"]))
 
 
-def _plan(tokenizer: VQTokenizer, folder: ImageFolder, settings: EncodeSettings, runtime: Runtime) -> dict[str, Any]:
+def _plan(tokenizer: VQTokenizer, source: Source, settings: EncodeSettings, runtime: Runtime) -> dict[str, Any]:
     image_size = settings.image_size or tokenizer.config.image_size
     side = tokenizer.config.downsample
     if image_size < side or image_size % side:
         raise UserError(f"image_size is {image_size}, expected a multiple of {side}, the tokenizer's pixels per code")
-    shards = -(-len(folder) // settings.shard_size)
+    shards = -(-len(source) // settings.shard_size)
     plan = {
         "format": FORMAT,
         "tokenizer_sha256": tokenizer_identity(tokenizer),
@@ -189,18 +195,18 @@ def _plan(tokenizer: VQTokenizer, folder: ImageFolder, settings: EncodeSettings,
         "views": VIEW_NAMES[settings.views],
         "batch_size": settings.batch_size or _default_batch_size(image_size, runtime),
         "precision": settings.precision,
-        "num_images": len(folder),
+        "num_images": len(source),
         "num_shards": shards,
         "shard_size": settings.shard_size,
-        "source": folder.root.resolve().name,
-        "files_sha256": folder.fingerprint(),
-        "class_names": folder.class_names,
-        "images_per_class": folder.counts(),
-        "left_out": folder.listing.left_out,
-        "ignored": folder.listing.ignored,
-        "files_of_classes": folder.fingerprints_of_classes(),
+        "source": source.name,
+        "files_sha256": source.fingerprint(),
+        "class_names": list(source.class_names),
+        "images_per_class": source.counts(),
+        "left_out": source.left_out,
+        "ignored": source.ignored,
+        "files_of_classes": source.fingerprints_of_classes(),
     }
-    return plan | {"files_of_shards": [folder.fingerprint(_images_of(shard, plan))[:16] for shard in range(shards)]}
+    return plan | {"files_of_shards": [source.fingerprint(_images_of(shard, plan))[:16] for shard in range(shards)]}
 
 
 def _default_batch_size(image_size: int, runtime: Runtime) -> int:
@@ -210,7 +216,7 @@ def _default_batch_size(image_size: int, runtime: Runtime) -> int:
 
 
 def _begin(
-    out: Path, plan: dict[str, Any], folder: ImageFolder, tokenizer_path: str | Path, weights: str, runtime: Runtime
+    out: Path, plan: dict[str, Any], source: Source, tokenizer_path: str | Path, weights: str, runtime: Runtime
 ) -> dict[str, Any]:
     """Collective. Create the folder and its plan, or see that they are those of this encoding and remove the shards
     whose images were repaired; before that, look at every image that is still to be encoded. Returns the plan."""
@@ -223,8 +229,8 @@ def _begin(
             stale, repaired = _compare(out, begun, plan)
             plan = plan | ({"repaired": repaired} if repaired else {})
             if not (out / "manifest.json").is_file():
-                _look_at_images(out, plan, folder, stale)
-            # What was said of the folder's images counts from here: first what does not fit goes, then the plan comes.
+                _look_at_images(out, plan, source, stale)
+            # What was said of the images counts from here: first what does not fit goes, then the plan comes.
             for name in (name for shard in stale for name in reversed(shard_names(shard))):
                 (out / name).unlink(missing_ok=True)
             out.mkdir(parents=True, exist_ok=True)
@@ -238,14 +244,14 @@ def _begin(
     return plan if runtime.is_main else read_json(out / PLAN)
 
 
-def _look_at_images(out: Path, plan: dict[str, Any], folder: ImageFolder, stale: list[int]) -> None:
+def _look_at_images(out: Path, plan: dict[str, Any], source: Source, stale: list[int]) -> None:
     done = {shard for shard in range(plan["num_shards"]) if _is_there(out, shard)} - set(stale)
     numbers = [i for shard in range(plan["num_shards"]) if shard not in done for i in _images_of(shard, plan)]
     try:
-        folder.check(numbers)
+        source.check(numbers)
     except ImageError as error:
         if (out / PLAN).is_file():
-            record_bad(out, folder, error)
+            record_bad(out, source, error)
         raise
 
 

@@ -1,5 +1,5 @@
 """VQTokenizer: images -> codes (h, w) -> images. The convolutions are diffusers' autoencoder blocks, which with the
-default configuration are LlamaGen's VQ-16 layer for layer; the quantizer is ours.
+default configuration are LlamaGen's VQ-16 layer for layer; the quantizer is one of `quantizer.QUANTIZERS`.
 
 Legend: B batch, H x W pixels, h x w codes, V codebook size.
 """
@@ -14,7 +14,7 @@ from mutor_vision.config import TokenizerConfig, TokenizerTrainConfig
 from mutor_vision.errors import UserError
 from mutor_vision.storage import checkpoint
 from mutor_vision.storage.files import state_sha256
-from mutor_vision.tokenizer.quantizer import Quantized, VectorQuantizer
+from mutor_vision.tokenizer.quantizer import Quantized, quantizer_named
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class VQTokenizer(nn.Module):
             in_channels=3, out_channels=config.latent_channels, down_block_types=tuple(down), double_z=False, **layers
         )
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_dim, 1)
-        self.quantizer = VectorQuantizer(config.codebook_size, config.code_dim, config.l2_norm)
+        self.quantizer = quantizer_named(config.quantizer)(config)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent_channels, 1)
         self.decoder = Decoder(
             in_channels=config.latent_channels, out_channels=3, up_block_types=tuple(up), norm_type="group", **layers
         )
 
     def forward(self, images: Tensor, entropy_temperature: float = 0.0, rounding: bool = True) -> Reconstruction:
-        """(B, 3, H, W) float in [-1, 1] -> Reconstruction, with gradients. For the rest see VectorQuantizer."""
+        """(B, 3, H, W) float in [-1, 1] -> Reconstruction, with gradients. For the rest see Quantizer."""
         quantized = self.quantizer(self._latents(images), entropy_temperature, rounding)
         return Reconstruction(self._images(quantized.latents), quantized)
 

@@ -1,4 +1,5 @@
-"""Vector quantization: latents -> the nearest of V codebook vectors, with a straight-through gradient.
+"""Quantizers: latents -> one of V codes each, with a straight-through gradient. What a quantizer is, the one that takes
+the nearest of V learned vectors, and statistics of codes.
 
 Legend: B batch, h x w grid, C width of a code, V codebook size, n = B * h * w latents.
 """
@@ -10,6 +11,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from mutor_vision.config import TokenizerConfig, TokenizerTrainConfig
+from mutor_vision.errors import UserError
+
 _CHUNK = 2**24  # distances held at once while searching, 64 MB
 
 
@@ -17,33 +21,59 @@ _CHUNK = 2**24  # distances held at once while searching, 64 MB
 class Quantized:
     """What a quantizer makes of latents. The three losses are not weighted; all tensors but codes are float32."""
 
-    latents: Tensor  # (B, C, h, w) chosen code vectors; their gradient goes straight through to the encoder
-    encoded: Tensor  # (B, C, h, w) what was quantized, unit vectors under l2_norm
+    latents: Tensor  # (B, C, h, w) what the decoder sees; its gradient goes straight through to the encoder
+    encoded: Tensor  # (B, C, h, w) what was quantized, such as unit vectors under l2_norm
     codes: Tensor  # (B, h, w) int64 in [0, V)
-    codebook_loss: Tensor  # pulls the codes to the latents
+    codebook_loss: Tensor  # pulls the codes to the latents; 0 where no code is learned
     commitment_loss: Tensor  # pulls the latents to their codes
     entropy_loss: Tensor  # low: each latent is sure of its code, and all codes are used; 0 unless asked for
 
 
-class VectorQuantizer(nn.Module):
-    """Nearest-code lookup. l2_norm compares unit vectors and returns unit codes (ViT-VQGAN, arXiv 2110.04627, as in
-    LlamaGen); without it plain vectors are compared (taming-transformers)."""
+class Quantizer(nn.Module):
+    """A way to make codes of latents. A kind of quantizer is a subclass and a line in QUANTIZERS. It is made from the
+    tokenizer's configuration, whose code_dim is C and codebook_size is V, and raises UserError for values that it
+    cannot serve."""
 
-    def __init__(self, codebook_size: int, code_dim: int, l2_norm: bool = True):
-        super().__init__()
-        self.l2_norm = l2_norm
-        codebook = torch.empty(codebook_size, code_dim).uniform_(-1 / codebook_size, 1 / codebook_size)
-        self.codebook = nn.Parameter(self._normalise(codebook))
+    @classmethod
+    def check_training(cls, config: TokenizerTrainConfig) -> None:
+        """Raise UserError for training settings that this kind cannot serve; by default, those that need a codebook."""
+        for name in ("dead_code_steps", "entropy_weight"):
+            if value := getattr(config, name):
+                raise UserError(
+                    f"{name} is {value}, expected 0: the quantizer '{config.model.quantizer}' has no codebook"
+                )
 
     def forward(self, latents: Tensor, entropy_temperature: float = 0.0, rounding: bool = True) -> Quantized:
         """(B, C, h, w) -> Quantized, all in float32 even under autocast.
 
-        entropy_temperature: temperature of the softmax over distances in the entropy loss (LlamaGen: 0.01), which
-        holds (n, V) numbers for the backward pass; 0 = no entropy loss. rounding False: the latents come back as they
-        are and are not committed, while the codes follow them. A new encoder first learns the colour of a patch; what
-        is finer than the codes is then invisible to the decoder and committed away, and is never learned. Some steps
-        as a plain autoencoder let the latents spread over all of code_dim.
-        """
+        entropy_temperature: of the softmax over distances in the entropy loss (LlamaGen: 0.01); 0 = no entropy loss.
+        rounding False: the latents come back as they are and are not committed, while the codes follow them. A new
+        encoder first learns the colour of a patch; what is finer than the codes is then invisible to the decoder and
+        committed away, and is never learned. Some steps as a plain autoencoder let the latents spread over all of
+        code_dim."""
+        raise NotImplementedError
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """(B, h, w) int64 in [0, V) -> (B, C, h, w) float32, as the decoder saw them in training."""
+        raise NotImplementedError
+
+
+class VectorQuantizer(Quantizer):
+    """Nearest-code lookup. l2_norm compares unit vectors and returns unit codes (ViT-VQGAN, arXiv 2110.04627, as in
+    LlamaGen); without it plain vectors are compared (taming-transformers)."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        self.l2_norm, size = config.l2_norm, config.codebook_size
+        codebook = torch.empty(size, config.code_dim).uniform_(-1 / size, 1 / size)
+        self.codebook = nn.Parameter(self._normalise(codebook))
+
+    @classmethod
+    def check_training(cls, config: TokenizerTrainConfig) -> None:
+        pass  # it serves them all
+
+    def forward(self, latents: Tensor, entropy_temperature: float = 0.0, rounding: bool = True) -> Quantized:
+        """As in Quantizer. The entropy loss holds (B * h * w, V) numbers for the backward pass."""
         with torch.autocast(latents.device.type, enabled=False):
             flat = self._normalise(rearrange(latents.float(), "b c h w -> (b h w) c"))
             codebook = self._normalise(self.codebook.float())
@@ -54,7 +84,7 @@ class VectorQuantizer(nn.Module):
             else:
                 entropy_loss = flat.new_zeros(())
             straight_through = flat + (chosen - flat).detach()
-            batch, _, height, width = latents.shape
+            batch, _, height, _ = latents.shape
 
             def to_grid(vectors: Tensor) -> Tensor:
                 return rearrange(vectors, "(b h w) c -> b c h w", b=batch, h=height)
@@ -62,18 +92,33 @@ class VectorQuantizer(nn.Module):
             return Quantized(
                 latents=to_grid(straight_through if rounding else flat),
                 encoded=to_grid(flat),
-                codes=codes.view(batch, height, width),
+                codes=rearrange(codes, "(b h w) -> b h w", b=batch, h=height),
                 codebook_loss=F.mse_loss(chosen, flat.detach()),
                 commitment_loss=F.mse_loss(flat, chosen.detach()) if rounding else flat.new_zeros(()),
                 entropy_loss=entropy_loss,
             )
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """(B, h, w) int64 in [0, V) -> (B, C, h, w) float32 code vectors, as the decoder saw them in training."""
         return rearrange(self._normalise(self.codebook.float())[codes], "b h w c -> b c h w")
+
+    def revive_dead_codes(
+        self, idle_steps: Tensor, counts: Tensor, candidates: Tensor, limit: int, uniforms: Tensor
+    ) -> Tensor:
+        """revive_dead_codes of this codebook."""
+        return revive_dead_codes(self.codebook, idle_steps, counts, candidates, limit, uniforms)
 
     def _normalise(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1) if self.l2_norm else vectors
+
+
+# What the configuration's `quantizer` may be. A new kind is a class and a line here.
+QUANTIZERS: dict[str, type[Quantizer]] = {"vq": VectorQuantizer}
+
+
+def quantizer_named(name: str) -> type[Quantizer]:
+    if name not in QUANTIZERS:
+        raise UserError(f"model.quantizer is '{name}', expected one of {', '.join(QUANTIZERS)}")
+    return QUANTIZERS[name]
 
 
 @torch.no_grad()

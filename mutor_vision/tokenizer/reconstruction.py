@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -30,8 +31,8 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
     window = (window / window.sum()).view(1, 1, 1, 11)
 
     def blur(x: Tensor) -> Tensor:
-        x = F.conv2d(x.flatten(0, 1)[:, None], window)
-        return F.conv2d(x, window.transpose(2, 3))
+        channels = rearrange(x, "b c h w -> (b c) 1 h w")
+        return F.conv2d(F.conv2d(channels, window), window.transpose(2, 3))
 
     x, y = images.double() / 255, others.double() / 255
     mean_x, mean_y = blur(x), blur(y)
@@ -39,13 +40,13 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
     covariance = blur(x * y) - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + 0.01**2) / (mean_x**2 + mean_y**2 + 0.01**2)
     structure = (2 * covariance + 0.03**2) / (variance_x + variance_y + 0.03**2)
-    return (luminance * structure).view(len(x), -1).mean(dim=1)
+    return rearrange(luminance * structure, "(b c) 1 h w -> b (c h w)", b=len(images)).mean(dim=1)
 
 
 @torch.no_grad()
 def reconstruct(tokenizer: VQTokenizer, images: Tensor) -> tuple[Tensor, Tensor]:
     """uint8 (B, 3, H, W) -> (reconstructions as uint8, codes (B, h, w)) on the tokenizer's device, in float32."""
-    codes = tokenizer.encode(to_float(images.to(tokenizer.quantizer.codebook.device)))
+    codes = tokenizer.encode(to_float(images.to(next(tokenizer.parameters()).device)))
     return to_uint8(tokenizer.decode(codes)), codes
 
 

@@ -12,10 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from mutor_vision.config import TokenizerTrainConfig
-from mutor_vision.data.folder import ImageFolder, batched, check_apart, check_images
+from mutor_vision.data.folder import batched, check_apart
 from mutor_vision.data.images import center, save_png, to_float
-from mutor_vision.data.reading import TrainingCrops, Views, read_batches
-from mutor_vision.data.repairs import forget_bad, only_repaired, recall_bad, record_bad
+from mutor_vision.data.reading import TrainingCrops, Views, open_source, read_batches
+from mutor_vision.data.source import Source
 from mutor_vision.errors import ImageError, MismatchError, UserError
 from mutor_vision.keyed_random import permutation, uniforms
 from mutor_vision.runtime import Runtime, start
@@ -26,8 +26,9 @@ from mutor_vision.storage.outputs import check_out_folder
 from mutor_vision.storage.run_log import RunLog
 from mutor_vision.tokenizer import losses
 from mutor_vision.tokenizer.model import VQTokenizer
-from mutor_vision.tokenizer.quantizer import count_codes, revive_dead_codes, usage
+from mutor_vision.tokenizer.quantizer import count_codes, quantizer_named, usage
 from mutor_vision.tokenizer.reconstruction import reconstruct, score_reconstructions, side_by_side
+from mutor_vision.tokenizer.repairs import forget_bad, only_repaired, recall_bad, record_bad
 
 # What may differ when a run is continued, `steps` with a constant learning rate only. The images are compared by their
 # file list, the rest changes no step.
@@ -46,6 +47,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
     begun with other settings or images."""
     runtime = start(config.precision)
     check_warmup(config.steps, config.warmup_steps)
+    quantizer_named(config.model.quantizer).check_training(config)
     if config.batch_size % runtime.world_size:
         raise UserError(f"batch_size {config.batch_size} is no multiple of the {runtime.world_size} processes")
     if config.lpips_weight > 0 and not config.lpips_weights:  # presets leave the file to the user
@@ -55,13 +57,13 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
     # Images. k = step * batch_size + i says what is read; there is no other state of the data.
     check_apart(config.data, out)
     check_out_folder(out)
-    folder, train_indices, val_folder, val_indices = split(config)
-    images_of_classes, repaired = folder.fingerprints_of_classes(), []
-    check_all_images(out, [(folder, train_indices), (val_folder, val_indices)], runtime)
+    source, train_indices, val_source, val_indices = split(config)
+    images_of_classes, repaired = source.fingerprints_of_classes(), []
+    check_all_images(out, [(source, train_indices), (val_source, val_indices)], runtime)
     size = config.model.image_size
-    crops = TrainingCrops(folder, train_indices, size, config.seed, config.min_crop_scale)
-    val_views = Views(val_folder, size, center)
-    files = f"{folder.fingerprint()} {len(train_indices)}"
+    crops = TrainingCrops(source, train_indices, size, config.seed, config.min_crop_scale)
+    val_views = Views(val_source, size, center)
+    files = f"{source.fingerprint()} {len(train_indices)}"
 
     # Models and optimizers.
     torch.manual_seed(config.seed)
@@ -88,7 +90,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
         repaired = state.get("repaired", [])
         if state["files"] != files:
             bad, before = recall_bad(out), state.get("images_of_classes", [])
-            if not only_repaired(bad, before, images_of_classes, folder.class_names):
+            if not only_repaired(bad, before, images_of_classes, source.class_names):
                 raise MismatchError(
                     f"{out} was begun with other images in {config.data}; restore them or give a new --out"
                 )
@@ -159,10 +161,9 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
                 some = reconstruction.quantized.encoded[: max(1, 8 // runtime.world_size)].detach().contiguous()
                 some = rearrange(runtime.gather(some), "(rank i) c h w -> (i rank h w) c", rank=runtime.world_size)
                 draws = torch.from_numpy(uniforms(config.seed, "revive", np.array([step]), len(counts))[0])
-                revive_dead_codes(
-                    model.quantizer.codebook, idle_steps, runtime.all_reduce(new_counts), some,
-                    config.dead_code_steps, draws.to(device),
-                )  # fmt: skip
+                model.quantizer.revive_dead_codes(
+                    idle_steps, runtime.all_reduce(new_counts), some, config.dead_code_steps, draws.to(device)
+                )
             if ema is not None:
                 ema.update(model, step=step)
 
@@ -206,7 +207,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
                         )
             if sampled and runtime.is_main:
                 views, indices = (val_views, val_indices) if len(val_indices) else (
-                    Views(folder, size, center), train_indices)  # fmt: skip
+                    Views(source, size, center), train_indices)  # fmt: skip
                 chosen = indices[permutation(config.seed, "examples", 0, len(indices))[:16]]
                 originals = torch.cat([views[i] for i in chosen]).to(device)
                 copies, _ = reconstruct(weights.get("ema", model), originals)
@@ -225,7 +226,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
     except BaseException as error:
         log.failed(step, error)
         if isinstance(error, ImageError):
-            record_bad(out, folder, error, runtime.rank)
+            record_bad(out, source, error, runtime.rank)
         raise
     finally:
         bar.close()
@@ -237,22 +238,22 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
     return out / "checkpoints" / f"step-{step:07d}"
 
 
-def split(config: TokenizerTrainConfig) -> tuple[ImageFolder, np.ndarray, ImageFolder, np.ndarray]:
-    """(training folder, its image numbers to train on, validation folder, its image numbers to score). Held-out
-    images are chosen by config.seed; without validation the last is empty."""
-    folder = ImageFolder.open(config.data)
+def split(config: TokenizerTrainConfig) -> tuple[Source, np.ndarray, Source, np.ndarray]:
+    """(training source, numbers of its images to train on, validation source, numbers of its images to score).
+    Held-out images are chosen by config.seed; without validation the last is empty."""
+    source = open_source(config.data)
     if config.val_data:
         if Path(config.val_data).resolve() == Path(config.data).resolve():
             raise UserError(f"val_data is data ({config.data}); give other images, or val_fraction to hold some out")
-        val_folder = ImageFolder.open(config.val_data)
-        train, held_out = np.arange(len(folder)), permutation(config.seed, "held-out", 0, len(val_folder))
+        val_source = open_source(config.val_data)
+        train, held_out = np.arange(len(source)), permutation(config.seed, "held-out", 0, len(val_source))
     else:
-        val_folder, order = folder, permutation(config.seed, "held-out", 0, len(folder))
-        count = max(1, round(len(folder) * config.val_fraction)) if config.val_fraction > 0 else 0
+        val_source, order = source, permutation(config.seed, "held-out", 0, len(source))
+        count = max(1, round(len(source) * config.val_fraction)) if config.val_fraction > 0 else 0
         train, held_out = np.sort(order[count:]), order[:count]
     if not len(train):
-        raise UserError(f"{config.data} has {len(folder)} image(s), all held out; set val_fraction=0 or add images")
-    return folder, train, val_folder, np.sort(held_out[: config.val_images])
+        raise UserError(f"{config.data} has {len(source)} image(s), all held out; set val_fraction=0 or add images")
+    return source, train, val_source, np.sort(held_out[: config.val_images])
 
 
 def _continued(config: TokenizerTrainConfig, out: Path) -> Path | None:
@@ -268,18 +269,22 @@ def _continued(config: TokenizerTrainConfig, out: Path) -> Path | None:
     return found
 
 
-def check_all_images(out: Path, sets: list[tuple[ImageFolder, np.ndarray]], runtime: Runtime) -> None:
-    """Collective. Look at every image before the first step (images.check_image); raises ImageError for all that
-    cannot be used, and records them in a run that has begun."""
-    error = None
+def check_all_images(out: Path, sets: list[tuple[Source, np.ndarray]], runtime: Runtime) -> None:
+    """Collective. Look at every image before the first step (Source.check); raises one ImageError for all that cannot
+    be used, and records those of the first source in a run that has begun."""
+    errors = []
     if runtime.is_main:
-        try:
-            check_images([folder.root / folder.paths[i] for folder, numbers in sets for i in numbers])
-        except ImageError as raised:
-            error = raised
-            if (out / "config.json").is_file():
-                record_bad(out, sets[0][0], raised)
-    runtime.raise_together(error)
+        for source in {id(source): source for source, _ in sets}.values():  # one may be both trained and scored on
+            numbers = np.concatenate([numbers for other, numbers in sets if other is source])
+            try:
+                source.check(numbers.tolist())
+            except ImageError as raised:
+                errors.append(raised)
+        if errors and (out / "config.json").is_file():
+            for error in errors:
+                record_bad(out, sets[0][0], error)
+    paths = [path for error in errors for path in error.paths]
+    runtime.raise_together(ImageError("; ".join(map(str, errors)), *paths) if errors else None)
 
 
 def _distributed(module: nn.Module, runtime: Runtime) -> nn.Module:

@@ -15,7 +15,7 @@ from mutor_vision.errors import IntegrityError, UserError
 from mutor_vision.features.extract import CHUNK, chunks, gather_chunks
 from mutor_vision.features.extractors import identity_text
 from mutor_vision.features.moments import LAYER_KEYS, Moments, statistics_arrays
-from mutor_vision.features.sources import FolderImages
+from mutor_vision.features.sources import SourceImages
 from mutor_vision.keyed_random import permutation
 from mutor_vision.runtime import Runtime
 from mutor_vision.storage.files import written
@@ -34,7 +34,7 @@ class Progress:
 
 
 def write_reference(
-    source: FolderImages,
+    source: SourceImages,
     extractor: nn.Module,
     runtime: Runtime,
     out: Path,
@@ -88,7 +88,7 @@ def write_reference(
     return protocol
 
 
-def _write(out: Path, source: FolderImages, arrays: dict[str, np.ndarray], keep_images: int) -> None:
+def _write(out: Path, source: SourceImages, arrays: dict[str, np.ndarray], keep_images: int) -> None:
     if not keep_images:
         write_arrays(out, arrays)
         return

@@ -6,23 +6,20 @@ run again with other images than before, it may go on where all that differs are
 import unicodedata
 from pathlib import Path
 
-from mutor_vision.data.folder import ImageFolder
+from mutor_vision.data.source import Source
 from mutor_vision.errors import ImageError
 from mutor_vision.storage.files import read_json, write_json
 
 
-def record_bad(out: Path, folder: ImageFolder, error: ImageError, rank: int = 0) -> None:
-    """Add the images of `folder` that an error is about to the record in `out`."""
+def record_bad(out: Path, source: Source, error: ImageError, rank: int = 0) -> None:
+    """Add the images of `source` that an error is about to the record in `out`."""
     path = out / f"bad-images-{rank}.json"
-    inside = [
-        Path(bad).relative_to(folder.root).as_posix() for bad in error.paths if Path(bad).is_relative_to(folder.root)
-    ]
     known = read_json(path) if path.is_file() else []
-    write_json(path, sorted({*known, *inside}))
+    write_json(path, sorted({*known, *source.names_of(error)}))
 
 
 def recall_bad(out: Path) -> list[str]:
-    """The recorded images of all ranks, as paths relative to the image folder."""
+    """The recorded images of all ranks, as Source.names_of names them."""
     return sorted({bad for path in out.glob("bad-images-*.json") for bad in read_json(path)})
 
 
@@ -32,7 +29,7 @@ def forget_bad(out: Path) -> None:
 
 
 def only_repaired(bad: list[str], before: list[str], now: list[str], class_names: list[str]) -> bool:
-    """Whether images differ in classes with a bad image alone. before, now: ImageFolder.fingerprints_of_classes."""
+    """Whether images differ in classes with a bad image alone. before, now: Source.fingerprints_of_classes."""
     touched = {unicodedata.normalize("NFC", path.partition("/")[0]) for path in bad}
     return len(before) == len(now) and all(
         old == new or name in touched for old, new, name in zip(before, now, class_names, strict=True)

@@ -1,0 +1,94 @@
+"""What a source of images is: numbered images with labels, from wherever they are kept.
+
+A folder (`data/folder.py`) is the first kind. Another one, such as a tar archive or parquet, is a subclass of `Source`
+in a file of its own and a line in `reading.SOURCES`; encoding, tokenizer training and features then read it as they
+read a folder.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from mutor_vision.data.images import Header
+from mutor_vision.errors import ImageError
+
+SHOWN = 10  # bad images that one message names
+
+
+class Source(ABC):
+    """Images numbered from 0, in an order that depends on what is in the source alone. A kind of source sets the
+    attributes without a default and writes the three abstract methods; it may write others better than they are here.
+    It is made from the string that users write after --data, and read by several processes and threads at once."""
+
+    class_names: Sequence[str]
+    labels: Sequence[int] | None  # of each image, in [0, len(class_names)); None where the source has no classes
+    name = "images"  # what manifests and protocols call it
+    kind = "images"  # what protocols say that it is: 'folder', ...
+    left_out: dict[str, int] = {}  # what in it was not taken for an image, for manifests: ending -> how many
+    ignored: dict[str, int] = {}  # what in it a system left behind: name -> how often
+
+    @classmethod
+    def claims(cls, data: str) -> bool:
+        """Whether this is the kind that a user's string means, such as one that ends in '.tar'."""
+        return False
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of images."""
+
+    @abstractmethod
+    def open(self, number: int) -> Image.Image:
+        """Image `number`, decoded to RGB, at its own size. Raises ImageError with the image's name when it cannot be
+        used."""
+
+    @abstractmethod
+    def fingerprint(self, numbers: Sequence[int] | None = None) -> str:
+        """sha256 (hex) that changes when one of these images, their names or their order does; None = of all. It is
+        recorded, so it must be the same on another machine."""
+
+    def counts(self) -> list[int]:
+        """Images of each class."""
+        return np.bincount(self.labels, minlength=len(self.class_names)).tolist()
+
+    def fingerprints_of_classes(self) -> list[str]:
+        """The first 16 digits of each class's fingerprint."""
+        of_classes = np.split(np.argsort(self.labels, kind="stable"), np.cumsum(self.counts())[:-1])
+        return [self.fingerprint(numbers.tolist())[:16] for numbers in of_classes]
+
+    def check(self, numbers: Sequence[int]) -> list[Header]:
+        """What each of these images says of itself, found before work begins that a bad one would stop. Raises one
+        ImageError for all that cannot be used. Decodes every image: where a look at the header does, write that."""
+        headers, errors = [], []
+        for number in numbers:
+            try:
+                headers.append(Header("", "RGB", self.open(number).size, lossy=False))
+            except ImageError as error:
+                errors.append(error)
+        raise_all(errors, len(numbers))
+        return headers
+
+    def shown(self, number: int) -> str:
+        """What messages call an image."""
+        return f"image {number} of {self.name}"
+
+    def names_of(self, error: ImageError) -> list[str]:
+        """'CLASS/...' of the images of this source that an error is about, so that their repair can be recognised."""
+        return list(error.paths)
+
+    def stamp(self) -> bytes:
+        """Changes whenever an image may have changed, on this machine; features that are kept are named after it."""
+        return self.fingerprint().encode()
+
+
+def raise_all(errors: Sequence[ImageError], looked_at: int) -> None:
+    """Raise one ImageError for all of these, if there are any; its message shows the first SHOWN."""
+    if not errors:
+        return
+    if len(errors) == 1:
+        raise errors[0]
+    shown = "; ".join(str(error) for error in errors[:SHOWN])
+    more = f"; and {len(errors) - SHOWN:,} more" if len(errors) > SHOWN else ""
+    bad = [path for error in errors for path in error.paths]
+    raise ImageError(f"{len(errors):,} of {looked_at:,} images cannot be used: {shown}{more}", *bad)
