@@ -19,7 +19,8 @@ from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer
 
 COMPILE = ("auto", "on", "off")
 DECODE = ("auto", "plain", "forecast")
-FORECAST_UP_TO = {"cpu": 1}  # images at once for which forecasts were measured to be faster (docs/performance.md)
+# Images at once up to which forecasts were measured to be faster (docs/performance.md).
+FORECAST_UP_TO = {"cpu": 1, "cuda": 16}
 
 
 @dataclass(frozen=True)
