@@ -2,6 +2,12 @@ VENV := .venv
 PY := $(VENV)/bin/python
 LOWEST := .venv-lowest
 FAST := -m "not slow"
+# A worker on each core; every test uses one thread, or says so.
+PYTEST := $(PY) -m pytest -q -n auto
+# What computes with the transformer, and so may take a fast path: test_layout.py compares this list with the imports.
+PLAIN := $(addprefix tests/test_,$(addsuffix .py,adding_an_objective device_rules drafts eval fine_tuning forecast \
+    generate llamagen made_before mutor parallel_heads plan registers sample sharding tokenizer_commands train_loop \
+    transformer))
 
 .PHONY: install check test test-plain test-lowest demo lint
 
@@ -15,18 +21,18 @@ $(VENV)/.installed: pyproject.toml
 # While developing: all but the tests marked slow.
 check: install
 	$(PY) -m ruff check .
-	$(PY) -m pytest -q $(FAST)
+	$(PYTEST) $(FAST)
 
 test: install
 	$(PY) -m ruff check .
 	@echo '=== all tests, with the fast paths of this processor'
-	$(PY) -m pytest -q
+	$(PYTEST)
 	@$(MAKE) --no-print-directory test-plain
 
 # What other processors do, and other releases of PyTorch: no packed matrices, no merged kernel.
 test-plain: install
 	@echo '=== fast tests again, in plain PyTorch (MUTOR_NO_FAST_PATHS=1)'
-	MUTOR_NO_FAST_PATHS=1 $(PY) -m pytest -q $(FAST)
+	MUTOR_NO_FAST_PATHS=1 $(PYTEST) $(FAST) $(PLAIN)
 
 # The lowest release of every requirement that pyproject.toml allows; call it with python3 as the lowest Python.
 test-lowest:
@@ -34,7 +40,7 @@ test-lowest:
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[test]'
 	@echo '=== fast tests with the lowest releases'
-	$(LOWEST)/bin/python -m pytest -q $(FAST)
+	$(LOWEST)/bin/python -m pytest -q -n auto $(FAST)
 
 lint: install
 	$(PY) -m ruff check .

@@ -157,3 +157,13 @@ def test_a_wheel_holds_the_package_alone(root, tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert "mutor_vision" in tops and all(top == "mutor_vision" or top.endswith(".dist-info") for top in tops)
+
+
+def test_the_pass_without_fast_paths_has_every_test_that_may_take_one(root):
+    """Makefile's PLAIN: what imports the transformer or what uses it, or takes a run of it."""
+    uses = re.compile(r"mutor_vision\.(model|sampling|training|objectives)|trained_run")
+    listed = re.search(r"^PLAIN := .*?\.py,(.*?)\)\)$", (root / "Makefile").read_text(), re.M | re.S)[1]
+    listed = set(listed.replace("\\", " ").split())
+    found = {path.stem.removeprefix("test_") for path in (root / "tests").glob("test_*.py")
+             if uses.search(path.read_text())}  # fmt: skip
+    assert listed == found - {"gpu", "layout", "commands", "doors"}, "edit PLAIN in the Makefile"
