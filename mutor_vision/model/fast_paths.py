@@ -28,6 +28,14 @@ def packed_product(rows: Tensor, packed: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
 
 
+@cache
+def fewest_rows() -> int:
+    """Rows to fill up to before a packed product. A single row takes another kernel, which rounds differently. With
+    AVX-512 two rows are slow: reading a model's float32 matrices takes 17 ms for two rows and 11 for four; without it
+    every row costs its own."""
+    return 4 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 2
+
+
 def prefix_attention() -> bool:
     """Whether `prefix_attention_forward` and `..._backward` work on this machine's CPU."""
     return _allowed() and _tried(_try_prefix_attention, torch.float32)

@@ -2,6 +2,7 @@
 CPU's kernels, or as int8. In place; it cannot be trained or saved afterwards."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mutor_vision.errors import UserError
@@ -24,10 +25,10 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the weight's type."""
         rows = x.to(self.dtype).reshape(-1, self.in_features)
-        # A single row would take another kernel, which rounds differently.
-        padded = rows.expand(2, -1) if len(rows) == 1 else rows
-        y = fast_paths.packed_product(padded, self.packed)
-        return y[: len(rows)].view(*x.shape[:-1], self.out_features)
+        if (missing := fast_paths.fewest_rows() - len(rows)) > 0:
+            rows = F.pad(rows, (0, 0, 0, missing))
+        y = fast_paths.packed_product(rows, self.packed)
+        return y[: x.numel() // self.in_features].view(*x.shape[:-1], self.out_features)
 
 
 def prepare(model: Transformer, dtype: torch.dtype | None, quantize: str = "none") -> Transformer:
