@@ -22,7 +22,7 @@ from mutor_vision.features.extractors import load_extractor
 from mutor_vision.interop.convert import convert_back
 from mutor_vision.metrics import evaluate as evaluation
 from mutor_vision.metrics.evaluate import Options, evaluate, open_set
-from mutor_vision.metrics.guards import Warning
+from mutor_vision.metrics.guards import Caveat
 from mutor_vision.metrics.metric import Found, Metric
 from mutor_vision.runtime import Runtime
 from mutor_vision.storage import checkpoint
@@ -52,7 +52,7 @@ class NearestDistance(Metric):
         samples, reference = (side.extracted.rows["pool"] for side in (measured.samples, measured.reference))
         value = torch.cdist(samples, reference).min(1).values.mean().item()
         result = {"name": measured.title("Nearest"), "value": value, "protocol": {"n_reference": len(reference)}}
-        return Found({"nearest": result}, (Warning("near", "copies"),) if value < 1e-3 else ())
+        return Found({"nearest": result}, (Caveat("near", "copies"),) if value < 1e-3 else ())
 
 
 @pytest.fixture(scope="module")

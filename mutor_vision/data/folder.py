@@ -19,7 +19,7 @@ from mutor_vision.data.source import Source, raise_all
 from mutor_vision.errors import DataError, ImageError, IntegrityError, UserError
 from mutor_vision.names import printable
 
-READERS = 8  # threads that look at images
+READERS = 8  # threads that read image headers
 OUTSIDE = "images outside of the class folders"
 
 
@@ -41,7 +41,8 @@ class Files(Source):
         return read_image(self.root / self.paths[number])
 
     def fingerprint(self, numbers: Sequence[int] | None = None) -> str:
-        """Over the relative path and the size in bytes of each file; contents would take minutes to read."""
+        """sha256 over each file's relative path and size in bytes. Contents are not read: for ImageNet that would take
+        minutes."""
         digest = hashlib.sha256()
         for number in range(len(self)) if numbers is None else numbers:
             digest.update(os.fsencode(f"{self.paths[number]}\0{self._sizes[number]}\n"))
@@ -153,8 +154,8 @@ def _size(path: Path) -> int:
 
 
 def check_images(paths: Sequence[Path]) -> list[Header]:
-    """images.check_image of every path, by threads (0.1 to 0.3 ms each from a fast disk). Raises one ImageError for all
-    that cannot be used."""
+    """images.check_image of every path, in threads (0.1 to 0.3 ms a file on a fast disk). Raises one ImageError that
+    names all files that cannot be used."""
     headers, errors = [], []
 
     def look(part: Sequence[Path]) -> list[Header | ImageError]:
@@ -177,7 +178,8 @@ def _header_or_error(path: Path) -> Header | ImageError:
 
 
 def check_apart(data: str | Path, out: str | Path) -> None:
-    """Raise UserError when one folder contains the other: results among the images would become a class."""
+    """Raise UserError when one folder contains the other, because results written among the images would be read as a
+    class the next time."""
     source, target = Path(data).resolve(), Path(out).resolve()
     if source == target or source in target.parents or target in source.parents:
         raise UserError(f"output {out} and images {data} lie in one another; give folders apart")

@@ -1,7 +1,8 @@
 """Which bytes of an image file make its pixels, by the structure of PNG (ISO 15948) and JPEG (ITU T.81).
 
-Everything else in these files (text, colour profiles, EXIF, XMP, previews, the second pictures of phones) is taken out
-before a decoder sees them: then no size, damage or meaning of metadata can refuse an image or change its pixels.
+Everything else in these files (text, colour profiles, EXIF, XMP, previews, the second pictures of phones) is removed
+before the decoder reads them, so that metadata, however large or damaged, can neither make an image unreadable nor
+change its pixels.
 """
 
 import io
@@ -11,17 +12,17 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-# The critical chunks, transparency, and those that tell that a PNG is animated.
+# The critical chunks, transparency, and the chunks of animation (by which an animated PNG is recognised and refused).
 _PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"acTL", b"fcTL", b"fdAT", b"IDAT", b"IEND"}
-# APP1 to APP15 and comments, but for APP14, whose Adobe segment says how colours are stored, as APP0 (JFIF) does.
+# APP1 to APP15 and comments. APP0 (JFIF) and APP14 (Adobe) stay: they say in which colour space the pixels are stored.
 _JPEG_METADATA = {*range(0xE1, 0xF0), 0xFE} - {0xEE}
 _SOS, _EOI = 0xDA, b"\xff\xd9"  # start of scan, end of image
 
 
 def pixel_bytes(file: BinaryIO, *, header: bool = False) -> BinaryIO:
-    """An open PNG or JPEG -> the same without its metadata, in memory; any other file, and one whose structure is not
-    understood -> the file itself, from its beginning. header: only as much as tells format, size and mode. Raises
-    ValueError where a PNG's pixels do not have their checksum."""
+    """An open PNG or JPEG -> a copy without its metadata, in memory. Any other file, and a file whose structure is not
+    understood, is returned itself, rewound. header: copy only what the decoder needs for format, size and mode. Raises
+    ValueError when the checksum of a chunk of a PNG's pixels is wrong."""
     start = _start(file)
     parts = None
     if start == _PNG:
@@ -36,15 +37,15 @@ def pixel_bytes(file: BinaryIO, *, header: bool = False) -> BinaryIO:
         file.seek(begin)
         content = file.read(size)
         if start == _PNG and begin and len(content) == size > 8 and zlib.crc32(content[4:-4]) != _number(content[-4:]):
-            raise ValueError(f"the checksum of its {content[4:8].decode('latin-1')} is wrong")  # Pillow compares none
+            raise ValueError(f"the checksum of its {content[4:8].decode('latin-1')} is wrong")  # Pillow checks none
         kept.write(content)
     kept.seek(0)
     return kept
 
 
 def looks_complete(file: BinaryIO) -> bool:
-    """Whether an open PNG, JPEG or WEBP has all bytes that it claims, found without decoding it. False also for every
-    other format: there only decoding tells."""
+    """Whether an open PNG, JPEG or WEBP has all its bytes, found without decoding it. False for every other format,
+    because there only decoding can tell."""
     start, size = _start(file), os.fstat(file.fileno()).st_size
     if start == _PNG:
         return any(kind == b"IEND" and begin + length <= size for kind, begin, length in _png_chunks(file))
@@ -55,7 +56,7 @@ def looks_complete(file: BinaryIO) -> bool:
         file.seek(-2, os.SEEK_END)
         if file.read(2) == _EOI:
             return True
-        # Something may follow the picture (a second one, a film, an archive): look for its end after its beginning.
+        # Other data may follow the picture (a second picture, a film, an archive), so search for the end marker.
         scans = [begin for marker, begin, _ in _jpeg_segments(file) if marker == _SOS]
         file.seek(scans[0] if scans else size)
         return _EOI in file.read()
@@ -108,7 +109,8 @@ def _jpeg_parts(file: BinaryIO, header: bool) -> list[tuple[int, int]]:
 
 
 def _jpeg_segments(file: BinaryIO) -> Iterator[tuple[int, int, int]]:
-    """(marker, where it begins, its whole size) of each segment up to the first scan; ends early at what is none."""
+    """(marker, where it begins, its whole size) of each segment up to the first scan. Ends early where the bytes are no
+    segment."""
     begin = 2
     while True:
         file.seek(begin)

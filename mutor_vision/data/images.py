@@ -1,4 +1,4 @@
-"""Pixels: reading files, crops, the two ways between uint8 and [-1, 1], and grids. No other module scales a pixel.
+"""Pixels: reading files, cropping, converting between uint8 and [-1, 1], and grids. No other module converts pixels.
 
 Legend: B batch, H x W pixels. uint8 images are (B, 3, H, W) in 0..255, float images the same in [-1, 1].
 """
@@ -21,13 +21,13 @@ from mutor_vision.errors import ImageError, UserError
 from mutor_vision.names import printable
 from mutor_vision.storage.files import written
 
-# Allow-lists: Pillow's other decoders are an attack surface, or are not in every build of it (AVIF, JPEG 2000).
+# Allow-lists: Pillow's other decoders are an attack surface, or missing from some of its builds (AVIF, JPEG 2000).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".ppm",
     ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
-MAX_PIXELS = 89_000_000  # read from the header, before anything is decoded; from where Pillow itself warns
+MAX_PIXELS = 89_000_000  # checked in the header, before anything is decoded; Pillow itself warns from here on
 MAX_ASPECT = 50  # long side over short side; a strip of 10000x1 would be enlarged to gigabytes before it is cropped
 _LOSSY = {"JPEG", "WEBP"}
 _LOSSY_TIFF = {"jpeg", "tiff_jpeg", "webp"}
@@ -48,12 +48,12 @@ def read_image(path: str | Path) -> Image.Image:
     """A file -> an RGB Pillow image of its pixels as they are stored.
 
     Greyscale, bilevel, palette, CMYK (Pillow's plain formula) and YCbCr files are converted; transparency is
-    composited on white. Metadata never decides: EXIF orientation, colour profiles and gamma are ignored, as ADM,
-    LlamaGen and torchvision ignore them, and of a phone's several pictures the first counts. TIFF's own orientation
-    is how its rows are stored and is followed.
+    composited on white. Metadata is ignored (EXIF orientation, colour profiles, gamma), as ADM, LlamaGen and
+    torchvision ignore it. A phone's file with several pictures gives the first. TIFF's orientation tag is followed,
+    because it says in which order the rows are stored.
 
-    Raises ImageError naming the file when it is truncated, no image, of more than 8 bits a channel, of floats, LAB,
-    animated, of several pages, a strip, or over MAX_PIXELS."""
+    Raises ImageError naming the file when it is truncated, not an image, animated, of several pages, over
+    MAX_ASPECT or MAX_PIXELS, or has more than 8 bits a channel, floats or LAB colours."""
     assert not ImageFile.LOAD_TRUNCATED_IMAGES, "grey-filled images must never enter a data set"
     with _opened(path) as image:
         image.load()
@@ -64,9 +64,9 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def check_image(path: str | Path) -> Header:
-    """Raise ImageError for a file that read_image refuses, at the cost of reading its header and, for JPEG, PNG and
-    WEBP, of finding its end; only what looks cut short, and files of the rarer formats, are decoded. Damage inside of
-    a file whose end is there shows when it is decoded, in training or encoding."""
+    """Raise ImageError for a file that read_image refuses, without decoding most files: of JPEG, PNG and WEBP only the
+    header and the end are read. Files that look cut short, and rarer formats, are decoded. So damage in the middle of
+    a file is not found here, but when training or encoding decodes it."""
     with _opened(path, header=True) as image:
         compression = image.info.get("compression") if image.format == "TIFF" else ""
         header = Header(image.format, image.mode, image.size, image.format in _LOSSY or compression in _LOSSY_TIFF)
@@ -79,9 +79,9 @@ def check_image(path: str | Path) -> Header:
 
 @contextmanager
 def _opened(path: str | Path, header: bool = False) -> Iterator[Image.Image]:
-    """The file as Pillow sees it without its metadata, and every one of Pillow's many exceptions as an ImageError."""
+    """The file without its metadata, opened by Pillow. Each of Pillow's many exceptions becomes an ImageError."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for, for ever
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
             raise _refused(path, "not a regular file; remove it")
         with (
             open(path, "rb") as file,
@@ -126,7 +126,7 @@ def _refused(path: str | Path, reason: str) -> ImageError:
 
 
 def _full_pages(image: Image.Image) -> int:
-    """Pages of a TIFF but for those marked as smaller copies or masks of another (NewSubfileType), such as previews."""
+    """The number of pages of a TIFF, without those marked as previews or masks of another page (NewSubfileType)."""
     pages = 1
     for frame in range(1, image.n_frames):
         image.seek(frame)
@@ -136,7 +136,7 @@ def _full_pages(image: Image.Image) -> int:
 
 
 def _bits(image: Image.Image) -> int:
-    """Bits a channel in the file. Pillow reduces 16-bit colour to 8 bits and clips 16-bit grey, both without a word."""
+    """Bits a channel in the file. Pillow does not tell: it silently reduces 16-bit colour to 8 bits, and clips grey."""
     if image.format == "TIFF":
         return max(image.tag_v2.get(258, (1,)))
     arguments = image.tile[0].args if image.tile else ""
@@ -173,7 +173,7 @@ def center_flip(image: Image.Image, size: int) -> list[Image.Image]:
 
 
 def center(image: Image.Image, size: int) -> list[Image.Image]:
-    """ADM centre crop alone, for images whose mirror image is something else, such as text."""
+    """ADM centre crop alone, for images whose mirror image would mean something else, such as text."""
     return [center_crop(image, size)]
 
 

@@ -1,7 +1,7 @@
-"""Which files below a folder are images: the one lister of every command that reads folders.
+"""Which files below a folder are images. Every command that reads folders lists them here.
 
-Links to files and folders are followed. What operating systems, archives and storage devices leave behind is ignored
-by the list below; other files that are no images by their ending are left out, counted, and said in one line.
+Links to files and folders are followed. Files that operating systems, archives and storage devices leave behind are
+ignored, by the list below. Other files without an image's ending are left out, counted, and reported in one line.
 """
 
 import os
@@ -16,8 +16,7 @@ from mutor_vision.names import printable
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 
-# Beside every name that begins with a dot (.DS_Store, ._x, .Trash-1000, .ipynb_checkpoints, .git, .nfs..., .snapshot),
-# in any letter case:
+# These names in any letter case, and every name that begins with a dot (.DS_Store, ._x, .Trash-1000, .git, .snapshot).
 LEFT_BEHIND = re.compile(
     r"""
     __MACOSX | Icon\r | Network\ Trash\ Folder | Temporary\ Items | TheVolumeSettingsFolder     # macOS, its archives
@@ -41,9 +40,8 @@ class Listing:
 
 
 def list_images(root: str | Path) -> Listing:
-    """Every image below `root`, without opening a file. Raises DataError for what cannot be listed: a folder without
-    rights, a link to nothing or to a folder that contains it, and a pipe, socket or device that is named like an
-    image."""
+    """Every image below `root`, without opening a file. Raises DataError for a folder that may not be read, a broken
+    link, a link to a folder that contains it, and a pipe, socket or device with an image's ending."""
     root = Path(root)
     _check_root(root)
     paths, left_out, ignored = [], Counter(), Counter()
@@ -78,7 +76,7 @@ def list_folders(root: str | Path) -> list[str]:
 
 
 def say_left_out(root: str | Path, listing: Listing) -> None:
-    """One line on rank 0 about what below a folder is not taken for an image, if there is anything."""
+    """Print on rank 0 one line that says which files of a folder are not used as images, if there are any."""
     if os.environ.get("RANK", "0") != "0" or not (listing.left_out or listing.ignored):
         return
     parts = []
@@ -93,7 +91,7 @@ def say_left_out(root: str | Path, listing: Listing) -> None:
 
 
 def _left_behind(name: str) -> str:
-    """Under which name it is counted when a system left this behind, else ''."""
+    """The name under which a file that a system left behind is counted; '' for any other file."""
     if name.startswith("."):
         return ".*"
     return name if LEFT_BEHIND.fullmatch(name) else ""
@@ -126,7 +124,7 @@ def _entries(folder: str) -> list[os.DirEntry]:
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         if not entry.is_dir() and entry.is_symlink():
-            os.stat(entry.path)  # a link to nothing may have been a folder of images
+            os.stat(entry.path)  # raises for a broken link, which may have been a folder of images
         return entry.is_dir()
     except OSError as error:
         kind = "a broken link" if entry.is_symlink() else "unreadable"

@@ -1,5 +1,5 @@
-"""The order in which training reads a token set. The position in the data is one integer: sample k of a run is image
-order(seed, k // n)[k % n], so there is no sampler state to save and the number of processes may change."""
+"""The order in which training reads a token set. Sample k of a run is image order(seed, k // n)[k % n], so the position
+in the data is the integer k alone: no sampler state has to be saved, and the number of processes may change."""
 
 from dataclasses import dataclass
 

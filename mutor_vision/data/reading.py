@@ -66,20 +66,20 @@ class Views(Dataset):
 
 
 def read_batches(dataset: Dataset, batches: Iterable[Iterable[int]], workers: int) -> Iterator[Tensor]:
-    """The items of `dataset` at each batch's indices, stacked, in order, read ahead by `workers` processes (0 = none).
-    Raises the DataError of an unreadable image here, as one clear line, not as a worker's traceback; UserError when
-    the workers cannot be started, one dies, or none delivers for PATIENCE seconds."""
+    """The items of `dataset` at each batch's indices, stacked, in order, read ahead by `workers` processes (0 = in this
+    process). An unreadable image raises its DataError in this process, as one line and not as a worker's traceback.
+    Raises UserError when the workers cannot be started, one dies, or none delivers for PATIENCE seconds."""
     if workers < 0:
         raise UserError(f"workers is {workers}, expected 0 or more")
     loader = DataLoader(
         _ErrorsAsItems(dataset), batch_sampler=batches, num_workers=workers, collate_fn=_stack,
         pin_memory=torch.cuda.is_available(), timeout=PATIENCE if workers else 0,
-        # As up to Python 3.13: a server of processes takes seconds to start, and needs everything pickled.
+        # The default until Python 3.13. Its successor, forkserver, takes seconds to start and pickles the dataset.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )  # fmt: skip
     try:
         if workers:
-            torch.multiprocessing.Queue().close()  # tried by itself: half a loader complains when it is thrown away
+            torch.multiprocessing.Queue().close()  # fails here first: a half-built loader prints errors when deleted
         stream = iter(loader)
     except OSError as error:
         raise UserError(f"{workers} reading processes cannot be started ({error}); {_CURE}") from None
@@ -89,7 +89,7 @@ def read_batches(dataset: Dataset, batches: Iterable[Iterable[int]], workers: in
             try:
                 with heard_here:
                     batch = next(stream, None)
-            except (RuntimeError, OSError, EOFError) as error:  # the last two where one died while handing a batch over
+            except (RuntimeError, OSError, EOFError) as error:  # the last two: a worker died while it sent a batch
                 failure = _worker_failure(error) if workers else error
             if failure is not None:
                 raise failure
@@ -101,7 +101,7 @@ def read_batches(dataset: Dataset, batches: Iterable[Iterable[int]], workers: in
 
 
 def _worker_failure(error: Exception) -> Exception:
-    """What is raised when a worker died or delivers nothing -> the one line of it; any other error stays."""
+    """An error of the loader -> a one-line UserError when a worker died or delivers nothing, else the error itself."""
     text = " ".join(f"{error}".split()) or type(error).__name__
     if isinstance(error, RuntimeError) and not text.startswith(("DataLoader worker", "DataLoader timed out")):
         return error
@@ -112,9 +112,10 @@ def _worker_failure(error: Exception) -> Exception:
 
 
 class _Deaths:
-    """torch's handler of SIGCHLD raises wherever the main thread is when a worker dies. This one raises inside its own
-    context only, and on entering that what it was told before. The handler is called at once in any case: it can tell
-    that a worker has died only until the process is waited for, which starting another one does."""
+    """Where the death of a worker is raised. torch's handler of SIGCHLD raises wherever the main thread happens to be;
+    this one raises only inside its context, and keeps a death that it hears of outside until the context is entered.
+    torch's handler is still called at once, because it recognises a dead worker only until the process is reaped, and
+    starting another process reaps it."""
 
     def __init__(self, handler):
         self.handler, self.here, self.told, self.readers = handler, False, None, 0
@@ -138,7 +139,7 @@ class _Deaths:
 
 @contextmanager
 def _deaths() -> Iterator[AbstractContextManager]:
-    """While batches are read: the context in which the next is waited for."""
+    """While batches are read: gives the context in which to wait for the next one."""
     handler = signal.getsignal(signal.SIGCHLD)
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
         yield nullcontext()
@@ -146,7 +147,7 @@ def _deaths() -> Iterator[AbstractContextManager]:
     if not isinstance(handler, _Deaths):
         signal.signal(signal.SIGCHLD, handler := _Deaths(handler))
     if handler.readers == 0:
-        handler.told = None  # of a worker whose reader has ended
+        handler.told = None  # it concerns a reader that has ended
     handler.readers += 1
     try:
         yield handler
@@ -174,5 +175,5 @@ def _stack(items: list[Tensor | UserError]) -> Tensor | np.ndarray | UserError:
         return batch
     try:
         return batch.share_memory_()
-    except (RuntimeError, OSError):  # /dev/shm is full: a container has 64 MB. An array travels through a pipe instead
+    except (RuntimeError, OSError):  # /dev/shm is full (64 MB in a container): send an array through the pipe instead
         return batch.numpy()

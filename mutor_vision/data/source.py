@@ -18,9 +18,9 @@ SHOWN = 10  # bad images that one message names
 
 
 class Source(ABC):
-    """Images numbered from 0, in an order that depends on what is in the source alone. A kind of source sets the
-    attributes without a default and writes the three abstract methods; it may write others better than they are here.
-    It is made from the string that users write after --data, and read by several processes and threads at once."""
+    """Images numbered from 0, always in the same order. A kind of source sets the attributes that have no default and
+    writes the three abstract methods; it may replace other methods where it knows a faster way. Its constructor takes
+    the string that users write after --data. Several processes and threads call `open` at once."""
 
     class_names: Sequence[str]
     labels: Sequence[int] | None  # of each image, in [0, len(class_names)); None where the source has no classes
@@ -45,8 +45,8 @@ class Source(ABC):
 
     @abstractmethod
     def fingerprint(self, numbers: Sequence[int] | None = None) -> str:
-        """sha256 (hex) that changes when one of these images, their names or their order does; None = of all. It is
-        recorded, so it must be the same on another machine."""
+        """sha256 (hex) that changes when one of these images, their names or their order changes; None = of all images.
+        It is recorded in manifests, so another machine must get the same."""
 
     def counts(self) -> list[int]:
         """Images of each class."""
@@ -58,8 +58,9 @@ class Source(ABC):
         return [self.fingerprint(numbers.tolist())[:16] for numbers in of_classes]
 
     def check(self, numbers: Sequence[int]) -> list[Header]:
-        """What each of these images says of itself, found before work begins that a bad one would stop. Raises one
-        ImageError for all that cannot be used. Decodes every image: where a look at the header does, write that."""
+        """The header of each of these images. Called before long work, which a bad image would stop: raises one
+        ImageError that names all images that cannot be used. This default decodes every image; a kind of source that
+        can read headers alone should."""
         headers, errors = [], []
         for number in numbers:
             try:
@@ -78,7 +79,7 @@ class Source(ABC):
         return list(error.paths)
 
     def stamp(self) -> bytes:
-        """Changes whenever an image may have changed, on this machine; features that are kept are named after it."""
+        """Bytes that change whenever an image may have changed here. Cached features are named after them."""
         return self.fingerprint().encode()
 
 

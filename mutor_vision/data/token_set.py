@@ -5,7 +5,7 @@
     labels-00000.npy     int64 (images,)
     tokenizer/           a copy of the tokenizer, so that later commands can decode
 
-Legend: n images, h x w grid, N = h * w, V codebook size. A shard is written under another name and renamed.
+Legend: n images, h x w grid, N = h * w, V codebook size.
 """
 
 from pathlib import Path
@@ -20,11 +20,11 @@ from mutor_vision.runtime import to_device
 from mutor_vision.storage.files import read_json, sha256, write_json, written
 
 FORMAT = 1
-PLAN = "plan.json"  # the settings of an encoding that has begun; they must be the same when it continues
+PLAN = "plan.json"  # the settings of an encoding that has begun; it continues with the same settings only
 
 
 class TokenSet:
-    """A complete, verified token set. Codes stay memory-mapped until asked for."""
+    """A complete, verified token set. Codes are memory-mapped: they are read when they are taken."""
 
     def __init__(self, path: Path, manifest: dict[str, Any], shards: list[np.ndarray], labels: Tensor):
         self.path = path
@@ -39,15 +39,15 @@ class TokenSet:
         self.labels = labels  # (n,) int64 in [0, len(class_names))
         self.tokenizer_path = path / "tokenizer"
         self.tokenizer_identity: str = manifest["tokenizer_sha256"]
-        self.identity = sha256(path / "manifest.json")  # of this very set: the manifest holds the hash of every shard
+        self.identity = sha256(path / "manifest.json")  # names the content: the manifest has the hash of every shard
         self._shards = shards
         self._resident: Tensor | None = None
         self._starts = np.cumsum([0] + [len(shard) for shard in shards])
 
     @classmethod
     def open(cls, path: str | Path) -> "TokenSet":
-        """Open and check everything: sizes, sha256 (1.8 GB/s), code and label ranges. Raises UserError when it is
-        none, IntegrityError when it is incomplete or damaged, MismatchError when it is of another format."""
+        """Open and check everything: sizes, sha256 (1.8 GB/s), code and label ranges. Raises UserError when it is no
+        token set, IntegrityError when it is incomplete or damaged, MismatchError when it has another format."""
         path = Path(path)
         manifest = _read_manifest(path)
         shards, labels = [], []
@@ -78,7 +78,7 @@ class TokenSet:
         return torch.from_numpy(codes).unflatten(1, self.grid)
 
     def keep_on(self, device: torch.device) -> None:
-        """Move all codes to `device`, so that a batch is gathered there and no step waits for the host."""
+        """Copy all codes to `device`, so that batches are indexed there and no step waits for the host."""
         self._resident = self.codes().to(device)
 
     @property
@@ -98,7 +98,7 @@ def code_dtype(codebook_size: int) -> type:
 
 
 def _signed(codebook_size: int) -> np.dtype:
-    # torch indexes and converts signed integers on every device; uint16 not.
+    # torch can index and convert signed integers on every device, but not uint16.
     return np.dtype(np.int16 if codebook_size <= 2**15 else np.int32)
 
 
@@ -108,13 +108,13 @@ def shard_names(number: int) -> tuple[str, str]:
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Write an .npy that appears under its name only when it is complete and on the disk."""
+    """Write an .npy atomically (files.written)."""
     with written(path) as partial, open(partial, "wb") as file:
         np.save(file, array, allow_pickle=False)
 
 
 def load_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    """Memory-map an .npy file of this type and shape; anything else in it is an IntegrityError."""
+    """Memory-map an .npy file. Raises IntegrityError when it is damaged or has another type or shape."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
@@ -128,7 +128,8 @@ def load_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def write_manifest(path: Path, plan: dict[str, Any], shard_images: list[int]) -> None:
-    """Publish a set whose shards are all there. plan: the encoding's settings; shard_images: images of each shard."""
+    """Complete a set whose shards are all written: the manifest makes it one. plan: the encoding's settings;
+    shard_images: the number of images in each shard."""
     shards = []
     for number, images in enumerate(shard_images):
         codes, labels = shard_names(number)

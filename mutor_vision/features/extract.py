@@ -1,5 +1,5 @@
-"""Images -> features, once: split over ranks in chunks, kept on disk chunk by chunk if one wants to survive a kill,
-streamed into moments, gathered where a metric needs every row."""
+"""Images -> features, in one pass. Chunks of images are divided among ranks. Features go into moments as they come, and
+are gathered where a metric needs every row. On request finished chunks are saved, so that a killed run can continue."""
 
 import hashlib
 import shutil
@@ -21,7 +21,7 @@ from mutor_vision.features.sources import in_order
 from mutor_vision.runtime import Runtime, exact_float32, to_device
 from mutor_vision.storage.files import write_json, written
 
-CHUNK = 250  # images: the unit of work of a rank, and what a kill can cost
+CHUNK = 250  # images: a rank works on one chunk at a time, and a kill loses at most that
 DIGEST_BYTES = 16
 
 
@@ -37,7 +37,7 @@ class Extracted:
 
     @property
     def images_sha256(self) -> str:
-        """Of the pixels in order: the same for a folder and an npz of the same images."""
+        """Of all pixels in order, so a folder and an npz of the same images have the same."""
         return hashlib.sha256(self.digests.numpy().tobytes()).hexdigest()
 
 
@@ -54,8 +54,8 @@ def extract(
 ) -> Extracted:
     """Collective. Run every image of a source through an extractor (on runtime.device).
 
-    batch: images per forward pass. groups: of the moments. keep: layers whose rows are gathered. work: a folder in
-    which features of finished chunks are kept, so that the same call after a kill goes on where it was."""
+    batch: images per forward pass. groups: of the moments. keep: layers whose rows are gathered. work: a folder for
+    the features of finished chunks, with which the same call continues after a kill."""
     layers = [layer for layer in extractor.layers if layer in LAYER_KEYS]
     moments = {layer: Moments(extractor.layers[layer], groups, runtime.device) for layer in layers}
     kept_names = (*keep, "digests", "mean_rgb", "constant")
@@ -67,7 +67,7 @@ def extract(
                 moments[layer].update(chunk[layer], start)
             for name in kept_names:
                 kept[name].append(chunk[name].clone())  # a chunk's own memory is pinned on CUDA, and used again
-    except Exception as caught:  # told to the other ranks, which would wait for this one for ever
+    except Exception as caught:  # raised on every rank below, else the others would wait for this one for ever
         error = caught
     runtime.raise_together(error)
     for layer in layers:
@@ -85,7 +85,7 @@ def chunks(
     """(index of its first image, tensors) of each of this rank's chunks from chunk number `first` on: chunk c belongs
     to rank c % world_size. Tensors are on the CPU: every layer of the extractor, and what Extracted has per image.
 
-    On CUDA a chunk is yielded when the next one has been launched, so that the device goes on meanwhile."""
+    On CUDA a chunk is yielded after the next one has been launched, so that the device is never idle meanwhile."""
     from tqdm import tqdm
 
     folder = _work_folder(work, source, extractor) if work is not None else None
@@ -104,7 +104,7 @@ def chunks(
               disable=not runtime.is_main) as bar:  # fmt: skip
         for start in mine:
             if start in missing:
-                batches = _shown(islice(pictures, len(spans[start])), bar)
+                batches = _counted(islice(pictures, len(spans[start])), bar)
                 waiting.append((start, _Launched(batches, extractor, runtime, paths[start])))
             else:
                 waiting.append((start, _Kept(paths[start])))
@@ -133,15 +133,16 @@ def gather_chunks(
 
 
 class _Launched:
-    """A chunk whose features are being computed. On CUDA its constructor does not wait for them."""
+    """A chunk whose features are being computed. On CUDA its constructor does not synchronise."""
 
-    # Not in inference_mode: batches may come from the sampler, which writes later into buffers that it makes here.
+    # Not inference_mode: the batches may come from the sampler, whose buffers are made in here and written again
+    # outside, which inference mode forbids.
     @torch.no_grad()
     def __init__(self, batches: Iterator[Tensor], extractor: nn.Module, runtime: Runtime, path: Path | None):
         self.path, self.event = path, None
         features, facts = [], []
         for images in batches:
-            with exact_float32():  # not around the iterator, which may be the sampler
+            with exact_float32():  # for the extractor alone: the iterator may be the sampler, which has its own rule
                 features.append(extractor(to_device(images, runtime.device)))
             facts.append(_facts(images))
         found = {name: torch.cat([part[name] for part in features]) for name in features[0]}
@@ -162,7 +163,7 @@ class _Launched:
 
 @dataclass(frozen=True)
 class _Kept:
-    """A chunk that an earlier run has left."""
+    """A chunk whose features an earlier run has saved."""
 
     path: Path
 
@@ -170,13 +171,15 @@ class _Kept:
         return load_file(self.path)
 
 
-def _shown(batches: Iterator[Tensor], bar) -> Iterator[Tensor]:
+def _counted(batches: Iterator[Tensor], bar) -> Iterator[Tensor]:
+    """The same batches, counted by the progress bar."""
     for images in batches:
         yield images
         bar.update(len(images))
 
 
 def _facts(batch_images: Tensor) -> dict[str, Tensor]:
+    """What Extracted has of each image beside features."""
     flat = batch_images.flatten(1)
     hashes = (hashlib.blake2b(image.numpy().data, digest_size=DIGEST_BYTES).digest() for image in flat.contiguous())
     return {
@@ -187,12 +190,12 @@ def _facts(batch_images: Tensor) -> dict[str, Tensor]:
 
 
 def forget(work: Path, source, extractor: nn.Module) -> None:
-    """Remove what is kept of a source's features."""
+    """Remove the saved features of a source."""
     shutil.rmtree(_work_folder(work, source, extractor), ignore_errors=True)
 
 
 def _work_folder(work: Path, source, extractor: nn.Module) -> Path:
-    """One folder per (images, extractor), so that features of anything else can never be taken for these."""
+    """A folder named after images and extractor, so that features of others are never taken for theirs."""
     key = hashlib.sha256(f"{source.key()} {identity_text(extractor)} {CHUNK}".encode()).hexdigest()
     folder = work / f"features-{key[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -200,7 +203,7 @@ def _work_folder(work: Path, source, extractor: nn.Module) -> Path:
 
 
 def _is_whole(path: Path | None, count: int) -> bool:
-    """Are features of `count` images there? Only the header is read; a file torn by a crash is computed again."""
+    """Whether a file has features of `count` images. Only its header is read. An incomplete file is computed again."""
     if path is None or not path.is_file():
         return False
     try:

@@ -6,7 +6,7 @@ An extractor is a module with
     layers      {'pool': D, ...}: what forward returns, and how wide
     class_names its classes, in the order of its logits; () when they have no names
     identity    name, resize rule and hashes, for protocol blocks
-    is_random   True: its numbers test the plumbing and measure nothing
+    is_random   True where weights are random: its numbers test that everything runs, and measure nothing
 """
 
 import difflib
@@ -131,7 +131,7 @@ def load_timm(name: str, weights: str | None = None) -> TimmFeatures:
 
 
 def _create(name: str, config, sized: dict, pretrained: bool) -> nn.Module:
-    """A timm model. Weights come from the hub's cache at once where its host does not answer."""
+    """A timm model. When the hub's host does not answer, its cache is used at once, without the client's retries."""
     import huggingface_hub.constants as hub
     import timm
 
@@ -145,7 +145,7 @@ def _create(name: str, config, sized: dict, pretrained: bool) -> nn.Module:
             raise OSError(f"{urlsplit(address).hostname} does not answer")
         with ending_downloads():
             return timm.create_model(name, pretrained=pretrained, **sized)
-    except Exception as error:  # the hub's client and timm have many kinds
+    except Exception as error:  # the hub's client and timm raise many kinds
         if not wanted:
             raise UserError(f"timm cannot make '{name}' ({_short(error)}); give another, or --weights FILE") from None
         if answers and from_hub:
@@ -161,8 +161,8 @@ def _create(name: str, config, sized: dict, pretrained: bool) -> nn.Module:
 
 
 def _create_from_file(name: str, config, sized: dict, weights: str) -> nn.Module:
-    """A timm model with the weights of a file, in timm's own names, or in those of the model's first publication where
-    timm knows them; positions are resized to the image size, as timm does."""
+    """A timm model with the weights of a file. Tensors have timm's names, or the names of the model's first publication
+    where timm can convert them. timm resizes position embeddings to the image size."""
     import timm
 
     state = read_state(weights)
@@ -177,8 +177,8 @@ def _create_from_file(name: str, config, sized: dict, weights: str) -> nn.Module
             model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=given, **sized)
             model.pretrained_cfg.pop("state_dict")
             return model
-        except Exception:  # whatever timm's conversion does with names that it does not know
-            pass  # the comparison below says what is missing
+        except Exception:  # timm's conversion fails in many ways on names that it does not know
+            pass  # load_strictly below names the tensor that is missing
     load_strictly(model, state, weights)
     return model
 
@@ -192,7 +192,7 @@ def _short(error: Exception) -> str:
 
 
 def load_trained(folder: Path) -> TimmFeatures:
-    """A folder with config.json and model.safetensors, written by `train_features.train`."""
+    """A folder with config.json and model.safetensors, written by `features.train.train`."""
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise UserError(f"{folder} has no config.json; expected a folder made by eval/train_features.py")
@@ -223,7 +223,7 @@ def load_trained(folder: Path) -> TimmFeatures:
 
 
 def _check_config(config: dict, path: Path) -> None:
-    """IntegrityError unless config.json of trained features has what train_features wrote, in its types and ranges."""
+    """Raise IntegrityError unless config.json has every entry that train_features writes, of its type and range."""
     three = lambda value: isinstance(value, list) and len(value) == 3 and all(  # noqa: E731
         isinstance(part, float) and 0 <= part <= 1 for part in value
     )  # fmt: skip
@@ -255,10 +255,10 @@ def create_small(architecture: str, num_classes: int, settings: dict) -> nn.Modu
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     try:
         return timm.create_model(architecture, pretrained=False, num_classes=num_classes, **settings)
-    except Exception as error:  # timm's many kinds for settings that a model does not have
+    except Exception as error:  # timm raises many kinds for settings that a model does not have
         raise UserError(f"timm cannot make '{architecture}' with {settings}: {_short(error)}") from None
 
 
 def identity_text(extractor: nn.Module) -> str:
-    """The identity as one line of JSON, keys sorted: equal for equal extractors."""
+    """The identity as one line of JSON with sorted keys, so equal extractors have equal texts."""
     return json.dumps(extractor.identity, sort_keys=True)

@@ -56,8 +56,8 @@ def load_inception(weights: str | None = None, allow_unknown: bool = False) -> I
     """Inception with weights from a file, 'random' (plumbing only), or None: the published file from torch.hub's
     folder, downloaded by torch-fidelity's address when it is not there.
 
-    Raises IntegrityError when a file is missing, damaged, or (unless `allow_unknown`) not the published one: numbers
-    of another Inception look plausible and compare with nothing.
+    Raises IntegrityError when a file is missing, damaged, or (unless `allow_unknown`) not the published one: another
+    Inception gives plausible numbers that compare with no published ones.
     """
     if weights == "random":
         network = _network_without_weights()
@@ -87,8 +87,8 @@ def _network_without_weights() -> nn.Module:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Unloaded(FeatureExtractorInceptionV3):
-        # Its constructor unpickles a weights file without weights_only. It gets an empty one of our own instead, and
-        # the real file is read by us, safely.
+        # The constructor unpickles its weights file without weights_only, which could run code. So it gets an empty
+        # file, and storage.foreign reads the real one.
         def load_state_dict(self, state, *rest, **named):
             return super().load_state_dict(state, *rest, **named) if state else None
 
@@ -107,7 +107,7 @@ def _published_file() -> Path:
 
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / FILE_NAME
-    if os.path.isfile(path):  # False too where the folder may not be read
+    if os.path.isfile(path):  # also False, instead of an error, where the folder may not be read
         return path
     check_cache(folder, "TORCH_HOME")
     try:

@@ -15,8 +15,8 @@ from mutor_vision.errors import IntegrityError, MismatchError
 from mutor_vision.runtime import Runtime
 from mutor_vision.storage.npz import Npz
 
-BUFFERED_ROWS = 256  # rows of a group that wait for one large product; a row at a time would be bound by memory
-SYMMETRY_TOLERANCE = 1e-5  # of the largest entry; float32 statistics pass
+BUFFERED_ROWS = 256  # rows of a group that are collected for one matrix product; one by one, memory limits the speed
+SYMMETRY_TOLERANCE = 1e-5  # relative to the largest entry; wide enough for statistics saved in float32
 MAX_PROTOCOL = 10_000_000  # bytes of JSON; 20,000 class names are one million
 LAYER_KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # ADM's names in reference files
 
@@ -64,12 +64,12 @@ class Moments:
         self.n[group] = total
 
     def flush(self) -> None:
-        """Bring waiting rows into the sums, as before the state is saved."""
+        """Add the collected rows to the sums. Call it before reading n, mean or scatter."""
         for group in range(len(self.n)):
             self._flush(group)
 
     def all_reduce(self, runtime: Runtime) -> None:
-        """Collective: every rank holds the moments of all ranks' features."""
+        """Collective: afterwards every rank has the moments of all ranks' features."""
         self.flush()
         if runtime.world_size == 1:
             return
@@ -94,7 +94,7 @@ class Moments:
         n, mean, scatter = self._sum()
         rest = n - self.n[group]
         delta = self.mean[group] - mean
-        # The merge of equation 2.1 undone: rest + group = all, with the rest's mean n/rest * (mean - group's share).
+        # Removes a group: the inverse of the pairwise update (equation 2.1).
         scatter = scatter - self.scatter[group] - torch.outer(delta, delta * (self.n[group] * n / rest))
         return Statistics(mean - delta * (self.n[group] / rest), scatter / (rest - 1), int(rest))
 
@@ -109,8 +109,8 @@ class Moments:
 
 
 def statistics_arrays(statistics: dict[str, Statistics], protocol: dict) -> dict[str, np.ndarray]:
-    """Layer name -> Statistics as the members of an ADM reference file, with the protocol as JSON bytes, which ADM's
-    evaluator ignores. The protocol needs 'n', 'extractor' (its identity) and 'image_size' (height, width)."""
+    """Statistics by layer -> the members of an ADM reference file. The protocol is added as JSON bytes, which ADM's
+    evaluator ignores; it needs 'n', 'extractor' (its identity) and 'image_size' (height, width)."""
     members = {}
     for layer, (mu, sigma) in LAYER_KEYS.items():
         if layer in statistics:
@@ -121,7 +121,7 @@ def statistics_arrays(statistics: dict[str, Statistics], protocol: dict) -> dict
 
 
 def read_protocol(npz: Npz) -> dict | None:
-    """What eval/reference.py recorded of a reference; None for files of other makers."""
+    """The protocol that eval/reference.py wrote into a reference; None for files that it did not write."""
     header = npz.arrays.get("protocol_json")
     if header is None or header.dtype != np.uint8:
         return None
@@ -137,7 +137,7 @@ def read_protocol(npz: Npz) -> dict | None:
 
 
 def _is_protocol(value) -> bool:
-    """Has it what statistics_arrays asks for, in the right types?"""
+    """Whether a value has the entries that statistics_arrays needs, of the right types."""
     if not isinstance(value, dict) or not isinstance(value.get("extractor"), dict):
         return False
     size, names = value.get("image_size"), value.get("class_names", [])
@@ -149,8 +149,8 @@ def _is_protocol(value) -> bool:
 
 
 def read_statistics(npz: Npz, layers: dict[str, int]) -> dict[str, Statistics]:
-    """The layers of an extractor ({'pool': 2048, ...}) that a statistics file has, checked: MismatchError when it is
-    of another width, IntegrityError when it is not a mean and a covariance."""
+    """The statistics of an extractor's layers ({'pool': 2048, ...}) that a file has. Raises MismatchError when they are
+    of another width, IntegrityError when they are not a mean and a covariance."""
     protocol = read_protocol(npz)
     n = protocol["n"] if protocol else None
     found = {}
@@ -174,8 +174,8 @@ def read_statistics(npz: Npz, layers: dict[str, int]) -> dict[str, Statistics]:
 
 
 def check_statistics(statistics: Statistics, what: str) -> Statistics:
-    """The same statistics with sigma made exactly symmetric; IntegrityError when they are of no set of features.
-    (Negative eigenvalues are found where they are computed: frechet.root.)"""
+    """The same statistics with sigma made exactly symmetric. Raises IntegrityError for what no features can have:
+    values that are not finite, all zero, or not symmetric. (Negative eigenvalues are refused by frechet.root.)"""
     mu, sigma = statistics.mu, statistics.sigma
     if not (torch.isfinite(mu).all() and torch.isfinite(sigma).all()):
         raise IntegrityError(f"{what} holds NaN or infinity; make the statistics again")

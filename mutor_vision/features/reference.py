@@ -1,5 +1,5 @@
-"""Reference statistics of any number of images: one pass, moments only, so 1.28 million images need no more memory
-than a thousand."""
+"""Reference statistics of one's own images. One pass that keeps moments and no features, so 1.28 million images need no
+more memory than a thousand."""
 
 import hashlib
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from mutor_vision.runtime import Runtime
 from mutor_vision.storage.files import written
 from mutor_vision.storage.npz_writer import NpzImageWriter, write_arrays
 
-SNAPSHOT_EVERY = 40  # chunks of a rank between two snapshots: what a kill can cost
+SNAPSHOT_EVERY = 40  # chunks of a rank between two snapshots; a kill loses at most these
 
 
 @dataclass
 class Progress:
-    """What one rank has measured up to chunk number `next_chunk` of the whole set."""
+    """What one rank has measured of the chunks before chunk number `next_chunk`."""
 
     moments: dict[str, Moments]
     digests: list[Tensor]
@@ -45,7 +45,7 @@ def write_reference(
 ) -> dict:
     """Collective. Measure a folder and write an npz in ADM's keys: mu, sigma (and mu_s, sigma_s for Inception),
     `arr_0` with `keep_images` images drawn at random for precision and recall (0 = none), `arr_1` with their labels.
-    work: folder for snapshots, so that the same call after a kill goes on. Returns the recorded protocol."""
+    work: folder for snapshots, with which the same call continues after a kill. Returns the recorded protocol."""
     if keep_images < 0 or keep_images == 1:
         raise UserError(f"kept images are {keep_images}, expected 2 or more, or 0 for none")
     if source.count < 2:
@@ -65,7 +65,7 @@ def write_reference(
             since += 1
             if work is not None and since % SNAPSHOT_EVERY == 0:
                 _save(state, _snapshot_path(work, source, extractor, runtime))
-    except Exception as caught:  # told to the other ranks, which would wait for this one for ever
+    except Exception as caught:  # raised on every rank below, else the others would wait for this one for ever
         error = caught
     runtime.raise_together(error)
     for moments in state.moments.values():
@@ -110,7 +110,7 @@ def _resume(work: Path | None, source, extractor: nn.Module, runtime: Runtime) -
     try:
         saved = load_file(path)
     except (SafetensorError, OSError):
-        return state  # left by a machine that went down; measured again
+        return state  # an incomplete snapshot, as a crash of the machine leaves it: begin again
     for layer, moments in state.moments.items():
         for part in ("n", "mean", "scatter"):
             getattr(moments, part).copy_(saved[f"{layer}.{part}"])
@@ -130,7 +130,7 @@ def _save(state: Progress, path: Path) -> None:
 
 
 def _snapshot_path(work: Path, source, extractor: nn.Module, runtime: Runtime) -> Path:
-    """Named after the images, the extractor and the share of this rank, so that nothing else can be taken for it."""
+    """Named after images, extractor, rank and number of ranks, so that a snapshot of others is never taken for it."""
     key = hashlib.sha256(f"{source.key()} {identity_text(extractor)} {CHUNK}".encode()).hexdigest()
     work.mkdir(parents=True, exist_ok=True)
     return work / f"moments-{key[:16]}-{runtime.rank}-of-{runtime.world_size}.safetensors"

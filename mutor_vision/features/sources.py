@@ -2,12 +2,12 @@
 sampler itself. Each class here has
 
 count, height, width
-read(start, stop)   uint8 (stop - start, 3, H, W) of those images, in index order, on the CPU
+read(start, stop)   uint8 (stop - start, 3, H, W): these images in index order, on the CPU
 labels              int64 (count,) or None, with `class_names`
 describe()          its part of the protocol block
-key()               changes whenever the images may have changed; names what may be kept of them
+key()               changes whenever the images may have changed; cached features are named after it
 prefetch            whether read may run in a second thread
-stream(spans)       optional: as `in_order`, where the source has a faster way than read after read
+stream(spans)       optional: as `in_order`, for a source that is faster at it than by one read after another
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ from mutor_vision.features.moments import read_protocol
 from mutor_vision.storage.npz import Npz, check_image_array
 
 READERS = 8  # decoding threads; Pillow releases Python's lock
-PEEKED = 64  # images looked at before the work begins
-LARGEST_CLASS = 99_999  # of labels; every class has an entry in results, so an id must not be any number
+PEEKED = 64  # images whose range of values is checked before the work begins
+LARGEST_CLASS = 99_999  # highest class id that is accepted: results have an entry for every class up to the highest
 
 
 class SourceImages:
@@ -121,7 +121,7 @@ class NpzImages:
         self.class_names = tuple(protocol.get("class_names", ()))
         self.labels = None
         if "arr_1" in npz.arrays and npz.arrays["arr_1"].dtype.kind in "iu":
-            # Before it is read: a small file can unpack to a large array.
+            # Checked before it is read, because a small compressed file can unpack to a huge array.
             check_labels_header(npz.arrays["arr_1"], self.count, f"{npz.path}: arr_1")
             self.labels = check_labels(npz.read("arr_1"), self.count, f"{npz.path}: arr_1")
         if self.count:
@@ -148,7 +148,7 @@ class NpzImages:
         return found
 
     def _as_uint8(self, values: np.ndarray) -> np.ndarray:
-        """Integers of another width, as np.array makes them of a list, are the same pixels if they are 0 to 255."""
+        """Other integer types are accepted when all values are 0 to 255: np.array makes int64 of a list of pixels."""
         if values.dtype != np.uint8 and values.size and not (0 <= values.min() and values.max() <= 255):
             raise IntegrityError(
                 f"{self.path}: images are {values.dtype} from {values.min()} to {values.max()}, expected 0 to 255; "
@@ -169,12 +169,12 @@ class NpzImages:
 
 
 class RunImages:
-    """Images sampled from a trained model as they are needed; nothing on disk. Image i has label `labels[i]` of a
-    seeded plan ('balanced' or 'random') and is the same however many processes sample. image_size > 0 resizes them
-    (bicubic, antialias), as when a 384-pixel model is compared at 256. batch: images sampled at once, 0 = by free
+    """Images sampled from a trained model when they are read; none is written to disk. Image i has label `labels[i]` of
+    a seeded plan ('balanced' or 'random') and does not depend on the number of processes. image_size > 0 resizes the
+    images (bicubic, antialias), such as to compare a 384-pixel model at 256. batch: images sampled at once; 0 = by free
     memory, which is a collective call."""
 
-    prefetch = False  # the sampler has the device to itself
+    prefetch = False  # sampling in a second thread would compete with the extractor for the device
 
     def __init__(
         self, loaded, count: int, settings, *, plan: str = "balanced", seed: int = 0, image_size: int = 0,
@@ -222,8 +222,8 @@ class RunImages:
 
 
 def in_order(source, spans: list[tuple[int, int]]) -> Iterator[Tensor]:
-    """The images of each span [start, stop) of a source, uint8 (stop - start, 3, H, W): sampled in the sampler's own
-    batches, or the next span read in a second thread while the caller works."""
+    """The images of each span [start, stop) of a source, uint8 (stop - start, 3, H, W). A source with `stream` makes
+    them in batches of its own; of others the next span is read in a second thread while the caller works."""
     if not spans:
         return
     if hasattr(source, "stream"):
@@ -241,7 +241,7 @@ def in_order(source, spans: list[tuple[int, int]]) -> Iterator[Tensor]:
 
 
 def check_labels_header(header, count: int, what: str) -> None:
-    """IntegrityError unless an array of this shape and dtype can be the class ids of `count` images."""
+    """Raise IntegrityError unless an array of this shape and dtype can be the class ids of `count` images."""
     if len(header.shape) != 1 or header.dtype.kind not in "iu":
         raise IntegrityError(f"{what} is {header.dtype} {header.shape}, expected class ids from 0, one per image")
     if header.shape[0] != count:
@@ -249,7 +249,7 @@ def check_labels_header(header, count: int, what: str) -> None:
 
 
 def check_labels(labels: np.ndarray, count: int, what: str) -> Tensor:
-    """Integer class ids (count,) from 0 to LARGEST_CLASS, as int64; IntegrityError otherwise."""
+    """Class ids (count,) as int64. Raises IntegrityError unless they are integers from 0 to LARGEST_CLASS."""
     check_labels_header(labels, count, what)
     if labels.size and not (0 <= labels.min() and labels.max() <= LARGEST_CLASS):
         raise IntegrityError(f"{what} has class ids from {labels.min()} to {labels.max()}, expected 0 to "
@@ -260,20 +260,20 @@ def check_labels(labels: np.ndarray, count: int, what: str) -> Tensor:
 def read_labels(path: str | Path, count: int) -> Tensor:
     """Class ids from an .npy file (N,)."""
     try:
-        # Mapped, so that a file whose header claims terabytes is refused instead of allocated.
+        # Memory-mapped: else numpy would allocate what the header claims, such as terabytes.
         labels = np.load(path, allow_pickle=False, mmap_mode="r")
         if not isinstance(labels, np.ndarray):
             raise ValueError("it is an npz")
     except FileNotFoundError:
         raise DataError(f"labels {path} do not exist; expected an .npy file of {count} class ids") from None
-    except Exception as error:  # numpy raises many kinds for what is no .npy
+    except Exception as error:  # numpy raises many kinds for a file that is no .npy
         reason = " ".join(str(error).split())[:100]
         raise IntegrityError(f"labels {path} are no plain .npy array ({reason}); write them with np.save") from None
     return check_labels(labels, count, f"labels {path}")
 
 
 def check_count(source, expected: int) -> None:
-    """MismatchError unless a source has exactly the number of images that its result is to be named after."""
+    """Raise MismatchError unless a source has exactly `expected` images, which name its result; 0 = any number."""
     if expected and source.count != expected:
         raise MismatchError(
             f"{source.path} has {source.count:,} images, expected exactly {expected:,} (--num); "

@@ -1,5 +1,5 @@
-"""A small classifier of one's own images, whose features take Inception's place: for domains that ImageNet says
-little about, and for machines that cannot download it. Its numbers compare only with those of the same network."""
+"""A small classifier of one's own images, whose features replace Inception's: for images unlike ImageNet's, and for
+machines that cannot download Inception. Its numbers compare only with numbers of the same network."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +112,7 @@ def _augment(images: Tensor, config: FeatureTraining, generator: torch.Generator
 
 
 def _normalise(images: Tensor) -> Tensor:
-    # As TimmFeatures does with MEAN_STD, which is written beside the weights.
+    # The same as TimmFeatures computes from MEAN_STD, which is saved with the weights.
     return (images.float() / 255 - 0.5) / 0.5
 
 

@@ -96,8 +96,8 @@ def open_set(
 
 
 def check_outputs(runtime: Runtime, *, files: tuple = (), folders: tuple = ()) -> None:
-    """Collective: UserError on every rank unless the first can write these paths (None is left out). To be called
-    before the work, which would be lost. Nothing is left behind."""
+    """Collective: raise UserError on every rank unless rank 0 can write these paths (None = no path). Called before the
+    work, which would be lost otherwise. Leaves nothing behind."""
     error = None
     if runtime.is_main:
         given = [Path(path).absolute() for path in (*files, *folders) if path is not None]
@@ -160,7 +160,8 @@ def evaluate(samples: ImageSet, reference: ImageSet, extractor: nn.Module, runti
 
 
 def _choose(samples: ImageSet, reference: ImageSet, extractor: nn.Module, options: Options) -> list[Metric]:
-    """The metrics asked for, or all possible ones; everything that would fail later fails here."""
+    """The metrics asked for, or all that are possible. Raises UserError for one that is not, before any feature is
+    computed."""
     reasons = {name: impossible(metric, samples, reference, extractor) for name, metric in METRICS.items()}
     for name in options.metrics:
         if reasons[name]:
@@ -176,7 +177,7 @@ def _choose(samples: ImageSet, reference: ImageSet, extractor: nn.Module, option
 def _measure_reference(
     samples: ImageSet, reference: ImageSet, chosen: list[Metric], extractor: nn.Module, runtime: Runtime,
     options: Options,
-) -> tuple[Side, list[guards.Warning]]:  # fmt: skip
+) -> tuple[Side, list[guards.Caveat]]:  # fmt: skip
     """Collective. The reference's statistics, from its file where it has them, else from its images; features of its
     images where they give the statistics, or a metric needs them."""
     warnings, n, statistics, extracted = [], None, {}, None
@@ -203,7 +204,7 @@ def _measure_reference(
 
 def _measure_samples(
     samples: ImageSet, chosen: list[Metric], extractor: nn.Module, runtime: Runtime, options: Options
-) -> tuple[Side, list[guards.Warning]]:
+) -> tuple[Side, list[guards.Caveat]]:
     """Collective. Features and statistics of the samples, or the statistics that were given in their place."""
     if samples.images is None:
         statistics = _read_statistics(samples, extractor, runtime)
@@ -240,7 +241,7 @@ def _groups(n: int, extractor: nn.Module, options: Options) -> int:
     return options.groups
 
 
-def _protocol(measured: Measured, warnings: list[guards.Warning]) -> dict:
+def _protocol(measured: Measured, warnings: list[guards.Caveat]) -> dict:
     samples, reference, identity = measured.samples, measured.reference, measured.extractor.identity
     marks = {warning.mark for warning in warnings}
     breaking = {"unknown-weights", "random-weights", "lossy-samples", "lossy-reference"}
@@ -259,7 +260,7 @@ def _protocol(measured: Measured, warnings: list[guards.Warning]) -> dict:
 
 
 def _take_sampling_record(source, record: dict, beside: Path) -> None:
-    """Labels and protocol that `mutor sample --num` wrote beside a set."""
+    """Add the labels and the protocol that `mutor sample --num` wrote beside a set."""
     made = read_json(beside)
     if not isinstance(made, dict) or "labels_of_images" not in made:
         return  # some other JSON file

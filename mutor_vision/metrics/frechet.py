@@ -2,8 +2,9 @@
 
     |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))        (Heusel et al. 2017, arXiv 1706.08500, equation 6)
 
-With S1 = A A^T and S2 = B B^T, the last trace is the sum of the singular values of A^T B: nothing is complex, and small
-eigenvalues keep digits that the square root of S1 S2 loses, so that ranks and parts give the same distance to 1e-9.
+With S1 = A A^T and S2 = B B^T, the last trace is the sum of the singular values of A^T B. That way no number is
+complex, and small eigenvalues keep digits that the square root of S1 S2 loses: any number of ranks and chunks gives the
+same distance to 1e-9.
 """
 
 from dataclasses import dataclass
@@ -17,13 +18,13 @@ from mutor_vision.features.moments import Moments, Statistics
 from mutor_vision.metrics.metric import Found, Measured, Metric, Side
 from mutor_vision.runtime import Runtime
 
-NEGATIVE_TOLERANCE = 1e-6  # of the largest eigenvalue; below -that, a matrix is no covariance
-ROUNDING = 1e-6  # of the traces; a distance below -that is not rounding
+NEGATIVE_TOLERANCE = 1e-6  # relative to the largest eigenvalue: one below minus this is refused, not rounded to 0
+ROUNDING = 1e-6  # relative to the traces: a distance below minus this is refused, not rounded to 0
 
 
 @dataclass(frozen=True)
 class Root:
-    """Statistics, prepared: mu (D,), factor (D, r) with sigma = factor factor^T, tr(sigma)."""
+    """Statistics with a factored covariance: mu (D,), factor (D, r) with sigma = factor factor^T, trace = tr(sigma)."""
 
     mu: Tensor
     factor: Tensor
@@ -32,8 +33,8 @@ class Root:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A distance from one set of samples. The interval is about the bias-corrected value; it says what other sets of
-    the same size from the same generator would give, and nothing about other training runs."""
+    """A distance from one set of samples. The interval is around the bias-corrected value. It covers the chance of
+    drawing other samples from the same generator, not that of training another one."""
 
     value: float
     bias_corrected: float
@@ -99,8 +100,8 @@ def distance(samples: Statistics, reference: Root) -> float:
 
 
 def _distance_by_product(samples: Statistics, reference: Root) -> float:
-    """The same by the eigenvalues of B^T S1 B: a quarter of the time, with rounding of 1e-8 of the traces, which is
-    nothing against the errors that the jackknife finds."""
+    """The same distance by the eigenvalues of B^T S1 B, in a quarter of the time. Its rounding of 1e-8 of the traces is
+    far below the errors that the jackknife estimates."""
     sigma = samples.sigma.to(reference.factor.device)
     product = reference.factor.T @ sigma @ reference.factor
     values = torch.linalg.eigvalsh((product + product.T) / 2)
@@ -110,14 +111,14 @@ def _distance_by_product(samples: Statistics, reference: Root) -> float:
 
 
 def jackknife(samples: Moments, reference: Root, runtime: Runtime) -> Estimate:
-    """Collective. Distance with the error bars of the grouped jackknife: each group left out in turn, which also
-    removes the bias that falls as 1/n. Needs 2 groups with images, and no group with all of them.
+    """Collective. Distance with error bars by the grouped jackknife, which leaves out each group in turn; it also
+    removes the bias that falls as 1/n. Needs 2 or more groups with images.
 
-    Source: Efron and Tibshirani 1993, chapter 11; groups keep it at one matrix per group instead of one per image.
+    Source: Efron and Tibshirani 1993, chapter 11. With groups it needs one distance per group, not one per image.
     """
     groups = len(samples.n)
     value = distance(samples.total(), reference)
-    # One more than there are groups: the last is the distance of all, by the same rounding as the others.
+    # The last entry is the distance of all groups, computed like the others so that it has the same rounding.
     found = torch.zeros(groups + 1, dtype=torch.float64, device=reference.mu.device)
     for group in range(runtime.rank, groups + 1, runtime.world_size):
         statistics = samples.without(group) if group < groups else samples.total()

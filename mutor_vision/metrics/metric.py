@@ -13,7 +13,7 @@ from torch import nn
 from mutor_vision.errors import UserError
 from mutor_vision.features.extract import Extracted
 from mutor_vision.features.moments import LAYER_KEYS, Statistics
-from mutor_vision.metrics.guards import Warning
+from mutor_vision.metrics.guards import Caveat
 from mutor_vision.runtime import Runtime
 from mutor_vision.storage.npz import Npz
 
@@ -86,7 +86,7 @@ class Found:
 
     # key in the JSON file -> {'name', 'value', ..., 'protocol': what this metric adds to the protocol of all}
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
-    warnings: tuple[Warning, ...] = ()
+    warnings: tuple[Caveat, ...] = ()
     sections: dict[str, Any] = field(default_factory=dict)  # what stands beside 'metrics' in the JSON file
 
 

@@ -13,8 +13,8 @@ from mutor_vision.metrics.metric import Found, Measured, Metric
 
 
 class PerClass(Metric):
-    """The section 'classes' of a result, and the accuracy over all of them. Computed wherever samples have labels; a
-    side that it lacks makes it say less."""
+    """The section 'classes' of a result, and the accuracy over all classes. It is computed whenever samples have
+    labels, with distances if the reference has labels too, and with accuracies if the extractor's classes match."""
 
     name = "classes"
     rows = ("pool", "logits")
@@ -37,10 +37,10 @@ class PerClass(Metric):
 
 
 def measure(samples, reference, ours: Extracted | None, theirs: Extracted | None, extractor: nn.Module) -> dict | None:
-    """Per-class results as lists in class order, JSON-ready; None where the samples have no labels.
+    """Per-class results as lists in class order, JSON-ready; None when the samples have no labels.
 
-    'distance' has None for a class without two samples and two reference images, and is None altogether without a
-    labelled reference; 'accuracy' is None where the classifier's classes cannot be matched with the samples'."""
+    'distance' is None without a labelled reference, and has None for a class with fewer than two samples or reference
+    images. 'accuracy' is None when the classifier's classes cannot be matched with the samples'."""
     if ours is None or samples.labels is None:
         return None
     num_classes = int(samples.labels.max()) + 1

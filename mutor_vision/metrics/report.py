@@ -1,4 +1,4 @@
-"""Results as a person reads them: a table for the terminal and a paper, and a page with the classes as pictures."""
+"""Results for people: a table for the terminal and a paper, and a page that shows images of the classes."""
 
 import base64
 import html
@@ -107,9 +107,9 @@ def page(result: dict, samples, reference, shown: int = 5) -> str:
 
 
 def write_page(path: Path, text: str) -> None:
-    """Write a page that appears under its name only when it is complete."""
+    """Write a page atomically (files.written)."""
     with written(path) as partial:
-        # Names of folders can hold bytes that are no text; they become character references.
+        # Folder names may hold bytes that are not valid text; those become character references.
         partial.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
 
 
@@ -174,8 +174,8 @@ def _strip_maker(classes: dict, shown: list[int], samples, reference) -> Callabl
 
 
 def _strips(source, labels: Tensor, shown: list[int]) -> dict[int, str]:
-    """Class -> its first images as one PNG inside the page. All are read in one pass: the sampler makes them together,
-    and a compressed npz can only be read forward."""
+    """Class -> its first images as one PNG inside the page. All are read in one pass, because the sampler is faster in
+    large batches and a compressed npz can only be read forward."""
     chosen = {index: (labels == index).nonzero().flatten()[:STRIP_COLUMNS].tolist() for index in shown}
     wanted = sorted(number for numbers in chosen.values() for number in numbers)
     pictures = dict(zip(wanted, in_order(source, [(number, number + 1) for number in wanted]), strict=True))

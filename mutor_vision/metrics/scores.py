@@ -11,12 +11,12 @@ from einops import rearrange
 from torch import Tensor
 
 from mutor_vision.errors import UserError
-from mutor_vision.metrics.guards import ADM_SPLIT, Warning
+from mutor_vision.metrics.guards import ADM_SPLIT, Caveat
 from mutor_vision.metrics.metric import Found, Measured, Metric, MetricSettings
 from mutor_vision.runtime import Runtime, exact_float32
 
-SHUFFLE_SEED = 2020  # torch-fidelity's, so that its own numbers can be checked against ours
-BLOCK = 4096  # rows and columns of one block of distances, 64 MB; fixed, so that rounding never depends on the ranks
+SHUFFLE_SEED = 2020  # torch-fidelity's, so that our numbers can be compared with its own
+BLOCK = 4096  # rows and columns of a block of distances, 64 MB; fixed, so that rounding does not depend on the ranks
 KERNEL_BLOCK = 1024  # rows and columns of one block of KID's kernel, 8 MB in float64
 
 
@@ -48,14 +48,14 @@ class InceptionScore(Metric):
         if n >= ADM_SPLIT * splits:
             return Found({self.name: result})
         text = f"Inception Score over splits of {n // splits:,} images, published: {ADM_SPLIT:,}"
-        return Found({self.name: result}, (Warning("small-is-splits", text),))
+        return Found({self.name: result}, (Caveat("small-is-splits", text),))
 
 
 def inception_score(logits: Tensor, splits: int = 10, shuffle_seed: int | None = SHUFFLE_SEED) -> Score:
     """logits (N, C) -> Inception Score (Salimans et al. 2016, arXiv 1606.03498) over `splits` equal parts, float64.
 
-    ADM's evaluator cuts 50,000 samples into 10 parts as they come, so class-sorted samples score 41 instead of 157;
-    here they are shuffled first. shuffle_seed None leaves the order alone. The score grows with N / splits."""
+    ADM's evaluator splits 50,000 samples in the order of the file, so samples sorted by class score 41 instead of 157;
+    here they are shuffled first. shuffle_seed None keeps the order. The score grows with N / splits."""
     if splits < 1 or len(logits) < splits:
         raise UserError(f"Inception Score of {len(logits)} samples in {splits} splits; use 1 to {len(logits)} splits")
     if shuffle_seed is not None:
@@ -101,7 +101,7 @@ def precision_recall(samples: Tensor, reference: Tensor, runtime: Runtime, k: in
     for name, rows in (("samples", samples), ("reference images", reference)):
         if not 1 <= k < len(rows):
             raise UserError(f"precision and recall with k {k} and {len(rows)} {name}; k must be 1 to {len(rows) - 1}")
-    # Distances do not change, and their rounding shrinks, when both sets move to the reference's mean.
+    # Subtracting the same mean from both sets changes no distance, and makes its rounding smaller.
     center = reference.mean(0)
     samples = (samples - center).to(runtime.device)
     reference = (reference - center).to(runtime.device)
@@ -120,8 +120,8 @@ def precision_recall(samples: Tensor, reference: Tensor, runtime: Runtime, k: in
 
 
 def neighbour_radii(features: Tensor, k: int, runtime: Runtime) -> Tensor:
-    """Collective. (N, D) -> (N,) squared distance to the k-th nearest other row. Blocks above the diagonal serve rows
-    and columns, so half of the products suffice."""
+    """Collective. (N, D) -> (N,) squared distance to the k-th nearest other row. A block above the diagonal gives the
+    distances of its rows and of its columns, so the blocks below are not computed."""
     nearest = features.new_full((len(features), k), float("inf"))
     starts = range(0, len(features), BLOCK)
     pairs = [(i, j) for i in starts for j in starts if i <= j]
@@ -174,8 +174,8 @@ def kernel_distance(
     """(N, D), (M, D) -> KID with the cubic kernel (x y / D + 1)^3 (Bińkowski et al. 2018, arXiv 1801.01401), over
     torch-fidelity's seeded subsets, computed on `device`. Unbiased, so values just below 0 are right for equal sets.
 
-    In float64: the value is a small difference of large sums, of which float32 (torch-fidelity) loses digits when
-    features are large."""
+    Computed in float64, because the value is a small difference of large sums; float32, as torch-fidelity has it,
+    loses its digits when features are large."""
     if not 2 <= subset_size <= min(len(samples), len(reference)):
         raise UserError(
             f"KID with subsets of {subset_size} from {len(samples)} samples and {len(reference)} reference images; "
@@ -196,15 +196,15 @@ def kernel_distance(
 
 
 def _kernel_sum(rows: Tensor, columns: Tensor | None = None) -> Tensor:
-    """Sum of the cubic kernel over all pairs of a row and a column, float64; over all pairs of two different rows where
-    there are no columns. Block by block, so that memory does not grow with the square of their number."""
+    """Sum of the cubic kernel, float64, over all pairs of a row and a column; without columns, over all pairs of two
+    different rows. Computed in blocks, so that memory does not grow with the square of the number of rows."""
     total = rows.new_zeros(())
     for i in range(0, len(rows), KERNEL_BLOCK):
         block = rows[i : i + KERNEL_BLOCK]
         others = (rows if columns is None else columns).split(KERNEL_BLOCK)
         for j, other in enumerate(others):
             if columns is None and j * KERNEL_BLOCK < i:
-                continue  # the kernel is symmetric: counted with the block on the other side of the diagonal
+                continue  # the kernel is symmetric: this block is counted with the one above the diagonal
             kernel = (block @ other.T / rows.shape[1] + 1) ** 3
             if columns is not None:
                 total += kernel.sum()

@@ -1,5 +1,5 @@
-"""The best guidance scale by search: golden section, for one minimum in few evaluations. Every point uses
-the same seeds and labels, so that neighbouring points differ by their guidance and hardly by chance."""
+"""Search for the best guidance scale by golden section, which finds a single minimum in few evaluations. Every point
+has the same seeds and labels, so that points differ by their guidance and hardly by chance."""
 
 import math
 from collections.abc import Callable
@@ -13,9 +13,9 @@ GOLDEN = (5**0.5 - 1) / 2
 
 
 def golden_section(value: Callable[[float], float], low: float, high: float, tolerance: float) -> None:
-    """Evaluate ever nearer to where value is least in [low, high], to within `tolerance`, if it falls and then rises;
-    one evaluation for every shrinking of the interval by 0.618 (Kiefer 1953). Scales are rounded to 3 decimals, as
-    they are reported."""
+    """Evaluate ever closer to the minimum of `value` in [low, high], until the interval is narrower than `tolerance`.
+    Assumes that value falls and then rises. Each evaluation shrinks the interval by 0.618 (Kiefer 1953). Scales are
+    rounded to 3 decimals, as they are reported."""
     if not (0 <= low < high < math.inf and 0.001 <= tolerance):
         raise UserError(f"search from {low} to {high} with tolerance {tolerance}; give 0 <= low < high, 0.001 or more")
     left, right = round(high - GOLDEN * (high - low), 3), round(low + GOLDEN * (high - low), 3)
@@ -32,8 +32,8 @@ def golden_section(value: Callable[[float], float], low: float, high: float, tol
 
 
 def read_record(path: Path, binding: dict) -> dict:
-    """sweep.json of an earlier call, or an empty one: {'binding': ..., 'points': [...]}. binding: everything that
-    decides the numbers. MismatchError, naming what changed, unless the earlier call had the same."""
+    """sweep.json of an earlier call, or an empty one: {'binding': ..., 'points': [...]}. binding: everything on which
+    the numbers depend. Raises MismatchError, naming what changed, unless the earlier call had the same."""
     if not path.is_file():
         return {"binding": binding, "points": []}
     done = read_json(path)

@@ -1,14 +1,14 @@
-"""What is kept of a run, and how it is read back.
+"""How runs and checkpoints are saved and read.
 
     RUN/config.json                     kind, version and the whole resolved configuration
     RUN/checkpoints/step-0000420/       config.json, model.safetensors, ema.safetensors, training.pt, MANIFEST.json
                                         and, of a sharded training, optimizer/ with the shards of its moments
     RUN/tokenizer/                      a copy of the tokenizer, so that a run samples by itself
 
-A checkpoint is written under another name, hashed into its MANIFEST.json, flushed to the disk and then renamed, so
-one that can be seen is whole; an old one is renamed before it is deleted. Older checkpoints go only when as many newer
-ones as are kept have been read again and verify. Weights are safetensors; training.pt holds tensors and numbers only
-and is read with weights_only=True.
+A checkpoint is written under a temporary name, hashed into its MANIFEST.json, flushed to the disk and then renamed, so
+a folder named like a checkpoint is complete. For the same reason an old one is renamed before it is deleted. It is
+deleted only after `keep` newer ones have been read again and verified. Weights are safetensors; training.pt holds
+tensors and numbers only and is read with weights_only=True.
 """
 
 import re
@@ -63,8 +63,8 @@ def _read_kind(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def open_run(out: Path, kind: str) -> Path | None:
-    """The checkpoint with which training in the run directory `out` goes on, None where training begins. Nothing but an
-    empty folder, or a run of this kind that has saved nothing yet, is begun in.
+    """The checkpoint from which training in the run directory `out` continues; None when training begins, which it may
+    in an empty folder or in a run of this kind that has saved nothing yet.
 
     Raises UserError for a path that is something else, MismatchError for a run of another kind, and IntegrityError for
     a run whose checkpoints are all damaged or gone."""
@@ -76,7 +76,7 @@ def open_run(out: Path, kind: str) -> Path | None:
     if found is not None:
         _read_kind(found, kind)
         return found
-    if all(path.name.startswith(".") for path in out.iterdir()):  # also what a process killed at its start has left
+    if all(path.name.startswith(".") for path in out.iterdir()):  # empty, or with files of a process killed early
         return None
     if not (out / "config.json").is_file():
         raise UserError(f"{out} is not empty and no {kind} run; give a new --out")
@@ -94,10 +94,11 @@ def save(
     run: Path, step: int, kind: str, config: Any, weights: dict[str, dict[str, Tensor] | Path], state: dict, keep: int,
     shards: Path | None = None,
 ) -> Path:  # fmt: skip
-    """Commit RUN/checkpoints/step-<step> and remove what is older than the newest `keep` that verify. Call on one rank.
+    """Save RUN/checkpoints/step-<step>, then remove checkpoints older than the newest `keep` that verify. Call on one
+    rank.
 
-    weights: file stem ('model', 'ema', ...) -> state dict, or a finished safetensors file, which is moved; state:
-    tensors, numbers, strings, lists and dicts; shards: finished folder of optimizer shards, which is moved.
+    weights: file stem ('model', 'ema', ...) -> state dict, or the path of a safetensors file, which is moved; state:
+    tensors, numbers, strings, lists and dicts; shards: folder of optimizer shards, which is moved.
     Returns the checkpoint's path.
     """
     folder = run / "checkpoints"
@@ -114,7 +115,7 @@ def save(
             continue
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         save_file(tensors, partial / f"{name}.safetensors")
-    with open(partial / "training.pt", "wb") as file:  # given a name, torch does not say that the disk is full
+    with open(partial / "training.pt", "wb") as file:  # given a path, torch hides that the disk is full
         torch.save(state, file)
     if shards:
         shards.rename(partial / OPTIMIZER)
@@ -136,10 +137,10 @@ def save(
 
 
 def _prune(run: Path, written: Path, keep: int) -> None:
-    """Remove what is older than the newest `keep` checkpoints that verify; `written` was hashed a moment ago."""
+    """Remove checkpoints older than the newest `keep` that verify. `written` counts as verified: it was just hashed."""
     steps, whole = _steps(run), 0
     if len(steps) <= keep:
-        return  # nothing would go, so nothing has to be read
+        return  # nothing to remove, so nothing has to be verified
     for _, path in sorted(steps.items(), reverse=True):
         if whole >= keep and path != written:
             _remove(path)
@@ -148,7 +149,7 @@ def _prune(run: Path, written: Path, keep: int) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint. A process killed in the middle leaves no part of it under a checkpoint's name."""
+    """Delete a checkpoint. It is renamed first, so that a kill in the middle leaves no incomplete checkpoint."""
     removed = folder.with_name(f"{folder.name}.removed")
     folder.rename(removed)
     shutil.rmtree(removed)
@@ -157,9 +158,9 @@ def _remove(folder: Path) -> None:
 def check_finite(
     weights: dict[str, dict[str, Tensor]], optimizers: list[torch.optim.Optimizer], step: int, runtime: Runtime
 ) -> None:
-    """Collective: raise UserError on every rank if a weight or a moment of any rank is not finite. To be called before
-    anything is saved or sampled from; takes one reduction and waits once for the device. weights: as for save; every
-    rank gives what it holds, of a sharded model its shards."""
+    """Collective: raise UserError on every rank if a weight or an optimizer's moment on any rank is not finite. Called
+    before saving and sampling. Costs one reduction and one synchronisation. weights: as for save; every rank gives the
+    tensors that it holds, of a sharded model its shards."""
     tensors = {f"{name}: {key}": tensor for name, state in weights.items() for key, tensor in state.items()}
     for optimizer in optimizers:
         tensors |= {f"{name} of the optimizer, parameter {number}": tensor
@@ -200,8 +201,8 @@ def verify(checkpoint: Path) -> None:
 
 
 def newest(run: Path) -> Path | None:
-    """The newest checkpoint of a run that verifies, None where a run has none. A damaged one is stepped over with a
-    warning; where all are damaged, raises IntegrityError."""
+    """The newest checkpoint of a run that verifies; None when the run has no checkpoint. Damaged ones are skipped with
+    a warning; raises IntegrityError when all are damaged."""
     steps = sorted(_steps(run).items(), reverse=True)
     for _, path in steps:
         if _verifies(path):
@@ -213,7 +214,7 @@ def newest(run: Path) -> Path | None:
 
 
 def _verifies(checkpoint: Path) -> bool:
-    """verify, with a warning in place of the error."""
+    """Whether verify succeeds; prints its error as a warning."""
     try:
         verify(checkpoint)
     except IntegrityError as error:
@@ -271,7 +272,7 @@ def read_training_state(checkpoint: Path) -> dict:
 
 
 def load_strictly(module: torch.nn.Module, weights: dict[str, Tensor], source: Path | str) -> None:
-    """load_state_dict that names the first key that is missing, unexpected, of another shape, or not finite."""
+    """load_state_dict that refuses values which are not finite, and names the first key that does not fit."""
     own = module.state_dict()
     for problem, keys in (("lacks", own.keys() - weights.keys()), ("has unexpected", weights.keys() - own.keys())):
         if keys:

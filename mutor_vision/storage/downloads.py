@@ -1,4 +1,4 @@
-"""Weights from the net, without a wait where no host answers."""
+"""Downloads of weights that fail in seconds, not minutes, when the host does not answer."""
 
 import socket
 import tempfile
@@ -11,12 +11,12 @@ from urllib.parse import urlsplit
 from mutor_vision.errors import UserError
 
 CONNECT_SECONDS = 3.0  # for a host to answer
-STALLED_SECONDS = 60.0  # without a byte, after which a download is given up
+STALLED_SECONDS = 60.0  # a download that receives no byte for this long fails
 
 
 def host_answers(url: str) -> bool:
-    """Can a connection be made to the host of a URL, or to the proxy that the environment names for it? Found out in
-    seconds, where the clients of the net try again and again for minutes."""
+    """Whether the host of a URL, or the proxy that the environment sets for it, accepts a connection. Tells in seconds,
+    while download clients retry for minutes."""
     try:
         parts = urlsplit(url)
         proxies = urllib.request.getproxies()
@@ -32,7 +32,7 @@ def host_answers(url: str) -> bool:
 
 @contextmanager
 def ending_downloads() -> Iterator[None]:
-    """Within it, a connection of urllib's (torch.hub's) that has stalled is an error instead of a wait for ever."""
+    """Within it, a stalled connection of urllib, which torch.hub uses, raises an error instead of waiting for ever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(STALLED_SECONDS)
     try:
@@ -42,7 +42,8 @@ def ending_downloads() -> Iterator[None]:
 
 
 def check_cache(folder: Path, variable: str) -> None:
-    """UserError when downloaded weights cannot be kept in `folder`, which the environment's `variable` moves."""
+    """Raise UserError when `folder`, the cache for downloads, cannot be written. variable: the environment variable
+    that sets its place."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -1,4 +1,4 @@
-"""Files that appear under their name only when they are complete, and what names their content."""
+"""Files written atomically, JSON, and hashes."""
 
 import hashlib
 import json
@@ -17,8 +17,8 @@ from mutor_vision.errors import IntegrityError
 
 @contextmanager
 def written(path: str | Path) -> Iterator[Path]:
-    """Where to write a file that takes the name `path` when the block has ended: complete, and on the disk with its
-    name. After an error nothing is left of it, and what stood under the name before is as it was."""
+    """Write a file atomically. Gives a temporary path to write to; when the block ends, the file and its name are
+    flushed to the disk and it is renamed to `path`. After an error it is removed, and an older file stays."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -33,7 +33,7 @@ def written(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def written_folder(folder: str | Path) -> Iterator[Path]:
-    """The same for a folder: a new, empty one to fill, which takes the place of `folder` as a whole."""
+    """The same for a folder: gives an empty one to fill, which then replaces `folder` as a whole."""
     folder = Path(folder)
     partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
@@ -53,7 +53,7 @@ def written_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """fsync a file, or a folder, which flushes the names in it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -80,8 +80,8 @@ def sha256(path: Path) -> str:
 
 
 def state_sha256(state: dict[str, Tensor], mark: str = ";") -> str:
-    """sha256 (hex) over the names, types, shapes and bytes of all tensors in sorted order: the same for the same
-    weights in whatever file. mark: what ends a tensor's description; token sets were made with a line end."""
+    """sha256 (hex) over the names, types, shapes and bytes of all tensors, sorted by name, so that it does not depend
+    on the file they are in. mark: what ends a tensor's description; hashes in token sets were made with a line end."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()

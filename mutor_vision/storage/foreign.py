@@ -1,9 +1,9 @@
-"""Weights from a stranger's file. A .pt file is a pickle, that is a program: it is opened with torch's weights_only
-loader and one more permitted class, argparse.Namespace, which LlamaGen's training scripts store. There is no second
-way in, whatever the environment says; what the loader refuses stays closed.
+"""Weights from strangers' files. A .pt file is a pickle, which can run code when it is loaded. So it is opened by
+torch's weights_only loader, with argparse.Namespace as the only other permitted class, because LlamaGen's training
+scripts store one. A file that this loader refuses is not opened in any other way, and no setting changes that.
 
-Opening a file reads names and shapes only. The numbers are read one tensor at a time, so that neither a large model
-nor the optimizer's state beside it has to fit into memory."""
+Opening a file reads names and shapes only. Values are read one tensor at a time, so that neither a large model nor
+optimizer state in the same file has to fit into memory."""
 
 import argparse
 import json
@@ -22,37 +22,37 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
 
-# Under which a file may keep its weights: LlamaGen, DDP and DeepSpeed, Lightning, timm, BasicSR, Fabric.
+# Entries of a file that may hold its weights: those of LlamaGen, DDP, DeepSpeed, Lightning, timm, BasicSR, Fabric.
 ENTRIES = (
     "model", "module", "state_dict", "ema", "model_state_dict", "model_state", "model_ema", "ema_state_dict",
     "state_dict_ema", "params", "params_ema", "weights", "net",
 )  # fmt: skip
 _INDEX = "model.safetensors.index.json"  # Hugging Face's, of weights in several files
-# In a folder: FSDP's trainer, Hugging Face.
+# File names in a folder: those of FSDP's trainer and Hugging Face.
 FILES = ("consolidated.pth", "model.safetensors", "pytorch_model.bin", _INDEX)
 _PART = re.compile(r".*-\d+-of-(?!0*1\.)\d+\.\w+")
 
-# Parts of names, anywhere: DDP, torch.compile, FSDP, activation checkpointing, DeepSpeed, fairscale's FSDP.
+# Parts that wrappers add anywhere in tensor names: DDP, torch.compile, FSDP, activation checkpointing, DeepSpeed, ...
 _WRAPPERS = {
     "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_fpw_module",
 }  # fmt: skip
-# Single numbers that averages (torch, lucidrains, LitEma) and profilers (thop) keep beside weights, by their last part.
+# Last parts of names of single numbers that weight averaging (torch, lucidrains, LitEma) and thop save with weights.
 _COUNTERS = {"n_averaged", "num_updates", "initted", "step", "decay", "total_ops", "total_params"}
-_POSITIONS = {"freqs_cis", "causal_mask"}  # tables that follow from the sizes; some forks store them
-_CACHE = "kv_cache"  # what LlamaGen's sampler leaves in a model
+_POSITIONS = {"freqs_cis", "causal_mask"}  # tables that can be computed from the sizes; some forks save them
+_CACHE = "kv_cache"  # LlamaGen's sampler adds it to a model
 
 
 @dataclass(frozen=True)
 class ForeignCheckpoint:
-    """The plain tensors of a file, and what is known about it."""
+    """The tensors of a file's network, and what the file says about itself."""
 
     path: Path
-    tensors: dict[str, Tensor]  # names, shapes and types; the numbers come from `load`
-    layout: str  # where in the file they were, for a person
+    tensors: dict[str, Tensor]  # names, shapes and types; `load` reads the values
+    layout: str  # where in the file they were, as text for the user
     arguments: dict[str, Any]  # the training script's settings, {} when the file has none
 
     def load(self, name: str) -> Tensor:
-        """The tensor with its numbers. Raises IntegrityError when they are not in the file."""
+        """The tensor with its values. Raises IntegrityError when the file ends before them."""
         tensor = self.tensors[name]
         if not isinstance(tensor, FakeTensor):
             return tensor
@@ -124,16 +124,16 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
 def _read_pickle(path: Path) -> dict[str, Any]:
     _check_zip(path)
     try:
-        # Fake tensors have shapes and the place of their numbers in the file (torch's notes on serialization).
+        # Fake tensors have a shape and their values' offset in the file (torch's notes on serialization).
         with FakeTensorMode(), torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-    except Exception as error:  # a crafted file can make the loader raise anything
+    except Exception as error:  # a malicious file can make the loader raise anything
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise IntegrityError(
                 f"{path} is refused: its pickle asks for {found[1]}, and may hold nothing but tensors, plain values "
                 "and argparse.Namespace; nothing in it was run. Where you trust it, save its state dict alone"
             ) from None
-        reason = str(error).rpartition("WeightsUnpickler error:")[2]  # before it stands how to run a stranger's code
+        reason = str(error).rpartition("WeightsUnpickler error:")[2]  # cuts torch's advice to turn weights_only off
         raise IntegrityError(f"{path} is refused: {_short(ValueError(reason))}; nothing in it was run") from None
     if not isinstance(content, dict):
         raise MismatchError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors")
@@ -155,7 +155,7 @@ def _check_start(path: Path, start: bytes) -> None:
 
 
 def _check_zip(path: Path) -> None:
-    # torch.load compares no checksum: nearly every flipped bit would become a wrong weight. The zip has them all.
+    # torch.load ignores the zip's checksums, so a flipped bit would become a wrong weight. They are checked here.
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -179,7 +179,7 @@ def _check_zip(path: Path) -> None:
 
 
 def _choose(path: Path, content: dict[str, Any], weights: str) -> tuple[dict[str, Any], str, str]:
-    """The entry of a file that holds its weights, what it is for a person, and `weights` unless that named it."""
+    """(entry of a file that holds its weights, its description, `weights` or '' when that has named the entry)."""
     found = [name for name in ENTRIES if _holds_tensors(content.get(name))]
     if not found:
         if not any(isinstance(value, Tensor) for value in content.values()):
@@ -207,10 +207,11 @@ def _holds_tensors(entry: Any, depth: int = 3) -> bool:
 
 
 def _unwrapped(path: Path, tensors: dict[str, Any], weights: str, layout: str) -> tuple[dict[str, Any], str]:
-    """Without what training frameworks add to a network's tensors: parts of names, and tensors beside it.
+    """The network's tensors without what training frameworks add: parts of names, and tensors of their own. Also
+    returns a text that says what was removed.
 
-    weights: which of several networks, by the first part of their names; '' where it needs no choice. Raises
-    MismatchError where two names become one."""
+    weights: which of several networks to take, by the first part of its names; '' when there is one. Raises
+    MismatchError when two tensors get the same name."""
     named = {}
     for name, tensor in tensors.items():
         if not isinstance(name, str):
@@ -232,7 +233,7 @@ def _unwrapped(path: Path, tensors: dict[str, Any], weights: str, layout: str) -
             if "ema" not in layout or "ema_model" not in groups:
                 raise UserError(f"{path} holds the weights {' and '.join(groups)}; choose one, such as --weights "
                                 f"{next(iter(groups))}")  # fmt: skip
-            weights = "ema_model"  # what an average is kept for
+            weights = "ema_model"  # an entry of averaged weights was chosen, so the average is wanted
         root, weights = (weights, "") if weights in groups else (next(iter(groups)), weights)
         prefix, named = (*prefix, root), groups[root]
     if weights:
@@ -255,8 +256,8 @@ def _put(path: Path, named: dict, parts: tuple[str, ...], name: str, tensor: Any
 
 
 def _is_beside(parts: tuple[str, ...], tensor: Any, tensors: dict[str, Any]) -> bool:
-    """Whether this is no tensor of the network: a counter, a table of positions, a cache, or LitEma's copy, which
-    latent-diffusion's models carry under names without dots."""
+    """Whether a tensor is not the network's own: a counter, a table of positions, a cache, or LitEma's copy of the
+    weights, which latent-diffusion's models hold under names without dots."""
     single = not isinstance(tensor, Tensor) or tensor.numel() == 1
     is_copy = parts[0] == "model_ema" and len(parts) == 2 and "model_ema.num_updates" in tensors
     return (parts[-1] in _COUNTERS and single) or parts[-1] in _POSITIONS or _CACHE in parts or is_copy
@@ -281,8 +282,8 @@ FILE_NAMES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safeten
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from a .safetensors, .pth, .pt, .ckpt or .bin file, or a folder that holds one under the hub's name.
-    Wrapping ({'state_dict': ...}, 'module.' before the names) is taken off. Raises IntegrityError and MismatchError."""
+    """A state dict from a .safetensors, .pth, .pt, .ckpt or .bin file, or a folder with a file of FILE_NAMES. Wrapping
+    ({'state_dict': ...}, 'module.' before names) is removed. Raises IntegrityError and MismatchError."""
     path = Path(path)
     if path.is_dir():
         found = [path / name for name in FILE_NAMES if (path / name).is_file()]
@@ -299,7 +300,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         except UserError as error:
             if type(error) is not UserError:
                 raise
-            # Several sets of weights; the flag that the message proposes belongs to another command.
+            # The file holds several sets of weights. The message proposes a flag that callers of this do not have.
             raise IntegrityError(f"{str(error).partition(';')[0]}; save the one to use alone") from None
         return {name: content.load(name) for name in content.tensors}
     try:

@@ -1,9 +1,9 @@
 """Sample sets and statistics in ADM's npz format, streamed: 50,000 images are 9.8 GB and never in memory at once.
 
 `arr_0` uint8 (N, H, W, 3) holds images; `mu`, `sigma` (pooled features) and `mu_s`, `sigma_s` (spatial features) hold
-statistics. Source: guided-diffusion evaluations/evaluator.py. Files come from strangers: nothing is unpickled or
-extracted, and every size is checked in the zip directory and the array header before anything is read. Members that
-nobody asks for may be anything.
+statistics. Source: guided-diffusion evaluations/evaluator.py. Files come from strangers, so nothing is unpickled or
+extracted, and sizes are checked in the zip directory and the array header before an array is read. Members that are not
+used here may hold anything.
 """
 
 import io
@@ -22,10 +22,10 @@ import numpy as np
 from mutor_vision.errors import DataError, IntegrityError, UserError
 
 MAX_MEMBERS = 1000
-MAX_HEADER = 10_240  # bytes of an .npy header; numpy would read any length before it looks
-MAX_RATIO = 100  # unpacked over packed size; images and statistics reach 10 at most, a bomb 1000
+MAX_HEADER = 10_240  # bytes of an .npy header; numpy itself would read one of any length
+MAX_RATIO = 100  # unpacked over packed size; images and statistics reach 10 at most, a zip bomb 1000
 WINDOW = 256_000_000  # bytes of rows that are gathered in one pass over an array in Fortran order
-READ = {"arr_0", "arr_1", "mu", "sigma", "mu_s", "sigma_s", "protocol_json"}  # members that mean something here
+READ = {"arr_0", "arr_1", "mu", "sigma", "mu_s", "sigma_s", "protocol_json"}  # the members that are used here
 # What zipfile and zlib raise for damaged files.
 DAMAGE = (
     zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, struct.error, NotImplementedError, EOFError, RuntimeError,
@@ -35,8 +35,8 @@ DAMAGE = (
 
 @dataclass(frozen=True)
 class ArrayHeader:
-    """What a member of an npz says of itself. `offset` is where its data begin, in bytes; `fortran`: the first index
-    runs fastest in the file, as in arrays from MATLAB or of a transposed view."""
+    """The header of a member of an npz. offset: where its data begin, in bytes; fortran: the first index varies fastest
+    in the file, as in arrays from MATLAB or of a transposed view."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -45,8 +45,8 @@ class ArrayHeader:
 
 
 class Npz:
-    """A checked npz file. Raises DataError when it is missing, IntegrityError when it is damaged or an array that
-    matters here would need unpickling; `arrays` maps member names (without .npy) to ArrayHeader."""
+    """A checked npz file. Raises DataError when it is missing, IntegrityError when it is damaged or an array of READ
+    would need unpickling. `arrays` maps member names (without .npy) to ArrayHeader."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -62,8 +62,8 @@ class Npz:
                 self._take(archive, info)
 
     def check_crc(self) -> None:
-        """Read every byte of the arrays that matter once (about 1 GB/s) and raise IntegrityError where a checksum
-        disagrees: better before an hour of feature extraction than after it."""
+        """Read every byte of the arrays of READ (about 1 GB/s) and raise IntegrityError when a checksum is wrong.
+        Called before features are extracted, so that a damaged file does not cost an hour first."""
         with self._open() as archive, self._typed_errors():
             for name in sorted(READ.intersection(self.arrays)):
                 try:
@@ -76,15 +76,15 @@ class Npz:
                     ) from None
 
     def read(self, name: str) -> np.ndarray:
-        """One whole array; look at `arrays[name]` first if it may be large."""
+        """One whole array. Check `arrays[name].shape` first if it may be large."""
         with self.rows(name) as read:
             header = self.arrays[name]
             return read(0, header.shape[0]) if header.shape else read(0, 1).reshape(())
 
     @contextmanager
     def rows(self, name: str) -> Iterator[Callable[[int, int], np.ndarray]]:
-        """Context of a function (start, stop) -> rows of an array. Going forward is one pass over the file; in Fortran
-        order, one for every WINDOW bytes of rows."""
+        """Context with a function (start, stop) -> rows of an array. Reading forward takes one pass over the file; in
+        Fortran order, one pass for every WINDOW bytes of rows."""
         header = self.arrays[name]
         with self._open() as archive:
             with self._typed_errors():
@@ -118,7 +118,7 @@ class Npz:
             ) from None
 
     def _take(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
-        """Enter a member into `arrays`. What is none is left out, unless it has the name of one that matters."""
+        """Add a member to `arrays`. A member that is no valid array is skipped, or refused if its name is in READ."""
         name = info.filename.removesuffix(".npy")
         parts = name.replace("\\", "/").split("/")
         if ".." in parts or parts[0] == "" or ":" in parts[0]:
@@ -162,7 +162,7 @@ class Npz:
             np.lib.format.read_magic(text)
             read = np.lib.format.read_array_header_1_0 if width == 2 else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read(text)
-        except Exception as error:  # a crafted header makes Python's parser raise many kinds
+        except Exception as error:  # a malicious header makes Python's parser raise many kinds
             reason = _one_line(error)
             raise IntegrityError(f"{self.path}: member {info.filename!r} has a damaged header ({reason})") from None
         if dtype.hasobject:
@@ -193,8 +193,8 @@ class _Rows:
 
 
 class _FortranRows:
-    """Rows of an array whose first index runs fastest in the file: a row's bytes are spread over all of it, so a pass
-    gathers as many rows as WINDOW holds, and rows that follow come from there."""
+    """Rows of an array in Fortran order. The bytes of a row are spread over the whole file, so one pass gathers as many
+    rows as WINDOW holds, from which the next reads are served."""
 
     def __init__(self, member, header: ArrayHeader):
         self.member, self.header = member, header
@@ -205,7 +205,7 @@ class _FortranRows:
         if not self.first <= start <= stop <= self.first + len(self.window):
             self._gather(start, stop)
         rows = self.window[start - self.first : stop - self.first]
-        # The other indices run from the first to the last as well, so that they stand the other way round.
+        # Within a row the first index also varies fastest, so the axes are reversed to get C order.
         turned = rows.reshape(len(rows), *reversed(self.header.shape[1:]))
         return np.ascontiguousarray(turned.transpose(0, *range(turned.ndim - 1, 0, -1)))
 
@@ -223,7 +223,7 @@ class _FortranRows:
 
 
 def is_statistics(npz: Npz) -> bool:
-    """Does the file carry statistics? As in ADM's evaluator, they then go before its images."""
+    """Whether a file has statistics. As in ADM's evaluator, they are then used instead of its images."""
     return "mu" in npz.arrays and "sigma" in npz.arrays
 
 

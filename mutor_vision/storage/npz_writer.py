@@ -21,8 +21,8 @@ class NpzImageWriter:
         with NpzImageWriter("samples.npz", count=50_000, height=256, width=256) as writer:
             writer.write(images)  # uint8 (n, 3, H, W), in the order in which they are to stand
 
-    The file appears under its name only when exactly `count` images were written; after an exception, or with fewer
-    images (IntegrityError), there is nothing. np.load and OpenAI's evaluator read it.
+    Written atomically (files.written): after an exception, or when fewer than `count` images were written, which raises
+    IntegrityError, there is no file. np.load and OpenAI's evaluator read it.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class NpzImageWriter:
 
 
 def write_arrays(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
-    """np.savez that appears under its name only when complete, with the same bytes for the same arrays."""
+    """As np.savez, but atomic, and equal arrays give equal files."""
     with written(path) as partial, _archive(partial) as archive:
         for name, array in arrays.items():
             _write_member(archive, name, array)
@@ -78,7 +78,7 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
         yield archive
         archive.close()
     finally:
-        for _ in range(2):  # Python tries again, and complains, when an archive that could not be closed is thrown away
+        for _ in range(2):  # after a failed close Python closes again when it deletes the archive, and prints the error
             with suppress(OSError):
                 archive.close()
 

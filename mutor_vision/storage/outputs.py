@@ -1,4 +1,4 @@
-"""Where results go, tried before the work begins."""
+"""Checks, before the work begins, that its results can be written."""
 
 import errno
 import os
@@ -34,7 +34,7 @@ def check_out_folder(path: str | Path) -> None:
 
 
 def _is_folder(path: Path) -> bool:
-    try:  # not Path.is_dir, which since Python 3.14 is False for whatever goes wrong
+    try:  # not Path.is_dir, which since Python 3.14 returns False for every error
         return stat.S_ISDIR(os.stat(path).st_mode)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
@@ -44,7 +44,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def _try_to_write(path: Path, folder: Path) -> None:
-    # Rights alone tell neither a read-only disk nor a full one: a file is written where the first one would be made.
+    # Permissions do not show a read-only or full disk, so a temporary file is written where the first file would be.
     try:
         while not folder.exists():
             folder = folder.parent

@@ -1,4 +1,4 @@
-"""What a training run says while it runs: log.jsonl always, TensorBoard when it is installed, status.json."""
+"""The log of a training run: log.jsonl, status.json, and TensorBoard when it is installed."""
 
 import json
 from pathlib import Path
@@ -56,8 +56,8 @@ class RunLog:
 
 
 def read_log(run: Path) -> list[dict]:
-    """The lines of RUN/log.jsonl. What is no line of a log (a killed process leaves its last one cut) is left out, and
-    said."""
+    """The lines of RUN/log.jsonl. Lines that are damaged or cut (such as the last one of a killed process) are skipped,
+    and their number is printed."""
     path = run / "log.jsonl"
     texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
     lines = [line for line in map(_parsed, texts) if line is not None]
@@ -67,7 +67,7 @@ def read_log(run: Path) -> list[dict]:
 
 
 def _parsed(text: str) -> dict | None:
-    """A line of a log; None for what is none, such as the last line of a killed process, which may be cut."""
+    """A parsed line of a log; None for a line that is damaged or cut."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):

@@ -1,5 +1,5 @@
-"""Images -> token set. Shard s belongs to rank s % world_size and batches start at shard boundaries, so the bytes do
-not depend on the number of processes or on interruptions: what is done stays, what is missing is made."""
+"""Images -> token set. Shard s belongs to rank s % world_size and no batch crosses a shard boundary, so the files do
+not depend on the number of processes or on interruptions: a second call keeps finished shards and makes the others."""
 
 import time
 from collections.abc import Iterator
@@ -44,10 +44,10 @@ VIEW_NAMES = {
     "ten-crop": _CORNERS + [f"{name}-flip" for name in _CORNERS],
 }
 PRECISIONS = ("float32", "bfloat16")
-# What of a plan follows from the images; the rest are settings.
+# Entries of a plan that follow from the images. The others are settings.
 _OF_IMAGES = ("num_images", "num_shards", "files_sha256", "files_of_classes", "files_of_shards", "images_per_class",
               "left_out", "ignored", "repaired")  # fmt: skip
-_COMPARED = 32  # crops that are encoded in float32 as well, to say how many codes another precision changes
+_COMPARED = 32  # crops that are also encoded in float32, to measure how many codes another precision changes
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ def encode_folder(
     """Encode every image of `data` (a folder, or another source that reading.open_source knows) into the token set
     `out`, and return it opened and verified.
 
-    Run again to continue: settings, tokenizer and images must be those of the first time (MismatchError), but for
-    images that could not be used and were replaced or removed: then finished shards whose images are the same are
-    kept, and the manifest lists what was repaired.
+    The same call continues an encoding that was interrupted. Settings, tokenizer and images must be the same as before
+    (else MismatchError), except for bad images that were replaced or removed since: finished shards with unchanged
+    images are kept, and the manifest lists the repaired images.
 
-    Every image is looked at before the first is encoded (Source.check), and ImageError names all that cannot be
-    used; damage that only decoding shows stops at that image. Finished shards stay, and there is no manifest."""
+    Every image is checked before the first is encoded (Source.check); one ImageError names all that cannot be used.
+    Damage that only shows in decoding raises ImageError at that image; finished shards stay, no manifest is written."""
     out = Path(out)
     check_apart(data, out)
     check_out_folder(out)
@@ -129,13 +129,13 @@ def _encode_shards(
                 bar.update(len(images))
             codes_name, labels_name = shard_names(shard)
             save_array(out / codes_name, np.concatenate(codes).astype(code_dtype(plan["codebook_size"])))
-            # The labels come second: a shard is done when both are there.
+            # Labels last: a shard counts as finished when both files exist.
             labels = [views.source.labels[i] for i in _images_of(shard, plan)]
             save_array(out / labels_name, np.array(labels, dtype=np.int64))
 
 
 def _waiting_shown(stream: Iterator[Tensor], bar: tqdm) -> Iterator[Tensor]:
-    """The same batches; the bar says which share of the time went into waiting for them: more --workers help then."""
+    """The same batches. The bar shows which share of time is spent waiting for them; more --workers lower it."""
     begun, waited = time.perf_counter(), 0.0
     while True:
         asked = time.perf_counter()
@@ -153,14 +153,15 @@ def _encode(tokenizer: VQTokenizer, crops: Tensor, precision: str, runtime: Runt
     images = to_float(crops.to(runtime.device, non_blocking=True))
     if runtime.device.type == "cpu":
         images = images.contiguous(memory_format=torch.channels_last)
-    # A fixed choice of kernels, and in float32 none in TF32: it would move latents across cell borders.
+    # Deterministic kernels, and no TF32: other rounding moves a latent to another code.
     autocast = torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
     with exact_float32(), fixed_convolutions(), autocast:
         return tokenizer.encode(images).flatten(1)
 
 
 def _agreement(tokenizer: VQTokenizer, views: Views, plan: dict[str, Any], runtime: Runtime) -> dict[str, float]:
-    """For the manifest: which share of the codes of some crops is the same in float32. {} when encoding in float32."""
+    """For the manifest: the share of codes that are the same in float32, measured on some crops. Returns {} when the
+    encoding is in float32."""
     if plan["precision"] == "float32":
         return {}
     drawn = choose(0, "agreement", plan["num_images"], -(-_COMPARED // len(plan["views"])))
@@ -210,16 +211,16 @@ def _plan(tokenizer: VQTokenizer, source: Source, settings: EncodeSettings, runt
 
 
 def _default_batch_size(image_size: int, runtime: Runtime) -> int:
-    """On a CPU more than 64 x 64 pixels at once leave its cache: measured, 64-pixel crops take 1.4 times as long in
-    eights as alone, while 28-pixel ones gain."""
+    """On a CPU at most 64 x 64 pixels, because more do not fit its cache: 64-pixel crops take 1.4 times as long in
+    batches of 8 as one by one (measured), while 28-pixel crops are faster in batches."""
     return 32 if runtime.device.type == "cuda" else max(1, min(32, 64 * 64 // image_size**2))
 
 
 def _begin(
     out: Path, plan: dict[str, Any], source: Source, tokenizer_path: str | Path, weights: str, runtime: Runtime
 ) -> dict[str, Any]:
-    """Collective. Create the folder and its plan, or see that they are those of this encoding and remove the shards
-    whose images were repaired; before that, look at every image that is still to be encoded. Returns the plan."""
+    """Collective. Check every image that is still to be encoded; then create the folder and its plan, or check that an
+    existing plan is the same and remove the shards whose images were repaired. Returns the plan."""
     error = None
     if runtime.is_main:
         try:
@@ -230,7 +231,8 @@ def _begin(
             plan = plan | ({"repaired": repaired} if repaired else {})
             if not (out / "manifest.json").is_file():
                 _look_at_images(out, plan, source, stale)
-            # What was said of the images counts from here: first what does not fit goes, then the plan comes.
+            # Shards that no longer fit are removed before the new plan is written, so that a kill between the two
+            # leaves no shard under a plan that it does not belong to.
             for name in (name for shard in stale for name in reversed(shard_names(shard))):
                 (out / name).unlink(missing_ok=True)
             out.mkdir(parents=True, exist_ok=True)
@@ -256,9 +258,9 @@ def _look_at_images(out: Path, plan: dict[str, Any], source: Source, stale: list
 
 
 def _compare(out: Path, begun: dict[str, Any], plan: dict[str, Any]) -> tuple[list[int], list[str]]:
-    """Of an encoding that was begun with other images and may continue with these: its finished shards that are of
-    images which are no more, and the images that were repaired. Raises MismatchError when it was begun with other
-    settings, or when shards are finished and images differ by more than repairs."""
+    """(finished shards whose images have changed, images that were repaired) of an encoding that has begun. Raises
+    MismatchError when it was begun with other settings, or when shards are finished and images differ by more than
+    repairs."""
     changed = [key for key in plan if key not in _OF_IMAGES and begun and begun.get(key) != plan[key]]
     if changed:
         shown = [f"{key}: {_short(begun.get(key))} -> {_short(plan[key])}" for key in changed]

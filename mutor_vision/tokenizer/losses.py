@@ -1,4 +1,4 @@
-"""What the tokenizer is trained on: pixels, LPIPS, and a PatchGAN with the hinge loss (LlamaGen's vq_loss.py).
+"""The tokenizer's losses: pixels, LPIPS, and a PatchGAN with the hinge loss (LlamaGen's vq_loss.py).
 
 The LPIPS weights are not part of this package. `lpips_weights` names one file, .safetensors, or .pt/.pth holding a
 plain dict of tensors (read with weights_only=True), with torchvision's VGG16 and the heads of LPIPS 0.1 side by side:
@@ -57,7 +57,7 @@ def generator_losses(
 
 
 def discriminator_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
-    """Hinge loss: 0 once every real patch scores above 1 and every fake one below -1."""
+    """Hinge loss, 0-dim: it is 0 once every real patch scores above 1 and every fake patch below -1."""
     return 0.5 * (F.relu(1 - real_scores.float()).mean() + F.relu(1 + fake_scores.float()).mean())
 
 
@@ -99,7 +99,7 @@ class LPIPS(nn.Module):
         self.features = vgg16(weights=None).features[:30]
         for layer in self.features:
             if isinstance(layer, nn.ReLU):
-                layer.inplace = False  # in place it would overwrite features that are compared
+                layer.inplace = False  # else it would overwrite features that are compared
         self.heads = nn.ParameterList(torch.empty(1, channels, 1, 1) for channels in self._CHANNELS)
         # ImageNet's channel means and deviations, moved from [0, 1] to [-1, 1].
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)

@@ -19,7 +19,7 @@ from mutor_vision.tokenizer.quantizer import Quantized, quantizer_named
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Images after the bottleneck, not clamped so that training sees the whole error, and what the quantizer did."""
+    """Reconstructed images, not clamped so that the loss sees the whole error, and the quantizer's result."""
 
     images: Tensor  # (B, 3, H, W) float, about [-1, 1]
     quantized: Quantized
@@ -36,7 +36,7 @@ class VQTokenizer(nn.Module):
         levels = len(config.channels)
         down = ["DownEncoderBlock2D"] * levels
         up = ["UpDecoderBlock2D"] * levels
-        if config.attention:  # at the lowest resolution only, which is the encoder's last level, the decoder's first
+        if config.attention:  # at the lowest resolution only: the encoder's last level, the decoder's first
             down[-1], up[0] = "AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D"
         layers = {
             "block_out_channels": config.channels,
@@ -92,8 +92,8 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu", weights
 
 
 def tokenizer_identity(tokenizer: VQTokenizer | str | Path, weights: str = "best") -> str:
-    """files.state_sha256 of all weights: the same for a run, its exported copy and the loaded module. weights is used
-    for paths only."""
+    """files.state_sha256 of all weights: the same for a run, its exported copy and the loaded module. weights: which
+    ones of a path; ignored for a module."""
     if isinstance(tokenizer, nn.Module):
         tensors = tokenizer.state_dict()
     else:

@@ -47,10 +47,10 @@ class Quantizer(nn.Module):
         """(B, C, h, w) -> Quantized, all in float32 even under autocast.
 
         entropy_temperature: of the softmax over distances in the entropy loss (LlamaGen: 0.01); 0 = no entropy loss.
-        rounding False: the latents come back as they are and are not committed, while the codes follow them. A new
-        encoder first learns the colour of a patch; what is finer than the codes is then invisible to the decoder and
-        committed away, and is never learned. Some steps as a plain autoencoder let the latents spread over all of
-        code_dim."""
+        rounding False: the decoder gets the latents themselves and there is no commitment loss, while the codebook
+        still follows the latents. Used for the first steps, because a new encoder learns the colour of a patch first:
+        detail finer than the distance between codes would be rounded off, so the decoder could never learn to use it,
+        and the commitment loss would remove it. In a plain autoencoder the latents spread over all of code_dim."""
         raise NotImplementedError
 
     def lookup(self, codes: Tensor) -> Tensor:
@@ -147,15 +147,15 @@ def _distances(latents: Tensor, codebook: Tensor) -> Tensor:
 def count_codes(codes: Tensor, codebook_size: int) -> Tensor:
     """int64 codes of any shape -> (V,) int64, how often each occurs."""
     flat = codes.flatten()
-    # torch.bincount would wait for a GPU: the size of its result depends on the largest code.
+    # torch.bincount would synchronise on a GPU, because the size of its result depends on the largest code.
     return torch.zeros(codebook_size, dtype=torch.int64, device=codes.device).scatter_add_(
         0, flat, torch.ones_like(flat)
     )
 
 
 def usage(counts: Tensor) -> tuple[float, float]:
-    """(V,) counts -> (share of codes that occur at all, perplexity = exp of the entropy of their frequencies: V when
-    all are equally frequent, 1 when there is only one)."""
+    """(V,) counts -> (share of the V codes that occur, perplexity). Perplexity is exp of the entropy of the codes'
+    frequencies: V when all are equally frequent, 1 when only one occurs."""
     share = counts.double() / counts.sum().clamp(min=1)
     entropy = -torch.special.xlogy(share, share).sum()
     return (counts > 0).double().mean().item(), entropy.exp().item()
@@ -174,6 +174,6 @@ def revive_dead_codes(
     idle_steps.add_(1).masked_fill_(counts > 0, 0)
     dead = idle_steps >= limit
     picked = candidates[(uniforms * len(candidates)).long()].to(codebook.dtype)
-    codebook.copy_(torch.where(dead[:, None], picked, codebook))  # no index list, so no wait for the device
+    codebook.copy_(torch.where(dead[:, None], picked, codebook))  # indexing by `dead` would synchronise
     idle_steps.masked_fill_(dead, 0)
     return dead.sum()

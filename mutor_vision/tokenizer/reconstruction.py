@@ -1,6 +1,6 @@
-"""How good a tokenizer's reconstructions are: PSNR, SSIM, L1, codebook usage, and grids to look at.
+"""How good a tokenizer's reconstructions are: PSNR, SSIM, L1, codebook usage, and grids of examples.
 
-Legend: B batch, H x W pixels, V codebook size. Scores are taken on uint8 images, as they would be saved.
+Legend: B batch, H x W pixels, V codebook size. Scores are computed on uint8 images, as they would be saved.
 """
 
 from collections.abc import Iterable

@@ -1,7 +1,7 @@
-"""Images that could not be used and were replaced or removed: which work may go on after that.
+"""Bad images that were replaced or removed, and whether an interrupted command may continue after that.
 
-A command that stops at a bad image leaves its path in its output folder (bad-images-<rank>.json). When the command is
-run again with other images than before, it may go on where all that differs are the classes of those images."""
+A command that stops at a bad image writes the image's name to bad-images-<rank>.json in its output folder. When it runs
+again and images have changed, it continues if the change is limited to the classes of those bad images."""
 
 import unicodedata
 from pathlib import Path
@@ -29,7 +29,7 @@ def forget_bad(out: Path) -> None:
 
 
 def only_repaired(bad: list[str], before: list[str], now: list[str], class_names: list[str]) -> bool:
-    """Whether images differ in classes with a bad image alone. before, now: Source.fingerprints_of_classes."""
+    """Whether every class that has changed had a bad image. before, now: Source.fingerprints_of_classes."""
     touched = {unicodedata.normalize("NFC", path.partition("/")[0]) for path in bad}
     return len(before) == len(now) and all(
         old == new or name in touched for old, new, name in zip(before, now, class_names, strict=True)

@@ -30,8 +30,8 @@ from mutor_vision.tokenizer.quantizer import count_codes, quantizer_named, usage
 from mutor_vision.tokenizer.reconstruction import reconstruct, score_reconstructions, side_by_side
 from mutor_vision.tokenizer.repairs import forget_bad, only_repaired, recall_bad, record_bad
 
-# What may differ when a run is continued, `steps` with a constant learning rate only. The images are compared by their
-# file list, the rest changes no step.
+# Settings that may differ when a run is continued (`steps` only with a constant learning rate). Paths of images may,
+# because the images themselves are compared by fingerprint; the others do not change what a step computes.
 MAY_CHANGE = {
     "data", "val_data", "val_images", "steps", "workers", "keep", "log_every", "val_every", "sample_every",
     "save_every",
@@ -54,7 +54,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
         raise UserError("lpips_weight is above 0 and needs the file lpips_weights; give it, or set lpips_weight=0")
     out, device, begun = Path(out), runtime.device, time.monotonic()
 
-    # Images. k = step * batch_size + i says what is read; there is no other state of the data.
+    # Images. Position k = step * batch_size + i fixes image and crop; there is no other state of the data.
     check_apart(config.data, out)
     check_out_folder(out)
     source, train_indices, val_source, val_indices = split(config)
@@ -110,7 +110,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
             more = "; a larger --steps goes on" if config.schedule == "constant" else ""
             print(f"{out} has {first_step} of {config.steps} steps already{more}", flush=True)
         return newest
-    runtime.barrier()  # every rank has looked at the folder before rank 0 writes to it
+    runtime.barrier()  # rank 0 writes to the run directory only after every rank has looked for a checkpoint in it
     if runtime.is_main:
         checkpoint.write_config(out, "tokenizer", config)
     log = RunLog(out, first_step, config.steps, active=runtime.is_main)
@@ -133,14 +133,14 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
             )
             adversarial = discriminator is not None and step >= config.adversarial_start
             rounding = step >= config.quantize_after
-            step += 1  # from here on: how many steps are done at the end of this round
+            step += 1  # from here on the number of finished steps, as it is at the end of this one
 
             # The autoencoder.
             with runtime.autocast():
                 temperature = losses.ENTROPY_TEMPERATURE if config.entropy_weight > 0 else 0.0
                 reconstruction = trained(images, temperature, rounding)
                 if adversarial:
-                    discriminator.requires_grad_(False)  # it only judges here
+                    discriminator.requires_grad_(False)  # it scores here, and is trained below
                 fake_scores = discriminator(reconstruction.images) if adversarial else None
                 terms = losses.generator_losses(images, reconstruction, config, lpips, fake_scores)
             _update(optimizer, terms["loss"], rate, config.clip)
@@ -167,7 +167,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
             if ema is not None:
                 ema.update(model, step=step)
 
-            # The log. Nothing above waits for the device.
+            # The log. Nothing above synchronises.
             rounds += 1
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
@@ -220,9 +220,9 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
                 if runtime.is_main:
                     newest = checkpoint.save(out, step, "tokenizer", config, tensors, state, config.keep)
                     log.status("running", step)
-                    forget_bad(out)  # the checkpoint knows of their repair
+                    forget_bad(out)  # the checkpoint records the repaired images
                 runtime.barrier()
-            clock += time.monotonic() - paused  # images/s is of training alone
+            clock += time.monotonic() - paused  # images/s counts training alone
     except BaseException as error:
         log.failed(step, error)
         if isinstance(error, ImageError):
@@ -257,7 +257,8 @@ def split(config: TokenizerTrainConfig) -> tuple[Source, np.ndarray, Source, np.
 
 
 def _continued(config: TokenizerTrainConfig, out: Path) -> Path | None:
-    """The newest checkpoint of `out`, None for a new run; refuses other settings, and what open_run refuses."""
+    """The newest checkpoint of `out`; None for a new run. Raises MismatchError when the run has other settings, and
+    what open_run raises."""
     found = checkpoint.open_run(out, "tokenizer")
     if found is not None:
         allowed = MAY_CHANGE - (set() if config.schedule == "constant" else {"steps"})
@@ -290,8 +291,8 @@ def check_all_images(out: Path, sets: list[tuple[Source, np.ndarray]], runtime: 
 def _distributed(module: nn.Module, runtime: Runtime) -> nn.Module:
     if runtime.world_size == 1:
         return module
-    # Buffers (the discriminator's running statistics) are not used in training and would be overwritten between the
-    # discriminator's two passes.
+    # Without broadcast of buffers: it would overwrite the discriminator's running statistics between its two passes,
+    # and training does not read them.
     devices = [runtime.device.index] if runtime.device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
 
