@@ -43,8 +43,8 @@ def main() -> None:
     parser.add_argument("--compile", default="auto", help="of ours, as in `mutor sample`; on: LlamaGen's model as well")
     parser.add_argument("--window", type=int, default=8, help="of forecasts (default 8)")
     parser.add_argument("--drafts", type=int, default=2, help="of forecasts (default 2)")
-    parser.add_argument("--tokens-per-pass", type=float, default=2.85, help="of a trained model, as "
-                        "experiments/passes.py counts them (default 2.85, the demo's)")  # fmt: skip
+    parser.add_argument("--tokens-per-pass", type=float, default=2.76, help="of a trained model, as "
+                        "experiments/passes.py counts them (default 2.76, the demo's)")  # fmt: skip
     parser.add_argument("--quantize", default="none", help=f"of ours: {' or '.join(QUANTIZATIONS)}")
     parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
     add_arguments(parser)
