@@ -1,7 +1,7 @@
 """How many tokens a pass of forecast decoding makes, by window, registers and guidance, and where in the image.
 
     python experiments/passes.py RUN [RUN ...] [--images 40] [--windows 1,2,4,8,16] [--drafts 0,1,2] [--cfg 1,2]
-                                 [--json FILE] [--map FILE.png]
+                                 [--adapter DRAFTER] [--json FILE] [--map FILE.png]
 
 Every image is compared with the one that a token after another makes; in float64, the default, all are equal. The
 interval is of the mean over images (Student's t, 95 %). The map shows, for the first run, guidance and the widest
@@ -27,6 +27,7 @@ from mutor_vision.storage.files import write_json
 def main() -> None:
     parser = Parser(prog="experiments/passes.py", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories or checkpoints")
+    parser.add_argument("--adapter", default="", help="a drafter trained on RUN, of which there is one then")
     parser.add_argument("--images", type=int, default=40)
     parser.add_argument("--windows", default="1,2,4,8,16")
     parser.add_argument("--drafts", default="0,1,2", help="left out where a run has learnt fewer")
@@ -40,8 +41,8 @@ def main() -> None:
                                (options.windows, options.drafts, options.cfg))  # fmt: skip
     rows, cells = [], None
     for run in options.runs:
-        loaded = load(run, start("float32", "cpu"))
-        model = loaded.transformer if options.float32 else plain_model(run).double()
+        loaded = load(run, start("float32", "cpu"), adapter=options.adapter)
+        model = loaded.transformer if options.float32 else plain_model(run, options.adapter).double()
         labels, indices = label_plan(options.images, loaded.config.model.num_classes), np.arange(options.images)
         for scale in scales:
             settings = SampleSettings(cfg_scale=scale)
@@ -83,8 +84,12 @@ def watched(step, ends: list[int]):
     return call
 
 
-def plain_model(run: Path):
+def plain_model(run: Path, adapter: str):
     """The weights that `load` takes, not packed for float32."""
+    if adapter:
+        from mutor_vision.model.lora import load_merged
+
+        return load_merged(run, adapter).transformer
     from mutor_vision.config import TrainConfig
     from mutor_vision.model.transformer import Transformer
     from mutor_vision.storage import checkpoint

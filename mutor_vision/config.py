@@ -170,6 +170,7 @@ class TrainConfig(Settings):
     init: str = ""  # run or checkpoint to start from, which decides the model's sizes; '' = random weights
     lora_rank: int = 0  # with init: train an adapter of this rank and leave the rest alone, 0 = train everything
     lora_alpha: float = 16.0  # an adapter's output is scaled by lora_alpha / lora_rank
+    lora_inputs: str = "all"  # where an adapter is active: all | registers (a drafter: the model stays as it is)
     val_fraction: float = 0.0  # share of images, 0 = train on all
     val_images: int = 10_000  # at most this many held-out images are scored
     steps: int = 360_000  # optimizer steps
@@ -209,7 +210,7 @@ class TrainConfig(Settings):
             "eval_every": 0, "eval_reference": "", "eval_features": "inception", "eval_weights": "",
             "eval_images": 5000,
         },
-        2: {"parallel_heads.weight": 0.5, "parallel_heads.weight_schedule": "constant"},
+        2: {"parallel_heads.weight": 0.5, "parallel_heads.weight_schedule": "constant", "lora_inputs": "all"},
     }  # fmt: skip
 
     @property
@@ -241,6 +242,9 @@ class TrainConfig(Settings):
         self._require_one_of("precision", "auto", "float32", "bfloat16")
         self._require_one_of("compile", "auto", "on", "off")
         self._require_one_of("parallel", "ddp", "fsdp")
+        self._require_one_of("lora_inputs", "all", "registers")
+        if self.lora_inputs == "registers" and not self.registers.active:
+            raise UserError("lora_inputs is 'registers' and there are none; set registers.kind and registers.count")
         if self.parallel == "fsdp" and self.lora_rank:
             raise UserError("parallel is fsdp and lora_rank is set, which do not go together; an adapter has so little "
                             "to train that ddp will do: set parallel=ddp")  # fmt: skip

@@ -126,9 +126,27 @@ _DIGITS_OBJECTIVES = {
     "mutor-2d-15": RegisterConfig("2d", 15),
 }
 
+# A drafter for a finished model with 16x16 tokens, which stays as it is and draws the same images in fewer passes
+# (docs/drafts.md): --init RUN --set lora_rank=8. Registers at every slot for the next token but one and but two; all of
+# the loss is theirs.
+_DRAFTER = TrainConfig(
+    model=TransformerConfig(token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0), lora_inputs="registers",
+    registers=RegisterConfig("1d", 256, max_offset=3, next_token=False, offset_per="register", weight=1.0),
+    batch_size=64, lr=1e-3, steps=2000, warmup_steps=50, schedule="cosine", weight_decay=0.0, ema_decay=0.999,
+    val_fraction=0.05, val_images=256, log_every=50, val_every=500, sample_every=0, save_every=500,
+)  # fmt: skip
+_DRAFTERS = {
+    "own-drafter": _DRAFTER,
+    "digits-drafter": replace(
+        _DRAFTER, registers=replace(_DRAFTER.registers, count=49), steps=500, val_fraction=0.0, val_images=400,
+        ema_decay=0.98,
+    ),
+}  # fmt: skip
+
 TRANSFORMERS: dict[str, TrainConfig] = (
     _imagenet256()
     | {f"own-{name}": replace(_OWN, registers=registers) for name, registers in _OBJECTIVES.items()}
     | {f"tiny-imagenet-{name}": replace(_TINY, registers=registers) for name, registers in _OBJECTIVES.items()}
     | {f"digits-{name}": replace(_DIGITS, registers=registers) for name, registers in _DIGITS_OBJECTIVES.items()}
+    | _DRAFTERS
 )

@@ -177,6 +177,10 @@ TRAININGS = {
         "registers": RegisterConfig("2d", 5, weight_schedule="linear"), "schedule": "cosine", "steps": 9,
     },
     "adapter": {"registers": RegisterConfig("2d", 5), "init": "a base", "lora_rank": 2},
+    "drafter": {
+        "registers": RegisterConfig("1d", 16, next_token=False), "init": "a base", "lora_rank": 2,
+        "lora_inputs": "registers",
+    },
 }  # fmt: skip
 
 
@@ -186,7 +190,7 @@ def two_steps(config: TrainConfig):
     model = fake_model(config.model, META)
     model.recompute = config.activation_checkpointing
     if config.lora_rank:
-        lora.add_adapter(model, config.lora_rank, config.lora_alpha)
+        lora.add_adapter(model, config.lora_rank, config.lora_alpha, config.lora_inputs)
     ema = ModelEmaV3(model, config.ema_decay)
     with META:
         objective, runtime = Objective(model, auxiliaries_of(config)), runtime_on(META)

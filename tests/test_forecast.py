@@ -62,6 +62,15 @@ def test_guesses_behind_the_grid_and_wider_than_it_do_no_harm():
         assert torch.equal(codes(model, {}, Forecast(3, 2), num_tokens=1), expected.flatten(1)[:, :1])
 
 
+def test_the_passes_of_a_batch_are_those_of_its_images(random_model):
+    """An image takes part in as many passes as alone, whatever leaves the batch before it."""
+    model, together, alone = random_model.double(), Forecast(4, 0), Forecast(4, 0)
+    codes(model, {}, together)
+    for i in range(16):
+        codes(model, {}, alone, slice(i, i + 1))
+    assert together.passes == alone.passes and together.tokens == alone.tokens == 16 * 16
+
+
 def test_recorded_steps_serve_later_batches(random_model, monkeypatch):
     """As on a GPU: memory and steps stay for batches as large or smaller, and other settings replace them."""
     monkeypatch.setattr(Forecast, "REACH", 4)

@@ -34,8 +34,9 @@ def plan(name: str, config: TrainConfig, gpu: str, gpus: int, mfu: float) -> dic
         raise UserError(f"mfu is {mfu}, expected a share of the peak: more than 0, at most 1")
     if gpus < 1 or config.batch_size % gpus:
         raise UserError(f"batch_size {config.batch_size} cannot be split over {gpus} GPUs; use a multiple")
-    if config.lora_rank:
-        raise UserError("lora_rank is set: a plan counts the training of all weights only; set lora_rank=0")
+    if config.lora_rank or config.lora_inputs != "all":
+        name = "lora_rank" if config.lora_rank else "lora_inputs"
+        raise UserError(f"{name} is set: a plan counts the training of all weights, not of adapters")
     on_cpu = gpu == "cpu"
     local = config.batch_size // gpus
     micro_batch = config.micro_batch or local

@@ -83,7 +83,7 @@ class WindowStep:
     def __init__(self, cache: KVCache, start: Tensor, count: int, window: int, reach: int):
         """start (R,) int64, the slot of each row's first input; the slots before it are filled. count: M. reach: slots
         that attention reads, at least start + M."""
-        self.cache, self.reach = cache, reach
+        self.cache, self.reach, self.num_causal = cache, reach, window
         self.rows = torch.arange(len(start), device=start.device)[:, None]
         ahead = torch.arange(count, device=start.device)
         self.slots = start[:, None] + ahead  # (R, M)

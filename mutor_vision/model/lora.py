@@ -1,6 +1,7 @@
 """LoRA (arXiv 2106.09685) through Hugging Face peft: an adapter on every linear layer of the blocks, with the
 register's embedding and the class table trained in full. A run of it keeps the adapter only, a few MB; `mutor merge`
-makes a plain run of a base and its adapter."""
+makes a plain run of a base and its adapter. Or of our own making: an adapter that is active at registers alone, which
+drafts tokens and changes nothing (drafter.py)."""
 
 import dataclasses
 import shutil
@@ -12,18 +13,21 @@ from torch import Tensor, nn
 from mutor_vision.config import TrainConfig
 from mutor_vision.errors import MismatchError, UserError
 from mutor_vision.model.base import RECORD, load_base, open_base
+from mutor_vision.model.drafter import LINEAR_LAYERS, add_drafter
 from mutor_vision.model.transformer import Transformer
 from mutor_vision.storage import checkpoint
 from mutor_vision.storage.files import read_json, write_json, written_folder
 from mutor_vision.storage.outputs import check_new
 
-LINEAR_LAYERS = ["qkv", "out", "fc1_g", "fc1_x", "fc2"]  # of every block
-_ADAPTER_TENSORS = (".lora_A.", ".lora_B.", ".trainable_tokens_delta.", ".modules_to_save.")
+_ADAPTER_TENSORS = (".lora_A.", ".lora_B.", ".trainable_tokens_delta.", ".modules_to_save.", ".draft_")
 
 
-def add_adapter(model: Transformer, rank: int, alpha: float):
-    """Put a LoRA adapter into `model`, in place, whose output is unchanged until it is trained: rank numbers wide,
-    scaled by alpha / rank. Afterwards only the adapter takes gradients. Returns peft's handle, which merges it."""
+def add_adapter(model: Transformer, rank: int, alpha: float, inputs: str = "all"):
+    """Put an adapter into `model`, in place, whose output is unchanged until it is trained: rank numbers wide, scaled
+    by alpha / rank. Afterwards only the adapter takes gradients. inputs: 'all', or 'registers' for a drafter. Returns
+    peft's handle, which merges it; of a drafter None."""
+    if inputs == "registers":
+        return add_drafter(model, rank, alpha)
     try:
         from peft import LoraConfig, get_peft_model  # here, because it takes seconds to import
     except ImportError:
@@ -31,7 +35,7 @@ def add_adapter(model: Transformer, rank: int, alpha: float):
     return get_peft_model(
         model,
         LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules=LINEAR_LAYERS, modules_to_save=["class_embedding"],
+            r=rank, lora_alpha=alpha, target_modules=list(LINEAR_LAYERS), modules_to_save=["class_embedding"],
             trainable_token_indices={"token_embedding": [model.register_token]},
         ),
     )  # fmt: skip
@@ -51,7 +55,7 @@ def load_adapter(model: nn.Module, weights: dict[str, Tensor], source: Path | st
 
 @dataclass(frozen=True)
 class Merged:
-    transformer: Transformer  # plain, in evaluation mode on the CPU, without gradients
+    transformer: Transformer  # plain but for a drafter, in evaluation mode on the CPU, without gradients
     config: TrainConfig
     folder: Path  # the adapter's checkpoint
     root: Path  # its run directory
@@ -60,7 +64,7 @@ class Merged:
 
 
 def load_merged(base: str | Path, adapter: str | Path, weights: str = "best") -> Merged:
-    """A base and the run (or checkpoint) of an adapter trained on it -> the plain transformer. weights: of the adapter.
+    """A base and the run (or checkpoint) of an adapter trained on it -> one transformer. weights: of the adapter.
     Raises MismatchError when the adapter was trained on other weights than base's."""
     folder = checkpoint.resolve(adapter)
     config = checkpoint.read_config(folder, "adapter", TrainConfig)
@@ -76,11 +80,11 @@ def load_merged(base: str | Path, adapter: str | Path, weights: str = "best") ->
         )
     model = Transformer(config.model)
     load_base(model, opened, say=lambda line: None)
-    handle = add_adapter(model, config.lora_rank, config.lora_alpha)
+    handle = add_adapter(model, config.lora_rank, config.lora_alpha, config.lora_inputs)
     weights = checkpoint.weights_named(folder, weights)
     load_adapter(model, checkpoint.read_weights(folder, weights), folder)
-    plain = handle.merge_and_unload().eval().requires_grad_(False)
-    return Merged(plain, config, folder, root, weights, record)
+    model = handle.merge_and_unload() if handle else model
+    return Merged(model.eval().requires_grad_(False), config, folder, root, weights, record)
 
 
 def merge(base: str | Path, adapter: str | Path, out: str | Path, weights: str = "best") -> None:
@@ -88,6 +92,8 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, weights: str =
     out = Path(out)
     check_new(out)
     merged = load_merged(base, adapter, weights)
+    if merged.config.lora_inputs == "registers":
+        raise UserError(f"{adapter} is a drafter, which cannot become part of the model; use it by --adapter")
     config = dataclasses.replace(merged.config, init="", lora_rank=0, ema_decay=0.0)
     step = checkpoint.step_of(merged.folder) or 0
     with written_folder(out) as partial:

@@ -26,6 +26,7 @@ class Transformer(nn.Module):
         super().__init__()
         assert config.vocab_size > 0 and config.num_classes > 0 and config.num_tokens > 0, "resolve the config first"
         self.config = config
+        self.gate = None  # told how many inputs are registers, where a drafter is in the blocks (model/drafter.py)
         self.recompute = False  # keep no more than a block's input for the backward pass, which runs it again
         self.null_class = config.num_classes
         self.register_token = config.vocab_size
@@ -71,6 +72,8 @@ class Transformer(nn.Module):
         if labels is not None:
             x = torch.cat([self.class_embedding(labels)[:, None], x], dim=1)  # (B, T, C)
         x = self.token_dropout(x)
+        if self.gate is not None:
+            self.gate.registers = x.shape[1] - getattr(pattern or cache, "num_causal", x.shape[1])
         sin, cos = self.rope[:, positions][:, :, None]  # each (B or 1, 1, T, D)
         attend = causal_attention if pattern is None else SplitAttention(pattern, compute_dtype(x))
         for layer, block in enumerate(self.blocks):

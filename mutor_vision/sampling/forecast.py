@@ -76,7 +76,6 @@ class Forecast:
         self.passes, self.tokens = self.passes + batch, self.tokens + batch * count
         while min(starts := work.start.tolist()) < count:
             going = sum(start < count for start in starts)
-            self.passes += going
             if guided_until and min(starts) >= guided_until:
                 guided_until, cache = 0, cache.rows(len(starts))
             if record is None and 4 * going <= 3 * len(starts):  # finished rows would cost as much as the others
@@ -95,6 +94,7 @@ class Forecast:
                 work.tokens.copy_(before[0])  # recording takes the step a few times, and a step moves on
                 work.start.copy_(before[1])
             work.steps[reach, bool(guided_until)]()
+            self.passes += going
         codes[work.images] = work.tokens[:, 1 : count + 1]
         return codes[:batch]
 

@@ -40,6 +40,10 @@ def open_inputs(config: TrainConfig, runtime: Runtime) -> Inputs:
     base = open_base(config.init) if config.init else None
     if base:
         check_tokenizer(base, token_set)
+        classes = base.config.model.num_classes
+        if config.lora_inputs == "registers" and classes != config.model.num_classes:
+            raise MismatchError(f"{config.init} has {classes} classes, the token set {config.model.num_classes}; a "
+                                "drafter leaves the class table as it is: encode the classes of the base")  # fmt: skip
     return Inputs(config, base, token_set, train_images, SampleOrder(train_images, config.seed), val_set, val_images)
 
 
@@ -67,6 +71,8 @@ def resolve(config: TrainConfig, token_set: TokenSet) -> TrainConfig:
 def check(config: TrainConfig, token_set: TokenSet, val_set: TokenSet, num_images: int, runtime: Runtime) -> None:
     """Raise UserError for the first setting that does not suit the token sets or the number of processes."""
     check_warmup(config.steps, config.warmup_steps)
+    if config.lora_inputs == "registers" and not config.lora_rank:
+        raise UserError("lora_inputs is 'registers', which trains an adapter alone; give --init RUN --set lora_rank=8")
     world = runtime.world_size
     if config.batch_size % world:
         raise UserError(f"batch_size {config.batch_size} cannot be split over {world} processes; use a multiple")

@@ -32,7 +32,7 @@ class State:
         if base:
             load_base(self.model, base, say=print if runtime.is_main else lambda line: None)
         if config.lora_rank:
-            lora.add_adapter(self.model, config.lora_rank, config.lora_alpha)
+            lora.add_adapter(self.model, config.lora_rank, config.lora_alpha, config.lora_inputs)
         self.model.to(runtime.device)
         warmup = {"use_warmup": True, "warmup_gamma": 10, "warmup_power": 1}
         self.ema = ModelEmaV3(self.model, config.ema_decay, **warmup) if config.ema_decay else None
