@@ -1,8 +1,16 @@
+import multiprocessing
 import os
+import runpy
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from mutor_vision.config import RegisterConfig, TransformerConfig
 
@@ -150,6 +158,99 @@ def trained_run(tmp_path_factory, train_config) -> Path:
     out = tmp_path_factory.mktemp("runs") / "trained"
     train(train_config, out)
     return out
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def _enter(words) -> None:
+    """Become the command `mutor WORD ...` or `SCRIPT WORD ...`, through the same door as a person's."""
+    sys.argv = [str(word) for word in words]
+    if sys.argv[0] == "mutor":
+        runpy.run_module("mutor_vision", run_name="__main__")
+    else:
+        runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+
+
+def _exit_code(stopped: SystemExit) -> tuple[int, str]:
+    """Exit code and last words, as Python takes the argument of sys.exit."""
+    if isinstance(stopped.code, str):
+        return 1, stopped.code + "\n"
+    return stopped.code or 0, ""
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command("mutor", "plan", ...) or command("eval/fid.py", ...) -> Finished. In this process, since starting Python
+    and importing torch takes longer than most commands do; test_doors starts every kind of door for real."""
+
+    def run(*words) -> Finished:
+        monkeypatch.setattr(sys, "argv", [])
+        monkeypatch.delenv("MUTOR_DEBUG", raising=False)
+        capsys.readouterr()  # what was printed before is not the command's
+        code, last = 0, ""
+        try:
+            _enter(words)
+        except SystemExit as stopped:
+            code, last = _exit_code(stopped)
+        out, err = capsys.readouterr()
+        return Finished(code, out, err + last)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory):
+    """two_ranks("train/imagenet.py", ...) or two_ranks(function) -> Finished: the same in two processes that find each
+    other as torchrun's do. They are forked from this one, which starts no interpreter; torchrun itself is test_doors'.
+    The output is that of both."""
+
+    def run(*work, seconds: float = 120) -> Finished:
+        function = work[0] if callable(work[0]) else lambda: _enter(work)
+        log = tmp_path_factory.mktemp("ranks") / "log"
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        context, end = multiprocessing.get_context("fork"), time.monotonic() + seconds
+        ranks = [context.Process(target=_rank, args=(rank, store.port, log, function)) for rank in range(2)]
+        for rank in ranks:
+            rank.start()
+        while any(rank.is_alive() for rank in ranks) and time.monotonic() < end:
+            if any(rank.exitcode for rank in ranks):  # as torchrun does: the others would wait for this one
+                break
+            time.sleep(0.02)
+        late = [rank for rank in ranks if rank.is_alive()]
+        for rank in late:
+            rank.terminate()
+        for rank in ranks:
+            rank.join()
+        failed = [rank.exitcode for rank in ranks if rank.exitcode and rank not in late]
+        return Finished(failed[0] if failed else int(bool(late)), log.read_text(), "")
+
+    return run
+
+
+def _rank(rank: int, port: int, log: Path, function: Callable[[], None]) -> None:
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+           "TORCHELASTIC_USE_AGENT_STORE": True}  # fmt: skip
+    os.environ.update({name: str(value) for name, value in own.items()})
+    with open(log, "a", buffering=1) as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        sys.stdout = sys.stderr = file
+        try:
+            function()
+        except SystemExit as stopped:
+            code, last = _exit_code(stopped)
+            file.write(last)
+            sys.exit(code)
+        except BaseException:  # before the log is closed
+            traceback.print_exc(file=file)
+            sys.exit(1)
 
 
 @pytest.fixture(scope="session")
