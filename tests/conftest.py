@@ -16,6 +16,8 @@ from mutor_vision.config import RegisterConfig, TransformerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
+# torch waits this long, in seconds, for a reading process whose reader has stopped early; 5 by default.
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1
 
 
 @pytest.fixture(scope="session")
@@ -185,6 +187,12 @@ def _exit_code(stopped: SystemExit) -> tuple[int, str]:
     return stopped.code or 0, ""
 
 
+@pytest.fixture(scope="session")
+def enter():
+    """enter("mutor", ...) or enter("eval/fid.py", ...): become that command, for a function given to `forked`."""
+    return lambda *words: _enter(words)
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     """command("mutor", "plan", ...) or command("eval/fid.py", ...) -> Finished. In this process, since starting Python
@@ -206,38 +214,37 @@ def command(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="session")
-def two_ranks(tmp_path_factory):
-    """two_ranks("train/imagenet.py", ...) or two_ranks(function) -> Finished: the same in two processes that find each
-    other as torchrun's do. They are forked from this one, which starts no interpreter; torchrun itself is test_doors'.
-    The output is that of both."""
+def forked(tmp_path_factory):
+    """forked("train/imagenet.py", ..., ranks=2) or forked(function) -> Finished, with what all of them printed as out:
+    the same in processes that are forked from this one, so that none has to start Python and import torch. Two ranks
+    find each other as those of torchrun, which test_doors starts for real."""
 
-    def run(*work, seconds: float = 120) -> Finished:
+    def run(*work, ranks: int = 1, seconds: float = 120) -> Finished:
         function = work[0] if callable(work[0]) else lambda: _enter(work)
-        log = tmp_path_factory.mktemp("ranks") / "log"
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        log, environments = tmp_path_factory.mktemp("forked") / "log", [{}]
+        if ranks > 1:
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # any free port
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+            environments = [{"RANK": n, "LOCAL_RANK": n, "WORLD_SIZE": ranks, **meeting} for n in range(ranks)]
         context, end = multiprocessing.get_context("fork"), time.monotonic() + seconds
-        ranks = [context.Process(target=_rank, args=(rank, store.port, log, function)) for rank in range(2)]
-        for rank in ranks:
-            rank.start()
-        while any(rank.is_alive() for rank in ranks) and time.monotonic() < end:
-            if any(rank.exitcode for rank in ranks):  # as torchrun does: the others would wait for this one
+        processes = [context.Process(target=_forked, args=(function, log, values)) for values in environments]
+        for process in processes:
+            process.start()
+        while any(process.is_alive() for process in processes) and time.monotonic() < end:
+            if any(process.exitcode for process in processes):  # as torchrun does: the others may wait for this one
                 break
             time.sleep(0.02)
-        late = [rank for rank in ranks if rank.is_alive()]
-        for rank in late:
-            rank.terminate()
-        for rank in ranks:
-            rank.join()
-        failed = [rank.exitcode for rank in ranks if rank.exitcode and rank not in late]
-        return Finished(failed[0] if failed else int(bool(late)), log.read_text(), "")
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+            process.join()
+        return Finished(next((code for code in codes if code), int(None in codes)), log.read_text(), "")
 
     return run
 
 
-def _rank(rank: int, port: int, log: Path, function: Callable[[], None]) -> None:
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-           "TORCHELASTIC_USE_AGENT_STORE": True}  # fmt: skip
-    os.environ.update({name: str(value) for name, value in own.items()})
+def _forked(function: Callable[[], None], log: Path, environment: dict) -> None:
+    os.environ.update({name: str(value) for name, value in environment.items()})
     with open(log, "a", buffering=1) as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)

@@ -148,13 +148,13 @@ def test_sampling_on_the_fly_measures_the_images_that_the_sampler_writes(trained
     assert written.record["settings"]["cfg_scale"] == 1.5 and written.record["labels"] == "balanced"
 
 
-def test_two_processes_give_the_numbers_of_one(trained_run, sets, tmp_path, run_eval, two_ranks):
+def test_two_processes_give_the_numbers_of_one(trained_run, sets, tmp_path, run_eval, forked):
     """Samples from a model in two chunks, a reference npz in three, and every metric on both."""
     arguments = ("--model", trained_run, "--num-images", 300, "--reference", sets / "samples.npz", *TINY)
     arguments += ("--cfg-scale", 1.5)
     code, printed = run_eval("fid", *arguments, "--json", tmp_path / "one.json", "--report", tmp_path / "page.html")
     assert code == 0, printed
-    done = two_ranks("eval/fid.py", *arguments, "--json", tmp_path / "two.json")
+    done = forked("eval/fid.py", *arguments, "--json", tmp_path / "two.json", ranks=2)
     assert done.code == 0, done.out[-2000:]
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one["metrics"].keys() == two["metrics"].keys() == {"fd", "precision", "recall", "kid"}

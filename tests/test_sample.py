@@ -44,10 +44,10 @@ def test_a_set_is_the_same_for_every_batch_size(mutor, trained_run, tmp_path, ba
     assert (tmp_path / "16.npz").read_bytes() == (tmp_path / f"{batch_size}.npz").read_bytes()
 
 
-def test_a_set_is_the_same_for_two_processes_and_as_png(mutor, trained_run, tmp_path, two_ranks):
+def test_a_set_is_the_same_for_two_processes_and_as_png(mutor, trained_run, tmp_path, forked):
     mutor("sample", trained_run, "--num", 7, "--batch-size", 2, "--out", tmp_path / "one.npz")
     arguments = ["sample", trained_run, "--num-images", "7", "--batch-size", "2", "--out", tmp_path / "two.npz"]
-    result = two_ranks("mutor", *arguments)
+    result = forked("mutor", *arguments, ranks=2)
     assert result.code == 0, result.out[-2000:]
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
 

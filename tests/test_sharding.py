@@ -23,7 +23,7 @@ def curve(run, name="loss"):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, train_config, two_ranks):
+def runs(tmp_path_factory, train_config, forked):
     """Folder of runs by name."""
     folder = tmp_path_factory.mktemp("sharding")
     plain = dataclasses.replace(train_config, model=NO_DROPOUT)
@@ -49,7 +49,7 @@ def runs(tmp_path_factory, train_config, two_ranks):
             train(dataclasses.replace(config, **changes), folder / out)
         finish()
 
-    result = two_ranks(work)
+    result = forked(work, ranks=2)
     assert result.code == 0, result.out[-3000:]
     shutil.copytree(folder / "two, then one", folder / "two")
     train(plain, folder / "two, then one")

@@ -218,9 +218,9 @@ def test_a_start_that_was_killed_is_started_again(root, pictures, tmp_path):
     assert checkpoint.newest(tmp_path / "run").name == "step-0000002"
 
 
-def test_two_processes_train_as_one(two_ranks, pictures, trained, tmp_path):
+def test_two_processes_train_as_one(forked, pictures, trained, tmp_path):
     flags = ["--preset", "digits", "--data", str(pictures), "--out", str(tmp_path / "run"), "--steps", "3"]
-    result = two_ranks("tokenizers/train_vq.py", *flags, *set_flags(val_fraction=0.2))
+    result = forked("tokenizers/train_vq.py", *flags, *set_flags(val_fraction=0.2), ranks=2)
     assert result.code == 0, result.out
     pairs = list(zip(log_of(tmp_path / "run"), log_of(trained), strict=False))
     assert len(pairs) >= 3
@@ -270,11 +270,11 @@ def test_a_run_whose_loss_is_not_finite_stops_and_says_so(root, pictures, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def encoded(two_ranks, pictures, tiny_tokenizer_path, tmp_path_factory):
+def encoded(forked, pictures, tiny_tokenizer_path, tmp_path_factory):
     """The pictures in shards of 5, by two processes."""
     out = tmp_path_factory.mktemp("codes") / "set"
     flags = ["--tokenizer", tiny_tokenizer_path, "--data", pictures, "--out", out, "--shard-size", 5]
-    result = two_ranks("tokenizers/encode.py", *flags, "--batch-size", 4, "--workers", 1)
+    result = forked("tokenizers/encode.py", *flags, "--batch-size", 4, "--workers", 1, ranks=2)
     assert result.code == 0, result.out
     return out
 

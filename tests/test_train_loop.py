@@ -86,7 +86,7 @@ def test_accumulation_equals_the_large_batch(tmp_path, train_config):
 
 
 @pytest.mark.parametrize("registers", [RegisterConfig(), RegisterConfig("2d", 16)], ids=["next-token", "mutor-2d"])
-def test_two_processes_train_to_the_loss_curve_of_one(tmp_path, two_ranks, train_config, registers):
+def test_two_processes_train_to_the_loss_curve_of_one(tmp_path, forked, train_config, registers):
     """With a register at every slot the two processes have different numbers of targets in each batch."""
     config = dataclasses.replace(train_config, model=NO_DROPOUT, registers=registers)
     train(config, tmp_path / "one")
@@ -99,7 +99,9 @@ def test_two_processes_train_to_the_loss_curve_of_one(tmp_path, two_ranks, train
         "sample_every", "warmup_steps", "schedule")}  # fmt: skip
     settings = [f"{name}={value}" for name, value in values.items()]
     words = ["--preset", preset, "--codes", config.codes, "--out", tmp_path / "two", "--steps", 10]
-    result = two_ranks("train/imagenet.py", *words, *(part for setting in settings for part in ("--set", setting)))
+    result = forked(
+        "train/imagenet.py", *words, *(part for setting in settings for part in ("--set", setting)), ranks=2
+    )
     assert result.code == 0, result.out[-3000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     for name in ("val_next_token", "val_next_token_ema"):
