@@ -1,13 +1,23 @@
+import multiprocessing
 import os
+import runpy
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from mutor_vision.config import RegisterConfig, TransformerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
+# torch waits this long, in seconds, for a reading process whose reader has stopped early; 5 by default.
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1
 
 
 @pytest.fixture(scope="session")
@@ -150,6 +160,104 @@ def trained_run(tmp_path_factory, train_config) -> Path:
     out = tmp_path_factory.mktemp("runs") / "trained"
     train(train_config, out)
     return out
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def _enter(words) -> None:
+    """Become the command `mutor WORD ...` or `SCRIPT WORD ...`, through the same door as a person's."""
+    sys.argv = [str(word) for word in words]
+    if sys.argv[0] == "mutor":
+        runpy.run_module("mutor_vision", run_name="__main__")
+    else:
+        runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+
+
+def _exit_code(stopped: SystemExit) -> tuple[int, str]:
+    """Exit code and last words, as Python takes the argument of sys.exit."""
+    if isinstance(stopped.code, str):
+        return 1, stopped.code + "\n"
+    return stopped.code or 0, ""
+
+
+@pytest.fixture(scope="session")
+def enter():
+    """enter("mutor", ...) or enter("eval/fid.py", ...): become that command, for a function given to `forked`."""
+    return lambda *words: _enter(words)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command("mutor", "plan", ...) or command("eval/fid.py", ...) -> Finished. In this process, since starting Python
+    and importing torch takes longer than most commands do; test_doors starts every kind of door for real."""
+
+    def run(*words) -> Finished:
+        monkeypatch.setattr(sys, "argv", [])
+        monkeypatch.delenv("MUTOR_DEBUG", raising=False)
+        capsys.readouterr()  # what was printed before is not the command's
+        code, last = 0, ""
+        try:
+            _enter(words)
+        except SystemExit as stopped:
+            code, last = _exit_code(stopped)
+        out, err = capsys.readouterr()
+        return Finished(code, out, err + last)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory):
+    """forked("train/imagenet.py", ..., ranks=2) or forked(function) -> Finished, with what all of them printed as out:
+    the same in processes that are forked from this one, so that none has to start Python and import torch. Two ranks
+    find each other as those of torchrun, which test_doors starts for real."""
+
+    def run(*work, ranks: int = 1, seconds: float = 120) -> Finished:
+        function = work[0] if callable(work[0]) else lambda: _enter(work)
+        log, environments = tmp_path_factory.mktemp("forked") / "log", [{}]
+        if ranks > 1:
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # any free port
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+            environments = [{"RANK": n, "LOCAL_RANK": n, "WORLD_SIZE": ranks, **meeting} for n in range(ranks)]
+        context, end = multiprocessing.get_context("fork"), time.monotonic() + seconds
+        processes = [context.Process(target=_forked, args=(function, log, values)) for values in environments]
+        for process in processes:
+            process.start()
+        while any(process.is_alive() for process in processes) and time.monotonic() < end:
+            if any(process.exitcode for process in processes):  # as torchrun does: the others may wait for this one
+                break
+            time.sleep(0.02)
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+            process.join()
+        return Finished(next((code for code in codes if code), int(None in codes)), log.read_text(), "")
+
+    return run
+
+
+def _forked(function: Callable[[], None], log: Path, environment: dict) -> None:
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    with open(log, "a", buffering=1) as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        sys.stdout = sys.stderr = file
+        try:
+            function()
+        except SystemExit as stopped:
+            code, last = _exit_code(stopped)
+            file.write(last)
+            sys.exit(code)
+        except BaseException:  # before the log is closed
+            traceback.print_exc(file=file)
+            sys.exit(1)
 
 
 @pytest.fixture(scope="session")

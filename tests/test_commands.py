@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import runpy
 import subprocess
 import sys
 
@@ -13,12 +12,6 @@ from safetensors import SafetensorError
 from mutor_vision.cli import run_command
 from mutor_vision.errors import DataError, UserError
 from mutor_vision.model import lora
-
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def command(root, *words):
-    return subprocess.run([sys.executable, *map(str, words)], cwd=root, capture_output=True, text=True, env=ONE_THREAD)
 
 
 @pytest.mark.parametrize(
@@ -34,53 +27,43 @@ def command(root, *words):
         (["--preset", "digits-mutor-2d", "--set", "batch_size=12"], "a 4x4 grid has 16 slots", 2),
     ],
 )
-def test_train_imagenet_refuses_in_one_line_and_writes_nothing(root, tmp_path, token_set_path, words, message, code):
+def test_train_imagenet_refuses_in_one_line_and_writes_nothing(command, tmp_path, token_set_path, words, message, code):
     if "--codes" not in words:
         words = [*words, "--codes", token_set_path]
-    result = command(root, "train/imagenet.py", *words, "--out", tmp_path / "run")
-    assert result.returncode == code
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith("error: ")
+    result = command("train/imagenet.py", *words, "--out", tmp_path / "run")
+    assert result.code == code
+    assert message in result.err
+    assert len(result.err.strip().splitlines()) == 1 and result.err.startswith("error: ")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("out, message", [
     ("file", "is a file, expected a folder"), ("file/run", "cannot be written (Not a directory"),
 ])  # fmt: skip
-def test_outputs_of_training_and_merging_are_tried_before_the_work(root, tmp_path, out, message):
+def test_outputs_of_training_and_merging_are_tried_before_the_work(command, tmp_path, out, message):
     """Inputs that do not exist: whoever speaks of them has begun to work."""
     (tmp_path / "file").touch()
-    result = command(root, "train/imagenet.py", "--preset", "digits-mutor-2d", "--codes", "/nowhere",
-                     "--out", tmp_path / out)  # fmt: skip
-    assert result.returncode == 2 and message in result.stderr
+    words = ("--preset", "digits-mutor-2d", "--codes", "/nowhere", "--out", tmp_path / out)
+    result = command("train/imagenet.py", *words)
+    assert result.code == 2 and message in result.err
     with pytest.raises(UserError, match="cannot be written .Not a directory|exists already"):
         lora.merge("/nowhere", "/nowhere", tmp_path / out)
 
 
-def test_dry_run_prints_the_resolved_configuration(root, tmp_path, token_set_path):
-    result = command(root, "train/imagenet.py", "--preset", "digits-mutor-2d-15", "--codes", token_set_path,
-                     "--set", "registers.count=5", "--steps", "7", "--out", tmp_path / "run", "--dry-run")  # fmt: skip
-    config = json.loads(result.stdout)
+def test_dry_run_prints_the_resolved_configuration(command, tmp_path, token_set_path):
+    words = ("--preset", "digits-mutor-2d-15", "--codes", token_set_path, "--set", "registers.count=5", "--steps", 7)
+    config = json.loads(command("train/imagenet.py", *words, "--out", tmp_path / "run", "--dry-run").out)
     assert config["steps"] == 7 and config["registers"]["count"] == 5 and config["model"]["vocab_size"] == 32
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name, data, held_out", [("train/imagenet.py", "codes", "val_codes"),
                                                   ("tokenizers/train_vq.py", "data", "val_data")])  # fmt: skip
-def test_both_training_commands_take_set_and_flags_alike(
-    root, token_set_path, monkeypatch, capsys, name, data, held_out
-):
+def test_both_training_commands_take_set_and_flags_alike(command, token_set_path, name, data, held_out):
     def run(*words):
         preset = "digits-mutor-2d-15" if data == "codes" else "digits"
-        given = ["--preset", preset, f"--{data}", str(token_set_path), "--out", "none"]
-        monkeypatch.setattr(sys, "argv", [name, *given, *map(str, words)])
-        try:
-            runpy.run_path(str(root / name), run_name="__main__")
-            code = 0
-        except SystemExit as exit:
-            code = exit.code
-        printed = capsys.readouterr()
-        return code, json.loads(printed.out) if code == 0 else {}, printed.err
+        done = command(name, "--preset", preset, f"--{data}", token_set_path, "--out", "none", *words)
+        return done.code, json.loads(done.out) if done.code == 0 else {}, done.err
 
     flag = f"--{held_out.replace('_', '-')}"
     code, values, _ = run("--set", f"{held_out}=a", "--dry-run")
@@ -154,19 +137,21 @@ def test_a_full_disk_behind_another_error_is_told_but_not_instead_of_it(error, l
 
 
 @pytest.mark.parametrize("words", [
-    ("-m", "mutor_vision", "sample", "RUN", "--per-class", "4", "--out", "OUT.png"),
-    ("-m", "mutor_vision", "sample", "RUN", "--num-images", "64", "--out", "OUT.npz"),
-    ("-m", "mutor_vision", "convert", "--to", "llamagen", "RUN", "OUT.pt"),
+    ("sample", "RUN", "--per-class", "4", "--out", "OUT.png"),
+    ("sample", "RUN", "--num-images", "64", "--out", "OUT.npz"),
+    ("convert", "--to", "llamagen", "RUN", "OUT.pt"),
 ])  # fmt: skip
-def test_results_that_do_not_fit_are_one_line_and_leave_nothing(root, trained_run, tmp_path, words):
+def test_results_that_do_not_fit_are_one_line_and_leave_nothing(enter, forked, trained_run, tmp_path, words):
     """Files of 8 kB at most stand for a disk that is full; it takes the file that tries it."""
     words = [word.replace("RUN", str(trained_run)).replace("OUT", str(tmp_path / "out")) for word in words]
-    done = subprocess.run(
-        [sys.executable, *words], cwd=root, env=ONE_THREAD, capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
-    )  # fmt: skip
-    assert done.returncode == 2 and "results cannot be written: File too large" in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+        enter("mutor", *words)
+
+    done = forked(limited)
+    assert done.code == 2 and "results cannot be written: File too large" in done.out, done.out
+    assert "Traceback" not in done.out and not list(tmp_path.iterdir())
 
 
 def test_other_failures_keep_their_traceback():
@@ -208,14 +193,30 @@ run_command(main)
 
 
 @pytest.mark.slow
-def test_the_demo_goes_through_every_stage(root, tmp_path):
-    """The whole pipeline with a handful of steps: numbers mean nothing, every command and file is real."""
-    result = command(
-        root, "train/demo.py", "--out", tmp_path, "--tokenizer-steps", "3", "--steps", "20", "--samples", "40"
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+def test_the_demo_goes_through_every_stage(command, forked, root, tmp_path, monkeypatch):
+    """The whole pipeline with a handful of steps: numbers mean nothing, every command and file is real. Commands are
+    forked instead of started; how they are started is what test_doors does."""
+    started = []
+
+    def start(words, cwd):
+        python, *words = words
+        assert python == sys.executable and cwd == root
+        two = words[:2] == ["-m", "torch.distributed.run"]
+        if two:
+            assert words[2] == "--standalone" and words[3] == f"--nproc-per-node={min(2, os.cpu_count())}"
+            words = words[4:]
+        words = ["mutor", *words[2:]] if words[:2] == ["-m", "mutor_vision"] else words
+        started.append(words[:2] if words[0] == "mutor" else words[:1])
+        done = forked(*words, ranks=min(2, os.cpu_count()) if two else 1)
+        assert done.code == 0, f"{words}: {done.out[-2000:]}"
+        return subprocess.CompletedProcess(words, done.code)
+
+    monkeypatch.setattr(subprocess, "run", start)
+    result = command("train/demo.py", "--out", tmp_path, "--tokenizer-steps", 3, "--steps", 20, "--samples", 40)
+    assert result.code == 0, result.out[-2000:] + result.err[-2000:]
+    assert len(started) == 10
     page = (tmp_path / "report.html").read_text()
-    assert str(tmp_path / "report.html") in result.stdout
+    assert str(tmp_path / "report.html") in result.out
     for picture in (
         "inputs.png",
         "reconstructions.png",

@@ -3,9 +3,6 @@
 import ast
 import html.parser
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from mutor_vision.cli import main as mutor_main
 from mutor_vision.errors import IntegrityError
 from mutor_vision.features.extract import CHUNK, extract
 from mutor_vision.features.extractors import load_extractor
@@ -67,36 +63,14 @@ def extractor():
 
 
 @pytest.fixture
-def run_eval(monkeypatch, capsys):
-    """Run eval/NAME.py in this process -> (exit code, output)."""
-    import runpy
+def run_eval(command):
+    """Run eval/NAME.py -> (exit code, output)."""
 
     def run(name: str, *arguments) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", [f"eval/{name}.py", *map(str, arguments)])
-        try:
-            runpy.run_path(str(ROOT / "eval" / f"{name}.py"), run_name="__main__")
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        printed = capsys.readouterr()
-        return code, printed.out + printed.err
+        done = command(f"eval/{name}.py", *arguments)
+        return done.code, done.out + done.err
 
     return run
-
-
-def torchrun(command: str, *arguments) -> None:
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        ROOT / "eval" / command,
-    ]
-    done = subprocess.run(
-        [*launch, *map(str, arguments)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def values(path: Path) -> dict[str, float]:
@@ -160,10 +134,9 @@ def test_every_number_has_its_protocol(sets, tmp_path, run_eval):
 # ---- samples straight from a model
 
 
-def test_sampling_on_the_fly_measures_the_images_that_the_sampler_writes(trained_run, tmp_path, monkeypatch, extractor):
-    monkeypatch.setattr(sys, "argv", ["mutor", "sample", str(trained_run), "--num", "12", "--cfg-scale", "1.5", "--out",
-                                      str(tmp_path / "set.npz")])  # fmt: skip
-    mutor_main()
+def test_sampling_on_the_fly_measures_the_images_that_the_sampler_writes(trained_run, tmp_path, command, extractor):
+    done = command("mutor", "sample", trained_run, "--num", 12, "--cfg-scale", 1.5, "--out", tmp_path / "set.npz")
+    assert done.code == 0, done.err
     written = open_set(tmp_path / "set.npz")
     source = RunImages(load(trained_run, ALONE), 12, SampleSettings(cfg_scale=1.5))
     assert torch.equal(written.images.labels, source.labels), "labels come from the record beside the set"
@@ -175,14 +148,14 @@ def test_sampling_on_the_fly_measures_the_images_that_the_sampler_writes(trained
     assert written.record["settings"]["cfg_scale"] == 1.5 and written.record["labels"] == "balanced"
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(trained_run, sets, tmp_path, run_eval):
+def test_two_processes_give_the_numbers_of_one(trained_run, sets, tmp_path, run_eval, forked):
     """Samples from a model in two chunks, a reference npz in three, and every metric on both."""
     arguments = ("--model", trained_run, "--num-images", 300, "--reference", sets / "samples.npz", *TINY)
     arguments += ("--cfg-scale", 1.5)
     code, printed = run_eval("fid", *arguments, "--json", tmp_path / "one.json", "--report", tmp_path / "page.html")
     assert code == 0, printed
-    torchrun("fid.py", *arguments, "--json", tmp_path / "two.json")
+    done = forked("eval/fid.py", *arguments, "--json", tmp_path / "two.json", ranks=2)
+    assert done.code == 0, done.out[-2000:]
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one["metrics"].keys() == two["metrics"].keys() == {"fd", "precision", "recall", "kid"}
     for name, entry in one["metrics"].items():

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -407,7 +406,7 @@ def test_the_grid_follows_from_the_image_size_and_is_told(shared, tmp_path):
 
 
 def test_a_converted_run_with_a_tokenizer_samples_at_384_and_resizes(
-    tmp_path, monkeypatch, tiny_tokenizer_path, shared
+    tmp_path, monkeypatch, tiny_tokenizer_path, shared, command
 ):
     """A 6x6 model on a tokenizer made for 16 pixels: decoded at 24, resized to 16 as LlamaGen's protocol does."""
     from mutor_vision.runtime import start
@@ -431,11 +430,9 @@ def test_a_converted_run_with_a_tokenizer_samples_at_384_and_resizes(
     pixels = vq.decoder(vq.post_quant_conv(vq.quantizer.lookup(codes)))
     pixels = F.interpolate(pixels, size=(16, 16), mode="bicubic")
     assert torch.equal(small, torch.clamp(127.5 * pixels + 128, 0, 255).to(torch.uint8))
-    result = subprocess.run(
-        [sys.executable, "-m", "mutor_vision", "sample", str(tmp_path / "run"), "--num-images", "4", "--resize", "16",
-         "--out", str(tmp_path / "set.npz"), "--device", "cpu"], capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    words = ("--num-images", 4, "--resize", 16, "--out", tmp_path / "set.npz", "--device", "cpu")
+    result = command("mutor", "sample", tmp_path / "run", *words)
+    assert result.code == 0, result.err
     assert np.load(tmp_path / "set.npz")["arr_0"].shape == (4, 16, 16, 3)
     assert read_json(tmp_path / "set.npz.json")["resize"] == 16
 
@@ -548,11 +545,10 @@ def test_a_bare_pickle_is_never_opened(tmp_path, protocol):
     assert not (tmp_path / "canary").exists()
 
 
-def test_the_command_prints_one_line_and_its_exit_code(shared, tmp_path):
+def test_the_command_prints_one_line_and_its_exit_code(shared, tmp_path, command):
     torch.save({"model": gpt_weights(shared), "args": Evil(tmp_path / "canary")}, tmp_path / "file.pt")
-    command = [sys.executable, "-m", "mutor_vision", "convert", str(tmp_path / "file.pt"), str(tmp_path / "run")]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 4 and result.stderr.count("\n") == 1 and "posix.system" in result.stderr
+    result = command("mutor", "convert", tmp_path / "file.pt", tmp_path / "run")
+    assert result.code == 4 and result.err.count("\n") == 1 and "posix.system" in result.err
     assert os.listdir(tmp_path) == ["file.pt"]
 
 

@@ -2,9 +2,7 @@
 commands alone, as the person who made them would, and with the numbers that they had then."""
 
 import json
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -58,24 +56,13 @@ def older_draw(monkeypatch):
 
 
 @pytest.fixture
-def command(root, monkeypatch, capsys):
-    """Run 'SCRIPT WORD ...' or 'mutor WORD ...' in this process -> what it printed; fails unless it succeeds."""
+def command(command):
+    """Run 'SCRIPT WORD ...' or 'mutor WORD ...' -> what it printed; fails unless it ends with the exit code."""
 
-    def run(line: str, code: int = 0) -> str:
-        name, *words = line.split()
-        monkeypatch.setattr(sys, "argv", [name, *words])
-        got = 0
-        try:
-            if name == "mutor":
-                runpy.run_module("mutor_vision", run_name="__main__")
-            else:
-                monkeypatch.syspath_prepend(str((root / name).parent))  # as Python does
-                runpy.run_path(str(root / name), run_name="__main__")
-        except SystemExit as stopped:
-            got = stopped.code
-        printed = capsys.readouterr()
-        assert got == code, printed.out + printed.err
-        return printed.out + printed.err
+    def run(text: str, code: int = 0) -> str:
+        done = command(*text.split())
+        assert done.code == code, done.out + done.err
+        return done.out + done.err
 
     return run
 

@@ -210,24 +210,9 @@ def test_what_cannot_be_planned_is_refused(settings, arguments, message):
         plan("", override(TRANSFORMERS["imagenet256-B-next-token"], settings), *arguments)
 
 
-def test_the_command_writes_its_figures(tmp_path, capsys, monkeypatch):
-    from mutor_vision import cli
-
+def test_the_command_writes_its_figures(tmp_path, command):
     out = tmp_path / "folder" / "plan.json"
-    words = [
-        "mutor",
-        "plan",
-        "--preset",
-        "digits-mutor-2d",
-        "--set",
-        "batch_size=32",
-        "--gpu",
-        "cpu",
-        "--json",
-        str(out),
-    ]
-    monkeypatch.setattr("sys.argv", words)
-    cli._main()
-    printed = capsys.readouterr().out
+    words = ("--preset", "digits-mutor-2d", "--set", "batch_size=32", "--gpu", "cpu", "--json", out)
+    printed = command("mutor", "plan", *words).out
     assert "digits-mutor-2d on 1 x cpu, ddp, float32" in printed and "assumed: 7x7 codes of 64" in printed
     assert json.loads(out.read_text())["micro_batch"] == 32

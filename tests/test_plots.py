@@ -1,13 +1,12 @@
 """`mutor plot`: logs as kills leave them, and legends that tell runs apart."""
 
+import dataclasses
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-from mutor_vision.cli import main
 from mutor_vision.commands.plot import shortest_names
 from mutor_vision.storage.run_log import read_log
 
@@ -15,17 +14,9 @@ pytest.importorskip("matplotlib")
 
 
 @pytest.fixture
-def plot(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mutor", "plot", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
+def plot(command):
+    """Exit code and what it printed."""
+    return lambda *words: dataclasses.astuple(command("mutor", "plot", *words))
 
 
 def write_log(run, key="next_token", behind="", steps=10):

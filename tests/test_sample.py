@@ -1,16 +1,12 @@
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mutor_vision.cli import main
 from mutor_vision.config import TrainConfig
 from mutor_vision.features.sources import RunImages
 from mutor_vision.runtime import Runtime
@@ -26,20 +22,9 @@ ALONE = Runtime(0, 1, torch.device("cpu"), None)
 
 
 @pytest.fixture
-def mutor(monkeypatch, capfd):
-    """Run the command in this process: exit code and what it printed."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mutor", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        out = capfd.readouterr()
-        return code, out.out, out.err
-
-    return run
+def mutor(command):
+    """Run `mutor WORD ...`: exit code and what it printed."""
+    return lambda *words: dataclasses.astuple(command("mutor", *words))
 
 
 def test_a_grid_has_a_row_per_class(mutor, trained_run, tmp_path):
@@ -59,14 +44,11 @@ def test_a_set_is_the_same_for_every_batch_size(mutor, trained_run, tmp_path, ba
     assert (tmp_path / "16.npz").read_bytes() == (tmp_path / f"{batch_size}.npz").read_bytes()
 
 
-@pytest.mark.slow
-def test_a_set_is_the_same_for_two_processes_and_as_png(mutor, trained_run, tmp_path, root):
+def test_a_set_is_the_same_for_two_processes_and_as_png(mutor, trained_run, tmp_path, forked):
     mutor("sample", trained_run, "--num", 7, "--batch-size", 2, "--out", tmp_path / "one.npz")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mutor_vision"]
     arguments = ["sample", trained_run, "--num-images", "7", "--batch-size", "2", "--out", tmp_path / "two.npz"]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*launch, *arguments], cwd=root, capture_output=True, text=True, env=one_thread)
-    assert result.returncode == 0, result.stderr[-2000:]
+    result = forked("mutor", *arguments, ranks=2)
+    assert result.code == 0, result.out[-2000:]
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
 
     images = np.load(tmp_path / "one.npz", allow_pickle=False)["arr_0"]

@@ -1,11 +1,7 @@
 """FSDP by two processes on the CPU, against DDP and against one process."""
 
 import dataclasses
-import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from mutor_vision.config import ParallelHeadsConfig, RegisterConfig, TrainConfig, TransformerConfig
-from mutor_vision.settings import to_dict
+from mutor_vision.runtime import finish
 from mutor_vision.storage import checkpoint
 from mutor_vision.storage.run_log import read_log
 from mutor_vision.training.loop import train
@@ -21,26 +17,13 @@ from mutor_vision.training.loop import train
 pytestmark = pytest.mark.slow
 NO_DROPOUT = TransformerConfig(2, 2, 32, token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0)
 
-# One launch for all trainings, because starting takes longer than they do.
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from mutor_vision.config import TrainConfig
-from mutor_vision.settings import from_dict
-from mutor_vision.runtime import finish
-from mutor_vision.training.loop import train
-for config, out in json.loads(Path(sys.argv[1]).read_text()):
-    train(from_dict(TrainConfig, config), Path(out))
-finish()
-"""
-
 
 def curve(run, name="loss"):
     return [line[name] for line in read_log(run) if name in line]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, train_config, root):
+def runs(tmp_path_factory, train_config, forked):
     """Folder of runs by name."""
     folder = tmp_path_factory.mktemp("sharding")
     plain = dataclasses.replace(train_config, model=NO_DROPOUT)
@@ -60,16 +43,14 @@ def runs(tmp_path_factory, train_config, root):
         (both, bfloat16, "ddp bfloat16"),
         (both, sharded | bfloat16, "fsdp bfloat16"),
     ]
-    listed = [
-        (to_dict(dataclasses.replace(config, **changes)), str(folder / out)) for config, changes, out in trainings
-    ]
-    (folder / "trainings.json").write_text(json.dumps(listed))
-    (folder / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    result = subprocess.run([*command, folder / "script.py", folder / "trainings.json"], cwd=root, env=environment,
-                            capture_output=True, text=True)  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
+
+    def work():
+        for config, changes, out in trainings:
+            train(dataclasses.replace(config, **changes), folder / out)
+        finish()
+
+    result = forked(work, ranks=2)
+    assert result.code == 0, result.out[-3000:]
     shutil.copytree(folder / "two, then one", folder / "two")
     train(plain, folder / "two, then one")
     return folder

@@ -1,12 +1,10 @@
 """tokenizers/train_vq.py, encode.py and reconstruct.py, as a person calls them."""
 
+import dataclasses
 import json
 import os
 import re
-import runpy
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -41,30 +39,16 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture
-def command(root, monkeypatch, capsys):
-    """Run a command in this process -> (exit code, stdout, stderr)."""
+def command(command):
+    """Run tokenizers/NAME with flags -> (exit code, stdout, stderr)."""
 
     def run(name, **arguments):
         flags = [part for key, value in arguments.items() if key != "set" for part in
                  ([f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)]))]  # fmt: skip
         flags += [part for key, value in arguments.get("set", {}).items() for part in ("--set", f"{key}={value}")]
-        monkeypatch.setattr(sys, "argv", [name, *flags])
-        code = 0
-        try:
-            runpy.run_path(str(root / "tokenizers" / name), run_name="__main__")
-        except SystemExit as exit:
-            code = exit.code
-        return code, *capsys.readouterr()
+        return dataclasses.astuple(command(f"tokenizers/{name}", *flags))
 
     return run
-
-
-def torchrun(root, name, *flags, processes=2):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*launch, str(root / "tokenizers" / name), *flags], env=environment, capture_output=True, text=True, timeout=300
-    )
 
 
 def set_flags(**changes):
@@ -234,11 +218,10 @@ def test_a_start_that_was_killed_is_started_again(root, pictures, tmp_path):
     assert checkpoint.newest(tmp_path / "run").name == "step-0000002"
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(root, pictures, trained, tmp_path):
+def test_two_processes_train_as_one(forked, pictures, trained, tmp_path):
     flags = ["--preset", "digits", "--data", str(pictures), "--out", str(tmp_path / "run"), "--steps", "3"]
-    result = torchrun(root, "train_vq.py", *flags, *set_flags(val_fraction=0.2))
-    assert result.returncode == 0, result.stderr
+    result = forked("tokenizers/train_vq.py", *flags, *set_flags(val_fraction=0.2), ranks=2)
+    assert result.code == 0, result.out
     pairs = list(zip(log_of(tmp_path / "run"), log_of(trained), strict=False))
     assert len(pairs) >= 3
     for one, other in pairs:
@@ -287,16 +270,15 @@ def test_a_run_whose_loss_is_not_finite_stops_and_says_so(root, pictures, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def encoded(root, pictures, tiny_tokenizer_path, tmp_path_factory):
+def encoded(forked, pictures, tiny_tokenizer_path, tmp_path_factory):
     """The pictures in shards of 5, by two processes."""
     out = tmp_path_factory.mktemp("codes") / "set"
     flags = ["--tokenizer", tiny_tokenizer_path, "--data", pictures, "--out", out, "--shard-size", 5]
-    result = torchrun(root, "encode.py", *map(str, flags), "--batch-size", "4", "--workers", "1")
-    assert result.returncode == 0, result.stderr
+    result = forked("tokenizers/encode.py", *flags, "--batch-size", 4, "--workers", 1, ranks=2)
+    assert result.code == 0, result.out
     return out
 
 
-@pytest.mark.slow
 def test_one_process_and_two_give_the_same_bytes(command, pictures, tiny_tokenizer_path, encoded, tmp_path):
     code, printed, _ = command("encode.py", tokenizer=tiny_tokenizer_path, data=pictures, out=tmp_path / "set",
                                shard_size=5, batch_size=4, workers=0)  # fmt: skip

@@ -1,10 +1,7 @@
 import dataclasses
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -88,9 +85,8 @@ def test_accumulation_equals_the_large_batch(tmp_path, train_config):
         assert losses(tmp_path / f"{micro_batch}") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("registers", [RegisterConfig(), RegisterConfig("2d", 16)], ids=["next-token", "mutor-2d"])
-def test_two_processes_train_to_the_loss_curve_of_one(tmp_path, root, train_config, registers):
+def test_two_processes_train_to_the_loss_curve_of_one(tmp_path, forked, train_config, registers):
     """With a register at every slot the two processes have different numbers of targets in each batch."""
     config = dataclasses.replace(train_config, model=NO_DROPOUT, registers=registers)
     train(config, tmp_path / "one")
@@ -102,14 +98,11 @@ def test_two_processes_train_to_the_loss_curve_of_one(tmp_path, root, train_conf
         "val_fraction", "val_images", "batch_size", "lr", "ema_decay", "log_every", "val_every", "save_every",
         "sample_every", "warmup_steps", "schedule")}  # fmt: skip
     settings = [f"{name}={value}" for name, value in values.items()]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, "train/imagenet.py", "--preset", preset, "--codes", config.codes]
-    command += ["--out", str(tmp_path / "two"), "--steps", "10"]
-    command += [part for setting in settings for part in ("--set", setting)]
-    result = subprocess.run(
-        command, cwd=root, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    words = ["--preset", preset, "--codes", config.codes, "--out", tmp_path / "two", "--steps", 10]
+    result = forked(
+        "train/imagenet.py", *words, *(part for setting in settings for part in ("--set", setting)), ranks=2
     )
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.code == 0, result.out[-3000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     for name in ("val_next_token", "val_next_token_ema"):
         one, two = ([line[name] for line in read_log(tmp_path / run) if name in line] for run in ("one", "two"))
