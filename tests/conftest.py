@@ -269,3 +269,25 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def write_token_set():
     return _write_token_set
+
+
+@pytest.fixture
+def trained_twice(tmp_path):
+    """(config, names of weights) -> a run of 10 steps, after it was compared, to the last bit, with one that was cut
+    after 4 and continued."""
+    import dataclasses
+
+    from mutor_vision.storage import checkpoint
+    from mutor_vision.training.loop import train
+
+    def run(config, *names: str) -> Path:
+        train(config, tmp_path / "whole")
+        for steps in (4, 10):
+            train(dataclasses.replace(config, steps=steps), tmp_path / "halves")
+        whole, halves = (checkpoint.newest(tmp_path / half) for half in ("whole", "halves"))
+        for name in names:
+            one, other = checkpoint.read_weights(whole, name), checkpoint.read_weights(halves, name)
+            assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+        return tmp_path / "whole"
+
+    return run

@@ -16,7 +16,6 @@ from mutor_vision.objectives.auxiliary import Auxiliary, auxiliaries_of
 from mutor_vision.objectives.objective import Objective, total_loss
 from mutor_vision.storage import checkpoint
 from mutor_vision.storage.run_log import read_log
-from mutor_vision.training.loop import train
 
 
 @pytest.fixture
@@ -37,19 +36,13 @@ def config(below, train_config):
     return below.BelowTrainConfig(**values | {"registers": RegisterConfig()}, below=below.BelowConfig(weight=0.5))
 
 
-def test_the_example_trains_resumes_and_its_transformer_is_a_plain_one(config, train_config, tmp_path):
-    train(config, tmp_path / "whole")
-    for steps in (4, 10):
-        train(dataclasses.replace(config, steps=steps), tmp_path / "halves")
-    whole, halves = (checkpoint.newest(tmp_path / run) for run in ("whole", "halves"))
-    for name in ("model", "ema", "below"):
-        one, other = checkpoint.read_weights(whole, name), checkpoint.read_weights(halves, name)
-        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    lines = [line for line in read_log(tmp_path / "whole") if "below" in line]
+def test_the_example_trains_resumes_and_its_transformer_is_a_plain_one(config, trained_twice):
+    run = trained_twice(config, "model", "ema", "below")
+    lines = [line for line in read_log(run) if "below" in line]
     assert lines[-1]["below"] < lines[0]["below"]
     for line in lines:
         assert line["loss"] == pytest.approx(line["next_token"] + 0.5 * line["below"])
-    assert not any("below" in name for name in checkpoint.read_weights(whole, "model"))
+    assert not any("below" in name for name in checkpoint.read_weights(checkpoint.newest(run), "model"))
 
 
 def test_the_example_predicts_the_token_below(below, config, random_model):

@@ -73,15 +73,9 @@ def test_the_trunk_learns_from_the_heads(random_model, heads):
         assert parameter.grad.abs().sum() > 0
 
 
-def test_a_run_resumes_with_its_heads_to_the_last_bit_and_samples_as_a_plain_transformer(tmp_path, train_config):
+def test_a_run_resumes_with_its_heads_and_its_transformer_is_a_plain_one(tmp_path, train_config, trained_twice):
     config = dataclasses.replace(train_config, registers=RegisterConfig(), parallel_heads=ParallelHeadsConfig(3))
-    train(config, tmp_path / "whole")
-    for steps in (4, 10):
-        train(dataclasses.replace(config, steps=steps), tmp_path / "halves")
-    whole, halves = (checkpoint.newest(tmp_path / run) for run in ("whole", "halves"))
-    for name in ("model", "ema", "heads"):
-        one, other = checkpoint.read_weights(whole, name), checkpoint.read_weights(halves, name)
-        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    whole = checkpoint.newest(trained_twice(config, "model", "ema", "heads"))
     lines = [line for line in read_log(tmp_path / "whole") if "heads" in line]
     assert len(lines) == 10 and lines[-1]["heads"] < lines[0]["heads"]
     for line in lines:

@@ -13,14 +13,13 @@ import argparse
 import shutil
 from pathlib import Path
 
-from mutor_vision.commands.sample import add_execution, add_settings, decoding_from, settings_from
+from mutor_vision.commands.flags import add_extractor, add_sampled_run, add_settings, decoding_from, settings_from
 from mutor_vision.errors import UserError
 from mutor_vision.features.extractors import load_extractor
 from mutor_vision.features.sources import RunImages
 from mutor_vision.metrics import report
 from mutor_vision.metrics.evaluate import METRICS, ImageSet, Options, check_outputs, evaluate, open_set
 from mutor_vision.runtime import finish, start
-from mutor_vision.sampling import stream as sample
 from mutor_vision.sampling.load import load
 from mutor_vision.storage.files import write_json
 
@@ -33,8 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-images", "--num", type=int, default=0, dest="num", help="samples to draw, or to expect")
     parser.add_argument("--reference", required=True, help="folder, npz of images, or statistics")
-    parser.add_argument("--features", default="inception", help="inception, timm:NAME[@SIZE], or a trained folder")
-    parser.add_argument("--weights", help="file of the extractor's weights, or 'random' (tests the plumbing only)")
+    add_extractor(parser)
     parser.add_argument("--metrics", default="", help=f"of {','.join(METRICS)}; default: all that are possible")
     parser.add_argument("--json", type=Path, help="write values, warnings and the protocol here")
     parser.add_argument("--report", type=Path, help="write a page with the worst and best classes here (.html)")
@@ -53,12 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="stop with an error at the first warning")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     sampling = parser.add_argument_group("sampling with --model")
-    sampling.add_argument("--labels", default="balanced", help=", ".join(sample.LABEL_PLANS))
-    sampling.add_argument("--seed", type=int, default=0)
     sampling.add_argument("--sample-batch-size", type=int, default=0, help="images sampled at once, 0 = by free memory")
-    sampling.add_argument("--run-weights", default="best", help="best (EMA where there is one), ema or model")
-    sampling.add_argument("--precision", default="auto", help="of sampling: auto, float32 or bfloat16")
-    add_execution(sampling)
+    add_sampled_run(sampling)
     add_settings(parser)
 
 

@@ -10,6 +10,7 @@ samples are compared with is the data as it is.
 import argparse
 from pathlib import Path
 
+from mutor_vision.commands.flags import add_extractor
 from mutor_vision.errors import UserError
 from mutor_vision.features.extractors import load_extractor
 from mutor_vision.features.reference import write_reference
@@ -22,8 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="folder of images")
     parser.add_argument("--out", required=True, type=Path, help="FILE.npz")
     parser.add_argument("--image-size", type=int, default=0, help="centre-crop to this, 0 = as they are, of one size")
-    parser.add_argument("--features", default="inception", help="inception, timm:NAME[@SIZE], or a trained folder")
-    parser.add_argument("--weights", help="file of the extractor's weights, or 'random' (tests the plumbing only)")
+    add_extractor(parser)
     parser.add_argument("--allow-unknown-weights", action="store_true", help="accept another Inception; marked")
     parser.add_argument("--keep-images", type=int, default=10_000, help="stored for precision and recall, 0 = none")
     parser.add_argument("--batch-size", type=int, default=50, help="images per forward pass and process (default 50)")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from mutor_vision.commands.sample import add_execution, add_settings, decoding_from, settings_from
+from mutor_vision.commands.flags import add_extractor, add_sampled_run, add_settings, decoding_from, settings_from
 from mutor_vision.errors import UserError
 from mutor_vision.features.extract import forget
 from mutor_vision.features.extractors import load_extractor
@@ -39,18 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--low", type=float, default=1.0)
     parser.add_argument("--high", type=float, default=4.0)
     parser.add_argument("--tolerance", type=float, default=0.1, help="width of the interval at the end (default 0.1)")
-    parser.add_argument("--features", default="inception", help="inception, timm:NAME[@SIZE], or a trained folder")
-    parser.add_argument("--weights", help="file of the extractor's weights, or 'random' (tests the plumbing only)")
+    add_extractor(parser)
     parser.add_argument("--allow-lossy", action="store_true", help="accept a reference of JPEG files; recorded")
     parser.add_argument("--image-size", type=int, default=0, help="crop and resize images of both sides to this")
     parser.add_argument("--batch-size", type=int, default=50, help="images at once per process (default 50)")
     parser.add_argument("--groups", type=int, default=20, help="jackknife groups, 0 = no error bars (default 20)")
-    parser.add_argument("--labels", default="balanced", help=", ".join(sample.LABEL_PLANS))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--run-weights", default="best", help="best (EMA where there is one), ema or model")
-    parser.add_argument("--precision", default="auto", help="of sampling: auto, float32 or bfloat16")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    add_execution(parser)
+    add_sampled_run(parser)
     add_settings(parser)
 
 

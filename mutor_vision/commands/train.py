@@ -15,19 +15,16 @@ import json
 from pathlib import Path
 
 from mutor_vision.cli import choose_settings
+from mutor_vision.commands.training_flags import add_training
 from mutor_vision.presets import TRANSFORMERS
 from mutor_vision.settings import to_dict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", required=True, metavar="NAME", help=", ".join(TRANSFORMERS))
+    add_training(parser, TRANSFORMERS)
     parser.add_argument("--codes", required=True, help="token set made by tokenizers/encode.py")
     parser.add_argument("--val-codes", help="held-out token set; without it the preset's share is held out")
     parser.add_argument("--init", help="run to start from instead of random weights; decides the sizes")
-    parser.add_argument("--out", required=True, help="run directory, new or to be continued")
-    parser.add_argument("--steps", type=int, help="optimizer steps in all")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -12,18 +12,15 @@ import json
 
 from mutor_vision import runtime
 from mutor_vision.cli import choose_settings
+from mutor_vision.commands.training_flags import add_training
 from mutor_vision.presets import TOKENIZERS
 from mutor_vision.settings import to_dict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", required=True, help=", ".join(TOKENIZERS))
+    add_training(parser, TOKENIZERS)
     parser.add_argument("--data", required=True, help="folder with one sub-folder of images per class")
     parser.add_argument("--val-data", help="the same, held out; default: a share of --data is held out")
-    parser.add_argument("--out", required=True, help="run directory")
-    parser.add_argument("--steps", type=int, help="optimizer steps, instead of the preset's")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change any other setting")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration as JSON and stop")
 
 
 def main(arguments: argparse.Namespace) -> None:
