@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
 import time
 import traceback
@@ -241,6 +242,24 @@ def forked(tmp_path_factory):
         return Finished(next((code for code in codes if code), int(None in codes)), log.read_text(), "")
 
     return run
+
+
+@pytest.fixture
+def starts_are_forked(forked, monkeypatch):
+    """Programs that start our commands by subprocess.run get them forked. -> the list of what was started."""
+    started, two = [], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+    def run(words, **_):
+        python, *words = map(str, words)
+        assert python == sys.executable
+        words, ranks = (words[len(two) :], 2) if words[: len(two)] == two else (words, 1)
+        words = ["mutor", *words[2:]] if words[:2] == ["-m", "mutor_vision"] else words
+        started.append(words)
+        done = forked(*words, ranks=ranks)
+        return subprocess.CompletedProcess(words, done.code, done.out, "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return started
 
 
 def _forked(function: Callable[[], None], log: Path, environment: dict) -> None:
