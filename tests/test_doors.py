@@ -40,6 +40,21 @@ def test_help_imports_no_torch_and_shows_the_pipeline_in_order(root):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", [*([script] for script in DOORS.values()), ["-m", "mutor_vision", "plan"]], ids=" ".join
+)
+def test_a_door_is_started_and_refuses_in_one_line(root, words):
+    """In an interpreter of its own, as a person does it; all other tests of commands run in theirs."""
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, *words, "--colour"], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    name = "mutor plan" if words[0] == "-m" else words[0]
+    assert re.fullmatch(rf"error: .*; see {re.escape(name)} --help\n", done.stderr), done.stderr
+
+
+@pytest.mark.slow
 def test_two_ranks_start_by_script_by_module_and_by_command_and_train_the_same_weights(root, tmp_path, token_set_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     mutor = os.path.join(os.path.dirname(sys.executable), "mutor")
