@@ -133,7 +133,7 @@ def step_of_equal_compute(baseline: dict[int, dict], rival: dict) -> int:
 
 
 def planned(found: dict[int, dict]) -> set[int]:
-    """Steps that every seed has scored, but for those that were only somebody's best checkpoint."""
+    """Planned steps that were scored for every seed, without those of early stopping."""
     of_all = set.intersection(*({int(step) for step in run["scores"]} for run in found.values()))
     return {step for step in of_all if any(step == run["steps"] or step != run["best"] for run in found.values())}
 

@@ -1,7 +1,6 @@
-"""Decoding in steps of static shape: what is computed for a token is one function of tensors that stay where they are,
-so that on CUDA it can be recorded as a graph and replayed without Python. `static_step` obeys the rules of such a
-recording: it allocates nothing whose size depends on data, never synchronises, and reads and writes the same addresses
-every time. `record_graph` is the only code here that needs CUDA.
+"""Decoding in fixed shapes for CUDA graphs: one graph for each (number of cache slots read, guided or not), replayed
+without Python for every token. `static_step` obeys the rules of such a recording: no allocation whose size depends on
+data, no synchronisation, the same addresses every time. `record_graph` is the only code here that needs CUDA.
 
 Legend: B images, N = h * w tokens.
 """
@@ -21,9 +20,9 @@ Step = Callable[[], object]
 
 
 class StaticSteps:
-    """A decoder: see generate.Decoder. One step is kept for each number of cache slots read
-    (multiples of REACH) and of streams. Memory and steps are kept for the batches that follow, smaller ones included; a
-    larger batch or other settings replace them."""
+    """A decoder: see generate.Decoder. The cache is read up to a multiple of REACH slots, so that a few graphs serve
+    all tokens. Graphs and memory are kept for later batches of at most this size; they are rebuilt if the batch grows or
+    the settings change."""
 
     REACH = 64
 

@@ -26,8 +26,8 @@ from mutor_vision.sampling.generate import generate
 from mutor_vision.sampling.load import LoadedModel, training_model
 
 LABEL_PLANS = ("balanced", "random")
-# Images in one call of the tokenizer's decoder, whose activations are what takes memory. One on a CPU, where the last
-# bit of a pixel depends on their number, and an image of a set must not.
+# Images in one call of the tokenizer's decoder, whose activations take the memory. 1 on a CPU: convolution kernels
+# round differently per batch size, and image i must not depend on it.
 DECODED_AT_ONCE = {"cpu": 1, "cuda": 16}
 LARGEST_BATCH = {"cuda": 256, "cpu": 32}  # images; by then the matrix products are as fast as they get
 
@@ -149,8 +149,10 @@ def bytes_per_image(loaded: LoadedModel) -> int:
     """Memory of one image while its codes are drawn: cache and logits of two streams."""
     config, dtype = loaded.config.model, loaded.runtime.autocast_dtype or torch.float32
     cache = 2 * config.layers * 2 * config.num_tokens * config.dim * dtype.itemsize
-    # Logits of both streams, guided, filtered, as probabilities (float32), and summed up (float64) with a copy.
-    return cache + config.vocab_size * (5 * 4 + 2 * 8)
+    # Logits of both streams, guided, filtered, as probabilities, and four buffers of noise, all of four bytes; a
+    # forecast has them for every input of a pass.
+    inputs = loaded.decoding.get("window", 1) + loaded.decoding.get("drafts", 0)
+    return cache + inputs * config.vocab_size * (5 + 4) * 4
 
 
 def decoder_bytes(loaded: LoadedModel) -> int:
