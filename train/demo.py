@@ -73,6 +73,13 @@ def main() -> None:
             [*python, "-m", "mutor_vision", "sample", out / name, "--classes", "0,1,2,3,4,5,6,7,8,9",
              "--per-class", "8", "--cfg-scale", GUIDANCE, "--seed", "0", "--out", out / f"samples-{name}.png"],
         )  # fmt: skip
+    for name in OBJECTIVES:
+        (out / f"forecasts-{name}.npz").unlink(missing_ok=True)  # of an earlier demo: a set is never written over
+        stage(
+            f"Forecasts, {name}",
+            [*python, "-m", "mutor_vision", "sample", out / name, "--num", "60", "--cfg-scale", GUIDANCE,
+             "--decode", "forecast", "--out", out / f"forecasts-{name}.npz"],
+        )  # fmt: skip
     stage(
         "Feature network",
         [*python, "eval/train_features.py", "--data", images / "train", "--val-data", images / "held-out",
@@ -147,6 +154,7 @@ def measured(out: Path, name: str) -> dict:
     from mutor_vision.storage.run_log import read_log
 
     metrics = json.loads((out / f"metrics-{name}.json").read_text())
+    forecasts = json.loads((out / f"forecasts-{name}.npz.json").read_text())
     log = read_log(out / name)
     held_out = [line["val_next_token"] for line in log if "val_next_token" in line]
     speeds = sorted(line["images_per_second"] for line in log if "images_per_second" in line)
@@ -156,6 +164,7 @@ def measured(out: Path, name: str) -> dict:
         "held-out next-token loss, best (nats per token)": min(held_out),
         **values,
         "training speed, median (images/s)": speeds[len(speeds) // 2],
+        "tokens in one pass of forecast decoding": forecasts["tokens_per_pass"],
         "class accuracy": metrics["classes"]["class_accuracy"],
     }
 
@@ -202,7 +211,8 @@ minutes in all.</p>
 <p class="note">The Fr&eacute;chet distance (FD), precision, recall and accuracy use the features of a small network
 that this demo trained itself on the training images ({features["held_out_accuracy"]:.1%} accuracy on held-out ones).
 They compare {num_samples} samples with the held-out images and cannot be compared with Inception's FID. Accuracy is the
-share of samples that the network takes for the class that was asked for:</p>
+share of samples that the network takes for the class that was asked for. Forecast decoding draws the same images with
+several tokens in one pass (docs/drafts.md), here of 60 images. Classes:</p>
 {table(["class", *names], by_class)}
 <h2>Loss</h2>
 <img src="losses.png" alt="loss curves of both models" width="700">

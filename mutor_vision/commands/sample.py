@@ -18,6 +18,7 @@ from mutor_vision.data import images
 from mutor_vision.errors import UserError
 from mutor_vision.names import match_class, parse_classes
 from mutor_vision.runtime import finish, start
+from mutor_vision.sampling.forecast import Forecast
 from mutor_vision.sampling.load import LoadedModel, load
 from mutor_vision.sampling.stream import default_batch_size, label_plan, sample_in_order, sample_stream, spread_classes
 from mutor_vision.storage.files import written
@@ -139,6 +140,8 @@ def _write_set(loaded, settings, arguments, out: Path, batch_size: int) -> None:
     if runtime.is_main:
         # Beside the set rather than in it, so that the set is images and nothing else.
         record["labels_of_images"] = labels.tolist()
+        if isinstance(loaded.decoder, Forecast):
+            record["tokens_per_pass"] = round(loaded.decoder.tokens_per_pass, 3)  # of the first process's images
         with written(out.with_name(out.name + ".json")) as partial:
             partial.write_text(json.dumps(record) + "\n")
         print(f"{out}: {num} images, {arguments.labels} labels, seed {arguments.seed}; how they were made: {out}.json")

@@ -98,8 +98,13 @@ class Forecast:
         codes[work.images] = work.tokens[:, 1 : count + 1]
         return codes[:batch]
 
+    @property
+    def tokens_per_pass(self) -> float:
+        """Over all images so far; nan before the first."""
+        return self.tokens / self.passes if self.passes else float("nan")
+
     def note(self) -> str:
-        return f"{self.tokens / self.passes:.2f} tokens a pass" if self.passes else ""
+        return f"{self.tokens_per_pass:.2f} tokens a pass" if self.passes else ""
 
     def _begin(self, model: Transformer, labels, keys, scales, settings: SampleSettings, keep: bool) -> _Work:
         """After the first pass, of the class token: one exact token, whose copies are the first guesses. keep: in the

@@ -21,8 +21,8 @@ Step = Callable[[], object]
 
 class StaticSteps:
     """A decoder: see generate.Decoder. The cache is read up to a multiple of REACH slots, so that a few graphs serve
-    all tokens. Graphs and memory are kept for later batches of at most this size; they are rebuilt if the batch grows or
-    the settings change."""
+    all tokens. Graphs and memory are kept for later batches of at most this size; they are rebuilt if the batch grows
+    or the settings change."""
 
     REACH = 64
 

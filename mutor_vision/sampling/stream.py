@@ -151,7 +151,8 @@ def bytes_per_image(loaded: LoadedModel) -> int:
     cache = 2 * config.layers * 2 * config.num_tokens * config.dim * dtype.itemsize
     # Logits of both streams, guided, filtered, as probabilities, and four buffers of noise, all of four bytes; a
     # forecast has them for every input of a pass.
-    inputs = loaded.decoding.get("window", 1) + loaded.decoding.get("drafts", 0)
+    made = loaded.decoding
+    inputs = made["window"] + made["drafts"] if made["decode"] == "forecast" else 1
     return cache + inputs * config.vocab_size * (5 + 4) * 4
 
 
