@@ -204,7 +204,7 @@ def test_the_demo_goes_through_every_stage(command, starts_are_forked, tmp_path,
     monkeypatch.setattr(os, "cpu_count", lambda: 2)  # two ranks
     result = command("train/demo.py", "--out", tmp_path, "--tokenizer-steps", 3, "--steps", 20, "--samples", 40)
     assert result.code == 0, result.out[-2000:] + result.err[-2000:]
-    assert len(starts_are_forked) == 10
+    assert len(starts_are_forked) == 12
     page = (tmp_path / "report.html").read_text()
     assert str(tmp_path / "report.html") in result.out
     for picture in (
