@@ -17,6 +17,9 @@ from mutor_vision.config import RegisterConfig, TransformerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
+# A process is forked only if autograd has no threads. It starts one for each device that it sees at its first backward
+# pass, so the first is here, before a test of another order pretends that there are devices.
+torch.ones(1, requires_grad=True).backward()
 # torch waits this long, in seconds, for a reading process whose reader has stopped early; 5 by default.
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1
 
@@ -219,6 +222,8 @@ def forked(tmp_path_factory):
     """forked("train/imagenet.py", ..., ranks=2) or forked(function) -> Finished, with what all of them printed as out:
     the same in processes that are forked from this one, so that none has to start Python and import torch. Two ranks
     find each other as those of torchrun, which test_doors starts for real."""
+    if torch.cuda.is_available():
+        pytest.skip("CUDA cannot be used in a forked process; to run this test, set CUDA_VISIBLE_DEVICES=")
 
     def run(*work, ranks: int = 1, seconds: float = 120) -> Finished:
         function = work[0] if callable(work[0]) else lambda: _enter(work)
