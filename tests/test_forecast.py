@@ -98,6 +98,7 @@ def test_a_perfect_forecast_takes_one_pass_a_window():
     assert forecast.passes <= 16 * (1 + 1 + 2 * 3)
 
 
+@pytest.mark.slow
 def test_the_law_is_the_models():
     """Codes of 200,000 images of two tokens, with guidance, against what the model says of every pair."""
     torch.manual_seed(1)

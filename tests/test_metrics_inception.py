@@ -78,6 +78,7 @@ def test_fid_is_and_kid_equal_torch_fidelitys(extracted, weights_file):
     assert kid.mean == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_distance_of_few_images_is_exact(extracted):
     """With n images the trace term is the nuclear norm of an n x n product of the features themselves."""
     centred = [(x.rows["pool"].double() - x.rows["pool"].double().mean(0)) / 5**0.5 for x in extracted]
@@ -88,6 +89,7 @@ def test_distance_of_few_images_is_exact(extracted):
     assert found == pytest.approx(exact.item(), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_spatial_features_are_the_first_seven_channels_last(inception, extracted):
     seen = {}
     hook = inception.network.Mixed_6d.branch1x1.register_forward_hook(lambda *call: seen.update(output=call[2]))
@@ -101,6 +103,7 @@ def test_spatial_features_are_the_first_seven_channels_last(inception, extracted
     assert torch.allclose(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_batches_of_one_and_fifty_give_the_same_fid(inception, extracted):
     reference = frechet.root(extracted[1].moments["pool"].total())
     one = extract(TensorImages(1), inception, ALONE, batch=1)
