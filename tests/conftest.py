@@ -254,13 +254,14 @@ def starts_are_forked(forked, monkeypatch):
     """Programs that start our commands by subprocess.run get them forked. -> the list of what was started."""
     started, two = [], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
-    def run(words, **_):
+    def run(words, check=False, **_):
         python, *words = map(str, words)
         assert python == sys.executable
         words, ranks = (words[len(two) :], 2) if words[: len(two)] == two else (words, 1)
         words = ["mutor", *words[2:]] if words[:2] == ["-m", "mutor_vision"] else words
         started.append(words)
         done = forked(*words, ranks=ranks)
+        assert not (check and done.code), done.out
         return subprocess.CompletedProcess(words, done.code, done.out, "")
 
     monkeypatch.setattr(subprocess, "run", run)

@@ -165,7 +165,9 @@ def test_the_page_and_the_plan_count_the_same(experiments):
 
 
 @pytest.mark.slow
-def test_a_folder_of_images_becomes_a_page_and_a_killed_grid_goes_on(tmp_path, experiments, monkeypatch):
+def test_a_folder_of_images_becomes_a_page_and_a_killed_grid_goes_on(
+    tmp_path, experiments, starts_are_forked, monkeypatch
+):
     """The whole way at toy size: tokenizer, codes, features, two objectives, page; then again, with one result lost."""
     from PIL import Image
 
