@@ -17,6 +17,7 @@ from mutor_vision.training.cost import (
     RESERVED,
     Accelerator,
     autocast,
+    auxiliary_cost,
     flops,
     memory,
     parameters,
@@ -44,9 +45,9 @@ def plan(name: str, config: TrainConfig, gpu: str, gpus: int, mfu: float) -> dic
         raise UserError(f"micro_batch is {config.micro_batch}, expected 0 to batch_size / GPUs, {local}")
     accelerator = this_machine(gpus) if on_cpu else ACCELERATORS[gpu]
     peak = 1e12 * (accelerator.bfloat16 if autocast(config, on_cpu) else accelerator.float32)
-    needed, added = flops(config), {name: own.cost(config.model) for name, own in config.auxiliaries.items()}
-    inputs = {"tokens": config.model.num_tokens} | {name: cost.inputs for name, cost in added.items()}
-    next_token = flops(dataclasses.replace(config, **{name: type(own)() for name, own in config.auxiliaries.items()}))
+    losses, needed = config.auxiliaries, flops(config)
+    inputs = {"tokens": config.model.num_tokens} | {name: own.cost(config.model).inputs for name, own in losses.items()}
+    next_token = flops(dataclasses.replace(config, **{name: type(own)() for name, own in losses.items()}))
     computed = needed.training + (needed.blocks + needed.attention) * config.activation_checkpointing
     images, images_per_second = config.steps * config.batch_size, gpus * mfu * peak / computed
     usable = (1 - RESERVED) * accelerator.memory * GIB
@@ -56,7 +57,7 @@ def plan(name: str, config: TrainConfig, gpu: str, gpus: int, mfu: float) -> dic
         "preset": name, "gpu": gpu, "gpus": gpus, "parallel": config.parallel,
         "precision": "bfloat16" if autocast(config, on_cpu) else "float32",
         "parameters": {**dataclasses.asdict(count := parameters(config.model)), "total": count.total},
-        "inputs": inputs, "extra_blocks": sum(cost.blocks for cost in added.values()),
+        "inputs": inputs, "extra_blocks": auxiliary_cost(config).blocks,
         "flops_per_image": {
             **dataclasses.asdict(needed), "forward": needed.forward, "training": needed.training,
             "with_recomputation": computed, "relative_to_next_token": needed.training / next_token.training,

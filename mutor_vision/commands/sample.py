@@ -18,7 +18,6 @@ from mutor_vision.data import images
 from mutor_vision.errors import UserError
 from mutor_vision.names import match_class, parse_classes
 from mutor_vision.runtime import finish, start
-from mutor_vision.sampling.forecast import Forecast
 from mutor_vision.sampling.load import LoadedModel, load
 from mutor_vision.sampling.stream import default_batch_size, label_plan, sample_in_order, sample_stream, spread_classes
 from mutor_vision.storage.files import written
@@ -132,7 +131,7 @@ def _write_set(loaded, settings, arguments, out: Path, batch_size: int) -> None:
             for index, image in zip(indices, part, strict=True):
                 images.to_pil(image).save(partial / f"{index:06d}.png")
             bar.update(min(len(part) * runtime.world_size, num - bar.n))
-            bar.set_postfix_str(loaded.decoder.note())
+            bar.set_postfix_str(_pace(loaded))
         bar.close()
         runtime.barrier()
         if runtime.is_main:
@@ -140,16 +139,21 @@ def _write_set(loaded, settings, arguments, out: Path, batch_size: int) -> None:
     if runtime.is_main:
         # Beside the set rather than in it, so that the set is images and nothing else.
         record["labels_of_images"] = labels.tolist()
-        if isinstance(loaded.decoder, Forecast):
+        if loaded.decoder.tokens_per_pass != 1:
             record["tokens_per_pass"] = round(loaded.decoder.tokens_per_pass, 3)  # of the first process's images
         with written(out.with_name(out.name + ".json")) as partial:
             partial.write_text(json.dumps(record) + "\n")
         print(f"{out}: {num} images, {arguments.labels} labels, seed {arguments.seed}; how they were made: {out}.json")
 
 
+def _pace(loaded: LoadedModel) -> str:
+    rate = loaded.decoder.tokens_per_pass
+    return "" if rate == 1 else f"{rate:.2f} tokens a pass"
+
+
 def _progress(parts: Iterator[Tensor], total: int, loaded: LoadedModel) -> Iterator[Tensor]:
     with tqdm(total=total, unit=" images", disable=not loaded.runtime.is_main, dynamic_ncols=True) as bar:
         for part in parts:
             bar.update(len(part))
-            bar.set_postfix_str(loaded.decoder.note())
+            bar.set_postfix_str(_pace(loaded))
             yield part

@@ -26,6 +26,7 @@ class Auxiliary(nn.Module):
         """own: its settings in config. Raises UserError for what the grid or the model cannot carry."""
         super().__init__()
         self.own, self.steps = own, config.steps
+        self.targets_of_an_image = own.cost(config.model).targets
 
     def extend(
         self, sequence: TrainingSequence, codes: Tensor, *, seed: int, sample_index: np.ndarray, step: int
@@ -35,8 +36,9 @@ class Auxiliary(nn.Module):
         return sequence
 
     def count(self, sequence: TrainingSequence) -> int:
-        """Targets of `forward` in this sequence, known without waiting for the device."""
-        raise NotImplementedError
+        """Targets of `forward` in this sequence, known without waiting for the device. By default those of the
+        configuration's cost; a loss that leaves some out counts the rest itself."""
+        return len(sequence.targets) * self.targets_of_an_image
 
     def forward(self, states: dict[str, Tensor], sequence: TrainingSequence, transformer: Transformer) -> Tensor:
         """The loss summed over its targets, a scalar. states: 'last', the normalised last hidden states (B, T, C), of

@@ -41,10 +41,6 @@ class ParallelHeads(Auxiliary):
             outputs.append(ahead[:, : hidden.shape[1] - k + 1])
         return outputs
 
-    def count(self, sequence: TrainingSequence) -> int:
-        slots = range(sequence.num_regular, sequence.num_regular - len(self.blocks), -1)
-        return len(sequence.targets) * sum(n - 1 for n in slots)
-
     def forward(self, states: dict[str, Tensor], sequence: TrainingSequence, transformer: Transformer) -> Tensor:
         n, head = sequence.num_regular, transformer.head.weight
         terms = [

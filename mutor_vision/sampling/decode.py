@@ -15,6 +15,8 @@ from mutor_vision.sampling.draw import SampleSettings, draw, filtered_probabilit
 class Plain:
     """One token after another, in shapes that grow. A decoder: see generate.Decoder."""
 
+    tokens_per_pass = 1.0
+
     def decode(self, model: Transformer, labels: Tensor, keys: Tensor, scales: list[float], settings: SampleSettings,
                count: int) -> Tensor:  # fmt: skip
         batch, num_guided = len(labels), num_guided_tokens(scales)
@@ -33,9 +35,6 @@ class Plain:
             if i + 1 < num_guided:
                 tokens = both_streams(tokens)
         return codes
-
-    def note(self) -> str:
-        return ""
 
 
 def next_codes(model, tokens, labels, positions, cache, scale, keys, settings) -> Tensor:

@@ -27,7 +27,7 @@ from mutor_vision.model.transformer import Transformer, compute_dtype
 from mutor_vision.objectives.registers import offset_pairs, raster_offset
 from mutor_vision.sampling.decode import both_streams, guided, next_codes, num_guided_tokens, streams
 from mutor_vision.sampling.draw import SampleSettings, draw, filtered_probabilities
-from mutor_vision.sampling.static import Step, record_graph
+from mutor_vision.sampling.static import Step, recorder_on
 
 
 @dataclass
@@ -62,13 +62,12 @@ class Forecast:
             raise UserError(f"window is {window} and drafts {drafts}, expected 1 or more, and 0 or more")
         self.window, self.drafts = window, drafts
         self.passes = self.tokens = 0
-        self._record, self._kept, self._made_for = record, None, None
+        self._record, self._recorder = record, None
+        self._kept, self._made_for = None, None
 
     def decode(self, model, labels, keys, scales, settings, count) -> Tensor:
         """As decode.Plain.decode."""
-        record = self._record
-        if record is None and labels.device.type == "cuda":
-            record = partial(record_graph, pool=torch.cuda.graph_pool_handle())
+        self._recorder = record = self._recorder or recorder_on(labels.device, self._record)
         batch, guided_until = len(labels), num_guided_tokens(scales)
         work = self._begin(model, labels, keys, scales, settings, keep=record is not None)
         cache, slots = work.cache, work.cache.keys[0].shape[2]
@@ -89,10 +88,12 @@ class Forecast:
                     forecast_step, model, cache, work.tokens, work.start, work.keys, work.scales, guided_until, reach,
                     settings, self.window, self.drafts,
                 )  # fmt: skip
-                before = work.tokens.clone(), work.start.clone()
-                work.steps[reach, bool(guided_until)] = record(step) if record else step
-                work.tokens.copy_(before[0])  # recording takes the step a few times, and a step moves on
-                work.start.copy_(before[1])
+                if record:  # takes the step a few times, and a step moves on
+                    tokens, start = work.tokens.clone(), work.start.clone()
+                    step = record(step)
+                    work.tokens.copy_(tokens)
+                    work.start.copy_(start)
+                work.steps[reach, bool(guided_until)] = step
             work.steps[reach, bool(guided_until)]()
             self.passes += going
         codes[work.images] = work.tokens[:, 1 : count + 1]
@@ -100,11 +101,7 @@ class Forecast:
 
     @property
     def tokens_per_pass(self) -> float:
-        """Over all images so far; nan before the first."""
-        return self.tokens / self.passes if self.passes else float("nan")
-
-    def note(self) -> str:
-        return f"{self.tokens_per_pass:.2f} tokens a pass" if self.passes else ""
+        return self.tokens / self.passes if self.passes else 1.0
 
     def _begin(self, model: Transformer, labels, keys, scales, settings: SampleSettings, keep: bool) -> _Work:
         """After the first pass, of the class token: one exact token, whose copies are the first guesses. keep: in the
@@ -179,8 +176,9 @@ class Either:
         chosen = self._forecast if len(labels) <= self._up_to else self._other
         return chosen.decode(model, labels, keys, scales, settings, count)
 
-    def note(self) -> str:
-        return self._forecast.note()
+    @property
+    def tokens_per_pass(self) -> float:
+        return self._forecast.tokens_per_pass
 
 
 def most_drafts(config: TrainConfig) -> int:

@@ -19,15 +19,14 @@ from mutor_vision.sampling.draw import SampleSettings, guidance_scales, noise_ke
 class Decoder(Protocol):
     """How codes are drawn. All decoders draw the codes that decode.Plain draws; they differ in how they get there."""
 
+    tokens_per_pass: float  # over the images that this process has drawn so far; 1 before the first
+
     def decode(
         self, model: Transformer, labels: Tensor, keys: Tensor, scales: list[float], settings: SampleSettings,
         count: int,
     ) -> Tensor:  # fmt: skip
         """labels (B,), noise keys (B, N, 2) of draw.noise_keys, the guidance scale of each of N tokens -> the first
         `count` codes (B, count) int64."""
-
-    def note(self) -> str:
-        """For a progress line: what it has done so far in a few words, or ''."""
 
 
 @torch.no_grad()

@@ -112,24 +112,27 @@ def load(
 
 def _decoder(decoding: Decoding, config: TrainConfig, runtime: Runtime) -> tuple[Decoder, dict]:
     """The decoder, and what it is."""
-    if decoding.compile == "off" or (decoding.compile == "auto" and runtime.device.type != "cuda"):
-        plain, described = Plain(), {"draw": LAW, "decode": "plain"}
-    else:
-        plain = StaticSteps("inductor" if decoding.compile == "on" else "")
-        described = {"draw": LAW, "decode": "plain", "compile": decoding.compile}
     up_to = FORECAST_UP_TO.get(runtime.device.type, 0)
-    if decoding.decode == "forecast" or (decoding.decode == "auto" and up_to):
-        most = most_drafts(config)
-        drafts = min(most, 2) if decoding.drafts < 0 else decoding.drafts
-        if drafts > most:
-            raise UserError(f"drafts is {drafts}, expected at most {most}: the model has learnt no registers for "
-                            "tokens further ahead")  # fmt: skip
-        forecast = Forecast(decoding.window, drafts)
-        described |= {"decode": decoding.decode, "window": decoding.window, "drafts": drafts}
-        if decoding.decode == "forecast":
-            return forecast, described
-        return Either(forecast, plain, up_to), described | {"forecast_up_to": up_to}
-    return plain, described
+    if decoding.decode == "plain" or (decoding.decode == "auto" and not up_to):
+        return _plain_decoder(decoding, runtime)
+    most = most_drafts(config)
+    drafts = min(most, 2) if decoding.drafts < 0 else decoding.drafts
+    if drafts > most:
+        raise UserError(f"drafts is {drafts}, expected at most {most}: the model has learnt no registers for tokens "
+                        "further ahead")  # fmt: skip
+    forecast = Forecast(decoding.window, drafts)
+    described = {"draw": LAW, "decode": decoding.decode, "window": decoding.window, "drafts": drafts}
+    if decoding.decode == "forecast":
+        return forecast, described
+    plain, of_plain = _plain_decoder(decoding, runtime)
+    return Either(forecast, plain, up_to), of_plain | described | {"forecast_up_to": up_to}
+
+
+def _plain_decoder(decoding: Decoding, runtime: Runtime) -> tuple[Decoder, dict]:
+    if decoding.compile == "off" or (decoding.compile == "auto" and runtime.device.type != "cuda"):
+        return Plain(), {"draw": LAW, "decode": "plain"}
+    steps = StaticSteps("inductor" if decoding.compile == "on" else "")
+    return steps, {"draw": LAW, "decode": "plain", "compile": decoding.compile}
 
 
 def training_model(transformer: Transformer, run: Path, config: TrainConfig, runtime: Runtime) -> LoadedModel:

@@ -25,6 +25,7 @@ class StaticSteps:
     or the settings change."""
 
     REACH = 64
+    tokens_per_pass = 1.0
 
     def __init__(self, backend: str = "", record: Callable[[Step], Step] | None = None):
         """backend: torch.compile's for each step; '' = none; 'inductor' fuses the small kernels, at the price of some
@@ -57,9 +58,6 @@ class StaticSteps:
             self._recorded(model, settings, reach, i < num_guided)()
         return self._codes[:batch, :count].clone()
 
-    def note(self) -> str:
-        return ""
-
     def _prepare(self, model, batch: int, keys: Tensor, scales: list[float], settings: SampleSettings) -> None:
         device, dtype = keys.device, compute_dtype(model.token_embedding.weight)
         made_for = (model, settings, dtype)
@@ -73,10 +71,7 @@ class StaticSteps:
         self._keys = torch.zeros(batch, len(scales), 2, dtype=torch.int32, device=device)
         self._scales = torch.tensor(scales, device=device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
-        record = self._record
-        if record is None and device.type == "cuda":
-            record = partial(record_graph, pool=torch.cuda.graph_pool_handle())
-        self._recorder = record or (lambda step: step)
+        self._recorder = recorder_on(device, self._record) or (lambda step: step)
 
     def _recorded(self, model, settings, reach: int, guided: bool) -> Step:
         if (reach, guided) not in self._steps:
@@ -102,6 +97,14 @@ def static_step(
         keys.index_select(1, position)[:, 0], settings,
     )  # fmt: skip
     codes.index_copy_(1, position, drawn[:, None])
+
+
+def recorder_on(device: torch.device, record: Callable[[Step], Step] | None) -> Callable[[Step], Step] | None:
+    """record if it is given; else what makes CUDA graphs, which share one pool of memory; None where there is no CUDA
+    and steps are taken as they are."""
+    if record is None and device.type == "cuda":
+        return partial(record_graph, pool=torch.cuda.graph_pool_handle())
+    return record
 
 
 def record_graph(step: Step, pool) -> Step:
