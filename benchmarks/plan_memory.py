@@ -22,7 +22,7 @@ from report import machine, table, write
 
 from mutor_vision.cli import Parser, run_command
 from mutor_vision.commands.plan import plan
-from mutor_vision.config import RegisterConfig, TrainConfig, TransformerConfig
+from mutor_vision.config import ParallelHeadsConfig, RegisterConfig, TrainConfig, TransformerConfig
 from mutor_vision.settings import from_dict, to_dict
 from mutor_vision.training.cost import GIB
 
@@ -39,6 +39,7 @@ VARIANTS = {
     "bfloat16, 64 registers": {"registers": RegisterConfig("2d", 64), "precision": "bfloat16"},
     "recomputed, 64 registers": {"registers": RegisterConfig("2d", 64), "activation_checkpointing": True},
     "micro_batch a quarter": {"micro_batch": 4},
+    "3 parallel heads": {"parallel_heads": ParallelHeadsConfig(3)},
 }
 
 
