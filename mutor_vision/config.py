@@ -75,11 +75,17 @@ class TokenizerTrainConfig(Settings):
     l2_weight: float = 1.0
     lpips_weight: float = 0.0  # needs `lpips_weights`; 0 = off, LlamaGen: 1
     lpips_weights: str = ""  # file of VGG16 and linear-head weights, see tokenizer/losses.py
+    perceptual_weight: float = 0.0  # needs `perceptual_network`; 0 = off
+    perceptual_network: str = ""  # timm:NAME[@SIZE]: images resized to SIZE pixels, without it as they are
+    perceptual_weights: str = ""  # file of its weights under timm's names, '' = timm's own, downloaded
+    perceptual_stages: tuple[int, ...] = (0, 1, 2, 3)  # of the network, that are compared; timm counts them from 0
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25
     entropy_weight: float = 0.0  # 0 = off
     adversarial_weight: float = 0.0  # 0 = no discriminator, LlamaGen: 0.5
     adversarial_start: int = 20_000  # optimizer step at which the discriminator begins
+    discriminator_width: int = 64  # channels of its first layer
+    discriminator_layers: int = 3  # that halve the image or widen; 3: patches of 70 pixels, 2: of 34
     quantize_after: int = 0  # optimizer step at which codes replace latents in the decoder, 0 = from the start
     dead_code_steps: int = 0  # re-seed a code unused for this many steps, 0 = off
     ema_decay: float = 0.999  # 0 = no EMA
@@ -92,13 +98,16 @@ class TokenizerTrainConfig(Settings):
     save_every: int = 1000  # steps, 0 = only at the end
     keep: int = 2  # checkpoints kept, at least 2
 
-    _absent_in = {1: {"val_images": 2000, "quantize_after": 0}, 2: {"model.quantizer": "vq"}}
+    _absent_in = {1: {"val_images": 2000, "quantize_after": 0}, 2: {"model.quantizer": "vq"},
+                  3: {"perceptual_weight": 0.0, "perceptual_network": "", "perceptual_weights": "",
+                      "perceptual_stages": (0, 1, 2, 3), "discriminator_width": 64, "discriminator_layers": 3}}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("steps batch_size lr")
         self._require_not_negative(
-            "l1_weight l2_weight lpips_weight codebook_weight commitment_weight entropy_weight adversarial_weight clip "
+            "l1_weight l2_weight lpips_weight perceptual_weight codebook_weight commitment_weight entropy_weight "
+            "adversarial_weight clip "
             "workers dead_code_steps quantize_after adversarial_start warmup_steps val_images log_every val_every "
             "sample_every save_every"
         )
@@ -109,6 +118,11 @@ class TokenizerTrainConfig(Settings):
         self._require("keep", lambda keep: keep >= 2, "2 or more: the newest checkpoint may turn out damaged")
         self._require_one_of("schedule", "constant", "cosine")
         self._require_one_of("precision", "auto", "float32", "bfloat16")
+        self._require_positive("discriminator_width discriminator_layers")
+        if self.perceptual_network and not self.perceptual_network.startswith("timm:"):
+            raise UserError(f"perceptual_network is '{self.perceptual_network}', expected timm:NAME or timm:NAME@SIZE")
+        if self.perceptual_weight > 0 and not self.perceptual_network:
+            raise UserError("perceptual_weight is above 0 and needs perceptual_network=timm:NAME")
         if self.adversarial_weight > 0 and self.model.image_size < 24:
             raise UserError(f"adversarial_weight needs 24 pixels or more, image_size is {self.model.image_size}")
 

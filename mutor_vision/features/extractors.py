@@ -12,16 +12,15 @@ An extractor is a module with
 import difflib
 import json
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor, nn
 
-from mutor_vision.errors import DataError, IntegrityError, UserError
+from mutor_vision.errors import IntegrityError, UserError
 from mutor_vision.storage.checkpoint import load_strictly
-from mutor_vision.storage.downloads import check_cache, ending_downloads, host_answers
 from mutor_vision.storage.files import read_json, sha256, state_sha256
 from mutor_vision.storage.foreign import read_state
+from mutor_vision.storage.timm_networks import short, timm_network
 
 
 class TimmFeatures(nn.Module):
@@ -92,103 +91,18 @@ def load_extractor(features: str, weights: str | None = None, allow_unknown: boo
 
 
 def load_timm(name: str, weights: str | None = None) -> TimmFeatures:
-    """'NAME' or 'NAME@SIZE' (pixels; without it the model's own input size)."""
+    """'NAME' or 'NAME@SIZE' (pixels; without it the model's own input size). weights: as in `timm_network`."""
     import timm
 
-    name, _, size_text = name.partition("@")
-    if size_text and not (size_text.isascii() and size_text.isdigit() and 1 <= int(size_text) <= 4096):
-        raise UserError(f"size in 'timm:{name}@{size_text}' is '{size_text}', expected pixels, as in timm:{name}@224")
-    elsewhere = name.startswith(("hf-hub:", "local-dir:"))
-    if not elsewhere and not timm.is_model(name.split(".")[0]):
-        close = difflib.get_close_matches(name, timm.list_models() + timm.list_models(pretrained=True), n=1)
-        raise UserError(f"timm has no model '{name}'" + (f"; did you mean '{close[0]}'?" if close else ""))
-    try:
-        config = timm.get_pretrained_cfg(name) if not elsewhere else None
-    except RuntimeError:
-        tags = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*")[:8])
-        raise UserError(f"timm has no weights '{name}'; it has {tags or 'none of this model'}") from None
-    sized = {"img_size": int(size_text)} if size_text and (config is None or config.fixed_input_size) else {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if weights in (None, "random"):
-            model = _create(name, config, sized, pretrained=weights is None)
-        else:
-            model = _create_from_file(name, config, sized, weights)
-    identity = {"name": f"timm:{name}", "weights": weights if weights in (None, "random") else "file"}
-    identity["weights"] = identity["weights"] or f"pretrained {model.pretrained_cfg.get('tag', '')}".strip()
-    if weights not in (None, "random") and Path(weights).is_file():
-        identity["weights_sha256"] = sha256(Path(weights))
-    identity["state_sha256"] = state_sha256(model.state_dict())
-    settings = timm.data.resolve_model_data_config(model)
-    size = int(size_text) if size_text else settings["input_size"][-1]
+    network = timm_network(name, weights)
+    is_random = weights == "random"
     class_names = ()
-    if not isinstance(model.get_classifier(), nn.Identity) and model.num_classes == 1000 and weights != "random":
-        class_names = tuple(timm.data.ImageNetInfo("imagenet-1k").label_names())
+    if not isinstance(network.model.get_classifier(), nn.Identity) and network.model.num_classes == 1000:
+        class_names = () if is_random else tuple(timm.data.ImageNetInfo("imagenet-1k").label_names())
     return TimmFeatures(
-        model, size, settings["mean"], settings["std"], identity=identity, class_names=class_names,
-        is_random=weights == "random",
+        network.model, network.size, network.mean, network.std, identity=network.identity, class_names=class_names,
+        is_random=is_random,
     )  # fmt: skip
-
-
-def _create(name: str, config, sized: dict, pretrained: bool) -> nn.Module:
-    """A timm model. When the hub's host does not answer, its cache is used at once, without the client's retries."""
-    import huggingface_hub.constants as hub
-    import timm
-
-    from_hub = name.startswith("hf-hub:") or (config is not None and config.hf_hub_id)
-    address = hub.ENDPOINT if from_hub else config.url or "" if config is not None else ""
-    wanted = (pretrained and bool(address)) or name.startswith("hf-hub:")
-    answers = host_answers(address) if wanted else True
-    offline, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE or not answers
-    try:
-        if wanted and not answers and not from_hub and not _in_torch_hub(address):
-            raise OSError(f"{urlsplit(address).hostname} does not answer")
-        with ending_downloads():
-            return timm.create_model(name, pretrained=pretrained, **sized)
-    except Exception as error:  # the hub's client and timm raise many kinds
-        if not wanted:
-            raise UserError(f"timm cannot make '{name}' ({_short(error)}); give another, or --weights FILE") from None
-        if answers and from_hub:
-            check_cache(Path(hub.HF_HUB_CACHE), "HF_HOME")
-        elif answers:
-            check_cache(Path(torch.hub.get_dir()), "TORCH_HOME")
-        reason = _short(error) if answers else f"{urlsplit(address).hostname} does not answer, and they are not cached"
-        raise DataError(
-            f"cannot get the weights of timm model '{name}' ({reason}); pass --weights FILE with a copy of them"
-        ) from None
-    finally:
-        hub.HF_HUB_OFFLINE = offline
-
-
-def _create_from_file(name: str, config, sized: dict, weights: str) -> nn.Module:
-    """A timm model with the weights of a file. Tensors have timm's names, or the names of the model's first publication
-    where timm can convert them. timm resizes position embeddings to the image size."""
-    import timm
-
-    state = read_state(weights)
-    model = _create(name, config, sized, pretrained=False)
-    own = {key: value.shape for key, value in model.state_dict().items()}
-    if config is not None and own != {key: value.shape for key, value in state.items()}:
-        for key, value in state.items():
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                raise IntegrityError(f"{weights}: '{key}' holds values that are not finite; download it again")
-        try:
-            given = {"state_dict": dict(state)}
-            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=given, **sized)
-            model.pretrained_cfg.pop("state_dict")
-            return model
-        except Exception:  # timm's conversion fails in many ways on names that it does not know
-            pass  # load_strictly below names the tensor that is missing
-    load_strictly(model, state, weights)
-    return model
-
-
-def _in_torch_hub(url: str) -> bool:
-    return (Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name).is_file()
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def load_trained(folder: Path) -> TimmFeatures:
@@ -256,7 +170,7 @@ def create_small(architecture: str, num_classes: int, settings: dict) -> nn.Modu
     try:
         return timm.create_model(architecture, pretrained=False, num_classes=num_classes, **settings)
     except Exception as error:  # timm raises many kinds for settings that a model does not have
-        raise UserError(f"timm cannot make '{architecture}' with {settings}: {_short(error)}") from None
+        raise UserError(f"timm cannot make '{architecture}' with {settings}: {short(error)}") from None
 
 
 def identity_text(extractor: nn.Module) -> str:

@@ -15,7 +15,9 @@ the heads are lpips/weights/v0.1/vgg.pth of github.com/richzhang/PerceptualSimil
 """
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -26,17 +28,18 @@ from mutor_vision.config import TokenizerTrainConfig
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
 from mutor_vision.storage import checkpoint
 from mutor_vision.tokenizer.model import Reconstruction
+from mutor_vision.tokenizer.perceptual import TimmDistance
 
 ENTROPY_TEMPERATURE = 0.01  # LlamaGen's
 
 
 def generator_losses(
-    images: Tensor, reconstruction: Reconstruction, config: TokenizerTrainConfig, lpips: nn.Module | None = None,
-    fake_scores: Tensor | None = None,
+    images: Tensor, reconstruction: Reconstruction, config: TokenizerTrainConfig,
+    distances: Mapping[str, nn.Module] = MappingProxyType({}), fake_scores: Tensor | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Terms of the autoencoder's loss, not weighted, and their weighted sum 'loss', all 0-dim float32.
 
-    images: (B, 3, H, W) in [-1, 1]; lpips: an LPIPS module when lpips_weight > 0; fake_scores: the discriminator's
+    images: (B, 3, H, W) in [-1, 1]; distances: of `perceptual_distances`; fake_scores: the discriminator's
     scores of the reconstructions, None before adversarial_start."""
     error = reconstruction.images.float() - images.float()
     quantized = reconstruction.quantized
@@ -48,12 +51,24 @@ def generator_losses(
     ]
     if config.entropy_weight > 0:
         weighted.append(("entropy", config.entropy_weight, quantized.entropy_loss))
-    if lpips is not None:
-        weighted.append(("lpips", config.lpips_weight, lpips(images, reconstruction.images).mean()))
+    for name, distance in distances.items():
+        weighted.append((name, getattr(config, f"{name}_weight"), distance(images, reconstruction.images).mean()))
     if fake_scores is not None:
         weighted.append(("adversarial", config.adversarial_weight, -fake_scores.float().mean()))
     terms = {name: value for name, _, value in weighted}
     return {"loss": sum(weight * value for _, weight, value in weighted), **terms}
+
+
+def perceptual_distances(config: TokenizerTrainConfig) -> nn.ModuleDict:
+    """The frozen networks that a configuration asks for, by the name of their loss: images twice -> (B,) distances."""
+    distances = nn.ModuleDict()
+    if config.lpips_weight > 0:
+        distances["lpips"] = LPIPS(config.lpips_weights)
+    if config.perceptual_weight > 0:
+        distances["perceptual"] = TimmDistance(
+            config.perceptual_network, config.perceptual_weights, config.perceptual_stages
+        )
+    return distances
 
 
 def discriminator_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:

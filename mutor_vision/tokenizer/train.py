@@ -74,10 +74,10 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
 
         ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=config.betas, fused=True)
-    lpips = losses.LPIPS(config.lpips_weights).to(device) if config.lpips_weight > 0 else None
+    distances = losses.perceptual_distances(config).to(device)
     discriminator = optimizer_d = None
     if config.adversarial_weight > 0:
-        discriminator = losses.PatchDiscriminator().to(device)
+        discriminator = losses.PatchDiscriminator(config.discriminator_width, config.discriminator_layers).to(device)
         optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=config.lr, betas=config.betas, fused=True)
     idle_steps = torch.zeros(config.model.codebook_size, dtype=torch.int64, device=device)
     weights = {"model": model, "ema": ema and ema.module, "discriminator": discriminator}
@@ -142,7 +142,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
                 if adversarial:
                     discriminator.requires_grad_(False)  # it scores here, and is trained below
                 fake_scores = discriminator(reconstruction.images) if adversarial else None
-                terms = losses.generator_losses(images, reconstruction, config, lpips, fake_scores)
+                terms = losses.generator_losses(images, reconstruction, config, distances, fake_scores)
             _update(optimizer, terms["loss"], rate, config.clip)
 
             # The discriminator.
