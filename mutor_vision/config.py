@@ -98,9 +98,18 @@ class TokenizerTrainConfig(Settings):
     save_every: int = 1000  # steps, 0 = only at the end
     keep: int = 2  # checkpoints kept, at least 2
 
-    _absent_in = {1: {"val_images": 2000, "quantize_after": 0}, 2: {"model.quantizer": "vq"},
-                  3: {"perceptual_weight": 0.0, "perceptual_network": "", "perceptual_weights": "",
-                      "perceptual_stages": (0, 1, 2, 3), "discriminator_width": 64, "discriminator_layers": 3}}
+    _absent_in = {
+        1: {"val_images": 2000, "quantize_after": 0},
+        2: {"model.quantizer": "vq"},
+        3: {
+            "perceptual_weight": 0.0,
+            "perceptual_network": "",
+            "perceptual_weights": "",
+            "perceptual_stages": [0, 1, 2, 3],
+            "discriminator_width": 64,
+            "discriminator_layers": 3,
+        },
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import mse_loss
 
 from mutor_vision.config import TokenizerConfig, TokenizerTrainConfig
@@ -14,6 +15,7 @@ from mutor_vision.presets import TOKENIZERS
 from mutor_vision.storage import checkpoint
 from mutor_vision.tokenizer import losses
 from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer, tokenizer_identity
+from mutor_vision.tokenizer.perceptual import TimmDistance
 from mutor_vision.tokenizer.quantizer import VectorQuantizer, assignment_entropy, nearest, revive_dead_codes, usage
 from mutor_vision.tokenizer.reconstruction import psnr, side_by_side, ssim
 
@@ -266,6 +268,64 @@ def test_lpips_weights_that_are_not_are_named(lpips_weights, tmp_path):
     torch.save(tensors, tmp_path / "part.pt")
     with pytest.raises(MismatchError, match="lacks 'lin3.model.1.weight'"):
         losses.LPIPS(tmp_path / "part.pt")
+
+
+@pytest.fixture(scope="module")
+def timm_weights(tmp_path_factory):
+    """A small network with random weights, whose normalisation has something to do."""
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("test_efficientnet", pretrained=False)
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.uniform_(0.5, 1.5)
+    path = tmp_path_factory.mktemp("timm") / "model.safetensors"
+    save_file(model.state_dict(), path)
+    return path
+
+
+def test_the_perceptual_distance_is_that_of_timms_own_features(timm_weights):
+    """Against timm's feature extractor, a second way to the same layers, with the distance written out."""
+    import timm
+    from torchvision.transforms.v2.functional import InterpolationMode, resize
+
+    images, others = images_like(height=32, width=32), images_like(height=32, width=32, seed=1)
+    network = timm.create_model("test_efficientnet", pretrained=False, features_only=True, out_indices=(1, 3)).eval()
+    state = {name: value for name, value in load_file(timm_weights).items() if name in network.state_dict()}
+    network.load_state_dict(state)
+    mean, std = (torch.tensor(network.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    both = resize(torch.cat([images, others]) / 2 + 0.5, [48, 48], InterpolationMode.BICUBIC, antialias=True)
+    expected = torch.zeros(2)
+    for features in network((both - mean) / std):
+        unit = features / features.norm(dim=1, keepdim=True)
+        expected += (unit[:2] - unit[2:]).square().sum(1).flatten(1).mean(1)
+    distance = TimmDistance("timm:test_efficientnet@48", str(timm_weights), (1, 3))
+    assert torch.allclose(distance(images, others), expected, rtol=1e-4)
+    as_they_are = TimmDistance("timm:test_efficientnet", str(timm_weights), (1, 3))
+    assert not torch.allclose(as_they_are(images, others), expected)
+
+
+def test_the_perceptual_distance_trains_the_reconstruction_alone(timm_weights):
+    distance = TimmDistance("timm:test_efficientnet", str(timm_weights))
+    images, others = images_like(height=64, width=64).requires_grad_(), images_like(height=64, width=64, seed=1)
+    others.requires_grad_()
+    assert not distance(images, images).any()
+    distance(images, others).sum().backward()
+    assert images.grad is None and others.grad.abs().sum() > 0
+    distance.train()  # as a module within one that trains
+    assert not any(p.requires_grad for p in distance.parameters()) and not distance.network.training
+
+
+def test_perceptual_networks_that_do_not_serve_are_named(timm_weights):
+    with pytest.raises(UserError, match="perceptual_stages has 9, expected 0 to 4"):
+        TimmDistance("timm:test_efficientnet", str(timm_weights), (0, 9))
+    with pytest.raises(UserError, match="did you mean"):
+        TimmDistance("timm:test_eficientnet", str(timm_weights))
+    with pytest.raises(UserError, match="needs perceptual_network=timm:NAME"):
+        TokenizerTrainConfig(perceptual_weight=1.0)
+    with pytest.raises(UserError, match="expected timm:NAME"):
+        TokenizerTrainConfig(perceptual_weight=1.0, perceptual_network="vgg16")
 
 
 def test_psnr_and_ssim_of_known_images():

@@ -34,6 +34,9 @@ class TimmDistance(nn.Module):
         self.stages = list(stages)
         self.eval().requires_grad_(False)
 
+    def train(self, mode: bool = True) -> "TimmDistance":
+        return super().train(False)  # its normalisation keeps the statistics that its weights were trained with
+
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] twice -> (B,) float32 distances, 0 = equal. Gradients reach `others` alone."""
         with torch.no_grad():
