@@ -112,6 +112,14 @@ _TINY = TrainConfig(
     val_images=256, ema_decay=0.99, log_every=10, val_every=100, sample_every=200, save_every=100,
 )  # fmt: skip
 
+# A dozen classes of Tiny ImageNet at 64 pixels, 8x8 tokens of tiny-imagenet-8x8: experiments/pictures.py, hours on 2
+# CPU cores. A register at 20 of the 64 slots is the paper's 31 %. Figures in docs/pictures.md.
+_PICTURES = TrainConfig(
+    model=TransformerConfig(6, 4, 256), batch_size=32, lr=6e-4, steps=6000, warmup_steps=100, schedule="cosine",
+    val_images=600, ema_decay=0.999, log_every=50, val_every=500, sample_every=1000, save_every=500,
+)  # fmt: skip
+_PICTURES_OBJECTIVES = {"next-token": RegisterConfig(), "mutor-2d": RegisterConfig("2d", 20)}
+
 # scikit-learn's digits at 28 pixels, 7x7 tokens: `make demo`, on 2 CPU cores. Figures in its report. No dropout: 22
 # passes over the data do not overfit, and on a CPU it costs 40 % of the speed.
 _DIGITS = TrainConfig(
@@ -147,6 +155,7 @@ TRANSFORMERS: dict[str, TrainConfig] = (
     _imagenet256()
     | {f"own-{name}": replace(_OWN, registers=registers) for name, registers in _OBJECTIVES.items()}
     | {f"tiny-imagenet-{name}": replace(_TINY, registers=registers) for name, registers in _OBJECTIVES.items()}
+    | {f"pictures-{name}": replace(_PICTURES, registers=registers) for name, registers in _PICTURES_OBJECTIVES.items()}
     | {f"digits-{name}": replace(_DIGITS, registers=registers) for name, registers in _DIGITS_OBJECTIVES.items()}
     | _DRAFTERS
 )
