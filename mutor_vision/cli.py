@@ -150,6 +150,7 @@ COMMANDS = {
     "train": "a token set -> a transformer (train/imagenet.py)",
     "plot": "curves of trainings as a picture",
     "sample": "an image grid, or a set of images for evaluation",
+    "show": "a page in the browser: what a run draws, as it grows",
     "features": "train a feature network of one's own (eval/train_features.py)",
     "reference": "statistics of images to compare with (eval/reference.py)",
     "fid": "FID and the rest of ADM's suite, of images or of a run (eval/fid.py)",

@@ -3,6 +3,8 @@
 Legend: B images, R rows (B, or 2 B with the null class's stream), N = h * w tokens, V codebook size.
 """
 
+from collections.abc import Callable
+
 import torch
 from einops import repeat
 from torch import Tensor
@@ -16,6 +18,10 @@ class Plain:
     """One token after another, in shapes that grow. A decoder: see generate.Decoder."""
 
     tokens_per_pass = 1.0
+
+    def __init__(self, watch: Callable[[Tensor], None] | None = None):
+        """watch: called with the codes so far (B, i) after each token."""
+        self._watch = watch
 
     def decode(self, model: Transformer, labels: Tensor, keys: Tensor, scales: list[float], settings: SampleSettings,
                count: int) -> Tensor:  # fmt: skip
@@ -31,6 +37,8 @@ class Plain:
                 cache = cache.rows(batch)  # the null class's stream ends with the last guided token
             scale = scales[i] if i < num_guided else None
             codes[:, i] = next_codes(model, tokens, first, slots[:, i : i + 1], cache, scale, keys[:, i], settings)
+            if self._watch:
+                self._watch(codes[:, : i + 1])
             tokens, first = codes[:, i : i + 1], None
             if i + 1 < num_guided:
                 tokens = both_streams(tokens)

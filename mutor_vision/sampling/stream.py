@@ -59,7 +59,7 @@ def _launch(loaded, labels, indices, settings, seed) -> tuple[Tensor, torch.cuda
             loaded.transformer, to_device(labels, device), settings, seed=seed, indices=np.asarray(indices),
             decoder=loaded.decoder,
         )  # fmt: skip
-    decoded = torch.cat([_decode(loaded, part) for part in codes.split(DECODED_AT_ONCE[device.type])])
+    decoded = decode_images(loaded, codes)
     if device.type != "cuda":
         return decoded, None
     host = torch.empty(decoded.shape, dtype=decoded.dtype, pin_memory=True)
@@ -75,8 +75,13 @@ def _arrived(images: Tensor, event: torch.cuda.Event | None) -> Tensor:
     return images
 
 
-def _decode(loaded: LoadedModel, codes: Tensor) -> Tensor:
+def decode_images(loaded: LoadedModel, codes: Tensor) -> Tensor:
     """codes (B, h, w) -> uint8 (B, 3, H, W) on their device."""
+    at_once = DECODED_AT_ONCE[codes.device.type]
+    return torch.cat([_decoded(loaded, part) for part in codes.split(at_once)])
+
+
+def _decoded(loaded: LoadedModel, codes: Tensor) -> Tensor:
     tokenizer = loaded.tokenizer
     if not loaded.resize:
         return images.to_uint8(tokenizer.decode(codes))
