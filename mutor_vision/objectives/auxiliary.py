@@ -16,8 +16,8 @@ from mutor_vision.objectives.sequence import TrainingSequence
 
 
 class Auxiliary(nn.Module):
-    """One loss. Its parameters and buffers are trained with the transformer and kept in a checkpoint as
-    NAME.safetensors; a loss without any is also computed on held-out images."""
+    """One loss. Its parameters are trained with the transformer where they require a gradient, and they and its buffers
+    are kept in a checkpoint as NAME.safetensors; a loss without any is also computed on held-out images."""
 
     name = ""  # of the loss in the log, and of the file of weights
     taps: Collection[str] = ()  # states that it needs beside the last: names that Transformer.states takes
@@ -25,8 +25,15 @@ class Auxiliary(nn.Module):
     def __init__(self, own: AuxiliaryConfig, config: TrainConfig):
         """own: its settings in config. Raises UserError for what the grid or the model cannot carry."""
         super().__init__()
-        self.own, self.steps = own, config.steps
+        self.own, self.steps, self.epoch_steps = own, config.steps, config.epoch_images / config.batch_size
         self.targets_of_an_image = own.cost(config.model).targets
+
+    def begin(self, transformer: Transformer) -> None:
+        """Called once, with the weights that training starts from; a checkpoint is loaded afterwards."""
+
+    def after_step(self, transformer: Transformer) -> None:
+        """The optimizer has taken a step: what follows the model's weights without being trained moves on. Under FSDP
+        the tensors of both are this process's shards."""
 
     def extend(
         self, sequence: TrainingSequence, codes: Tensor, *, seed: int, sample_index: np.ndarray, step: int
@@ -47,11 +54,11 @@ class Auxiliary(nn.Module):
 
     def weight(self, step: int) -> float:
         """Of the mean over the targets, at the 0-based optimizer step."""
-        return self.own.weight_at(step, self.steps)
+        return self.own.weight_at(step, self.steps, self.epoch_steps)
 
     def share(self, step: int) -> float:
         """How much of the next token's weight, 1, it takes; 0 for a loss that is added."""
-        return 0.0
+        return self.weight(step) if self.own.is_share else 0.0
 
 
 def auxiliaries_of(config: TrainConfig) -> list[Auxiliary]:

@@ -25,14 +25,20 @@ class Objective(nn.Module):
         super().__init__()
         self.transformer = transformer
         self.auxiliaries = nn.ModuleDict({auxiliary.name: auxiliary for auxiliary in auxiliaries})
+        for auxiliary in self.auxiliaries.values():
+            auxiliary.begin(transformer)
 
     @property
     def names(self) -> list[str]:
         return [NEXT_TOKEN, *self.auxiliaries]
 
-    def sequence(self, codes: Tensor, *, seed: int, sample_index: np.ndarray, step: int = 0) -> TrainingSequence:
-        """codes (B, h, w) int64 -> what `forward` reads; the other arguments as in Auxiliary.extend."""
-        sequence = next_token_sequence(codes)
+    def sequence(
+        self, codes: Tensor, *, seed: int, sample_index: np.ndarray, step: int = 0, labels: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> TrainingSequence:  # fmt: skip
+        """codes (B, h, w) int64 -> what `forward` reads. labels (B,): the classes, none of them dropped; features
+        (B, N, F): of the token set, where a loss reads them; the other arguments as in Auxiliary.extend."""
+        sequence = next_token_sequence(codes, labels, features)
         for auxiliary in self.auxiliaries.values():
             sequence = auxiliary.extend(sequence, codes, seed=seed, sample_index=sample_index, step=step)
         return sequence
@@ -47,6 +53,11 @@ class Objective(nn.Module):
         for name, auxiliary in self.auxiliaries.items():
             sums[name] = auxiliary(states, sequence, self.transformer)
         return sums
+
+    def after_step(self) -> None:
+        """The optimizer has taken a step."""
+        for auxiliary in self.auxiliaries.values():
+            auxiliary.after_step(self.transformer)
 
     def counts(self, sequence: TrainingSequence) -> dict[str, int]:
         """Numbers of targets behind the sums."""

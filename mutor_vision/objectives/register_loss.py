@@ -38,6 +38,3 @@ class RegisterLoss(Auxiliary):
         n, rows = sequence.num_regular, sequence.with_target
         registers, targets = states["last"][:, n:].flatten(0, 1)[rows], sequence.targets[:, n:].flatten()[rows]
         return linear_cross_entropy(registers, transformer.head.weight, targets)
-
-    def share(self, step: int) -> float:
-        return self.weight(step)

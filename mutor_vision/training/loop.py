@@ -55,7 +55,7 @@ def train(config: TrainConfig, out: Path) -> None:
             torch.manual_seed(derived_seed(config.seed, "dropout", state.step, runtime.rank))
             batch = read_batch(inputs.token_set, inputs.order, step=state.step, batch_size=config.batch_size,
                                rank=runtime.rank, world_size=runtime.world_size, label_dropout=config.label_dropout,
-                               device=runtime.device)  # fmt: skip
+                               device=runtime.device, features=config.reads_features)  # fmt: skip
             gradient_norm, lr = train_step(state.parallel, state.objective, state.optimizer, batch, config, runtime,
                                            step=state.step, sums=sums)  # fmt: skip
             step = state.advance()

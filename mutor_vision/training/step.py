@@ -20,12 +20,12 @@ def train_step(
     parallel: what sharding.parallelize made of objective. step: 0-based. sums (2, losses), as `zero_sums` makes it:
     this rank's sums of losses, and their numbers of targets, are added. Returns the norm of the gradients before
     clipping, a scalar on the device, and the learning rate."""
-    size = forward_batch(config, runtime)
-    parts = [slice(i, i + size) for i in range(0, len(batch.labels), size)]
+    parts = batch.split(forward_batch(config, runtime))
     sequences = [
-        objective.sequence(batch.codes[part], seed=config.seed, sample_index=batch.sample_index[part], step=step)
+        objective.sequence(part.codes, seed=config.seed, sample_index=part.sample_index, step=step,
+                           labels=part.classes, features=part.features)
         for part in parts
-    ]
+    ]  # fmt: skip
     # Ranks have different numbers of targets: the counts are summed before anything is divided by them.
     counts = torch.tensor([list(objective.counts(sequence).values()) for sequence in sequences]).sum(0)
     counts = runtime.all_reduce(to_device(counts, runtime.device))
@@ -33,7 +33,7 @@ def train_step(
     for part, sequence in zip(parts, sequences, strict=True):
         with sharding.gradients_of(parallel, last_part=part is parts[-1]):
             with runtime.autocast():
-                terms = parallel(batch.labels[part], sequence)
+                terms = parallel(part.labels, sequence)
             loss = total_loss(terms, counted, weights)
             (loss * runtime.world_size).backward()  # data parallelism averages over processes
         sums[0] += torch.stack(list(terms.values())).detach()
