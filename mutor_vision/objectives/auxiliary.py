@@ -22,6 +22,8 @@ class Auxiliary(nn.Module):
     name = ""  # of the loss in the log, and of the file of weights
     taps: Collection[str] = ()  # states that it needs beside the last: names that Transformer.states takes
 
+    part_names: Collection[str] = ()  # of the parts that its targets fall into; held-out losses are also by part
+
     def __init__(self, own: AuxiliaryConfig, config: TrainConfig):
         """own: its settings in config. Raises UserError for what the grid or the model cannot carry."""
         super().__init__()
@@ -46,6 +48,10 @@ class Auxiliary(nn.Module):
         """Targets of `forward` in this sequence, known without waiting for the device. By default those of the
         configuration's cost; a loss that leaves some out counts the rest itself."""
         return len(sequence.targets) * self.targets_of_an_image
+
+    def part(self, sequence: TrainingSequence, name: str) -> TrainingSequence:
+        """The sequence with the targets of one part alone."""
+        raise NotImplementedError
 
     def forward(self, states: dict[str, Tensor], sequence: TrainingSequence, transformer: Transformer) -> Tensor:
         """The loss summed over its targets, a scalar. states: 'last', the normalised last hidden states (B, T, C), of

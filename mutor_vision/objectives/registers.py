@@ -101,6 +101,7 @@ def with_registers(
         pattern=AttentionPattern(n, _to(placed, codes.device), config.self_attention),
         targets=torch.cat([sequence.targets, register_targets], dim=1),
         with_target=_to(np.flatnonzero(valid), codes.device),  # by numpy: nonzero() on a GPU would synchronise
+        offsets=pairs[valid],
     )
 
 

@@ -81,7 +81,10 @@ def train(config: TrainConfig, out: Path) -> None:
             if len(inputs.val_images) and due(step, config.val_every, config.steps):
                 scores = _held_out(inputs, state)
                 log.write(step, **scores)
-                say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+                say(
+                    f"step {step}: "
+                    + ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if " " not in name)
+                )
             if sampled:
                 whole = state.best()
                 if runtime.is_main:
