@@ -24,7 +24,8 @@ class AuxiliaryCost(NamedTuple):
     targets: int = 0  # states that an unembedding turns into logits
     parameters: int = 0  # trained, beside those of its blocks
     products: int = 0  # multiplications and additions of its own linear layers, beside blocks and unembedding
-    kept: int = 0  # numbers that those layers keep for the backward pass
+    kept: int = 0  # numbers that those layers keep for the backward pass, in the type in which they compute
+    kept_wide: int = 0  # and in float32
     teacher_blocks: int = 0  # of the model's blocks, those that a teacher runs again, forward only
     teacher_parameters: int = 0  # weights that are kept and not trained
 
@@ -180,7 +181,7 @@ class PrivateBlocksConfig(AuxiliaryConfig):
         targets = sum(len(look_ahead(offset, model.grid, self.edge)[0]) for offset in heads)
         return AuxiliaryCost(
             blocks=len(heads) * self.blocks, targets=targets, parameters=len(heads) * model.vocab_size * model.dim,
-            kept=2 * targets * model.dim,
+            kept_wide=2 * targets * model.dim,
         )  # fmt: skip
 
 
@@ -216,7 +217,7 @@ class AlignmentConfig(AuxiliaryConfig):
         matrices = hidden * (model.dim + hidden + width)
         return AuxiliaryCost(
             parameters=len(heads) * (matrices + 2 * hidden + width), products=2 * states * matrices,
-            kept=states * (model.dim + 4 * hidden + 3 * width),
+            kept=states * (model.dim + 4 * hidden), kept_wide=states * 3 * width,
         )  # fmt: skip
 
 

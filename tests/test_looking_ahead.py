@@ -25,7 +25,7 @@ from mutor_vision.objectives.objective import Objective, total_loss
 from mutor_vision.runtime import finish
 from mutor_vision.storage import checkpoint
 from mutor_vision.storage.run_log import read_log
-from mutor_vision.training.cost import auxiliary_cost, flops
+from mutor_vision.training.cost import auxiliary_cost, flops, memory
 from mutor_vision.training.loop import train
 
 LOSSES = {
@@ -142,6 +142,35 @@ def test_the_plan_counts_what_is_computed_and_what_is_kept(name):
     frozen = sum(parameter.numel() for parameter in auxiliary.parameters() if not parameter.requires_grad)
     own = more.parameters + more.blocks * (model.block_parameters + 2 * model.dim)
     assert (own, more.teacher_parameters) == (num_parameters(auxiliary) - frozen, frozen)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["private_blocks", "aligned_states", "encoder_states"])
+def test_the_plan_of_memory_is_a_near_bound_of_what_autograd_keeps(name, precision):
+    """For the backward pass, without weights and their casts, which the plan counts by themselves."""
+    model = TransformerConfig(2, 2, 64, 128, 5, (4, 4))
+    codes, labels, features = batch(3, 0)
+    kept, planned = [], []
+    for config in (TrainConfig(model=model), config_of(name, LOSSES[name], model)):
+        objective = Objective(Transformer(model), auxiliaries_of(config))
+        weights = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
+        shapes = {shape for p in objective.parameters() if p.dim() == 2 for shape in (p.shape, p.T.shape)}
+        found = {}
+
+        def keep(tensor, weights=weights, shapes=shapes, found=found):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights and tensor.shape not in shapes:
+                found[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address comes twice
+            return tensor
+
+        sequence = objective.sequence(codes, seed=0, sample_index=np.arange(3), labels=labels, features=features)
+        autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16")
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+            objective(labels, sequence)
+        kept.append(sum(size for size, _ in found.values()))
+        config = dataclasses.replace(config, precision=precision, compile="off", batch_size=3)
+        planned.append(memory(config, 1, 3, on_cpu=True).activations)
+    assert 1 <= (planned[1] - planned[0]) / (kept[1] - kept[0]) < 1.25
 
 
 def test_mirai_costs_what_was_derived_from_its_code():

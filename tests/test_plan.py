@@ -216,3 +216,19 @@ def test_the_command_writes_its_figures(tmp_path, command):
     printed = command("mutor", "plan", *words).out
     assert "digits-mutor-2d on 1 x cpu, ddp, float32" in printed and "assumed: 7x7 codes of 64" in printed
     assert json.loads(out.read_text())["micro_batch"] == 32
+
+
+def test_each_loss_has_its_line(command):
+    """What it adds, its parameters, its teacher; they sum to what all of them together cost."""
+    config = override(
+        TRANSFORMERS["imagenet256-B-aligned-states-llamagen"], ["private_blocks.weight=0.1", "registers.kind=2d",
+        "registers.count=80"],
+    )  # fmt: skip
+    values = plan("", config, "h100", 8, 0.4)
+    losses, alone = values["losses"], plan("", TRANSFORMERS["imagenet256-B-next-token"], "h100", 8, 0.4)
+    assert list(losses) == ["registers", "private_blocks", "aligned_states"]
+    added = values["flops_per_image"]["training"] - alone["flops_per_image"]["training"]
+    assert sum(loss["training"] for loss in losses.values()) == added
+    assert losses["registers"]["parameters"] == 0
+    lines = [line for line in table(values).splitlines() if line.startswith("  aligned states")]
+    assert len(lines) == 1 and "92,022,528 parameters in training only; teacher 29.8, forward only" in lines[0]

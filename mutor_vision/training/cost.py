@@ -177,7 +177,8 @@ def memory(config: TrainConfig, gpus: int, micro_batch: int, on_cpu: bool = Fals
     residual = 4 * inputs * model.dim  # bytes of the residual stream of one image
     kept = model.layers * (residual if config.activation_checkpointing else layer)
     kept += inputs * model.dim * (model.token_dropout > 0)  # its mask
-    kept += more.blocks * sum(saved_per_layer(config, 0, width, on_cpu, False).values()) + 4 * more.kept
+    kept += more.blocks * sum(saved_per_layer(config, 0, width, on_cpu, False).values())
+    kept += width * more.kept + 4 * more.kept_wide
     if r := more.inputs:  # rotary rows, and the mask that all layers share
         kept += 2 * 4 * inputs * model.head_dim + (4 * r * model.num_tokens if on_cpu and r < model.num_tokens else 0)
     # The loss: the last norm's input, output and gradient, and a copy of the added inputs that have a target; logits
