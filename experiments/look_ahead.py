@@ -1,5 +1,5 @@
-"""Look-ahead side by side, for one GPU: the same offsets as registers, as heads on the same state, as private blocks, as
-aligned states and as encoder states, against next-token prediction at equal steps and at equal compute.
+"""Look-ahead side by side, for one GPU: the same offsets as registers, as heads on the same state, as private blocks,
+as aligned states and as encoder states, against next-token prediction at equal steps and at equal compute.
 
     python experiments/look_ahead.py --plan                                            # what it costs, before it runs
     python experiments/look_ahead.py --codes CODES --val-codes VAL --work W --seconds 2400
@@ -26,18 +26,18 @@ from mutor_vision.errors import UserError
 from mutor_vision.storage.files import read_json, write_json, written
 from mutor_vision.training.cost import flops
 
-STEPS = 2000  # of every method; next-token goes on to the compute of the dearest
 LEARNING_RATES = (4e-4, 1e-3)  # so that no method is hurt by what suits another
 SEEDS = (0, 1, 2)
-# 31 M parameters on 64 codes of 4096; 100 classes of 500 images are 50,000, of which 512,000 are seen.
+# 2,000 steps of every method; next-token goes on to the compute of the dearest. 31 M parameters on 64 codes of 4096.
+# 100 classes of 500 images are 50,000, of which 512,000 are seen.
 TRAINING = TrainConfig(
-    model=TransformerConfig(8, 8, 512), batch_size=256, steps=STEPS, warmup_steps=100, ema_decay=0.999, log_every=50,
+    model=TransformerConfig(8, 8, 512), batch_size=256, steps=2000, warmup_steps=100, ema_decay=0.999, log_every=50,
     val_every=100, val_images=5000, sample_every=0, save_every=500, eval_images=5000,
 )  # fmt: skip
 PLANNED = {"vocab_size": 4096, "num_classes": 100, "grid": (8, 8)}  # of the token set that --plan assumes
 
-# What each method is given is right and below, and the cell itself where that is something to align with: the token of a
-# cell is no target, since it has been read. Registers are 20 at 64 slots, the paper's 31 %.
+# What each method is given is right and below, and the cell itself where that is something to align with: the token of
+# a cell is no target, since it has been read. Registers are 20 at 64 slots, the paper's 31 %.
 TOKENS, STATES = "right below", "same right below"
 _MUTOR = RegisterConfig("2d", 20)
 _ALIGNED = AlignedStatesConfig(2.0, "0:0,5%:1,27%:0.5", STATES, decay=0.999)
@@ -56,14 +56,14 @@ METHODS = {  # from the most important on
 }
 
 
-def runs_of(training: TrainConfig = TRAINING) -> list[Run]:
+def runs_of() -> list[Run]:
     """Every method with one seed, then the other seeds, then the same at the other learning rate."""
-    model = replace(training.model, **PLANNED)
-    dearest = max(relative_compute(replace(training, model=model, **losses)) for losses in METHODS.values())
-    longer = -(-training.steps * dearest // training.val_every) * training.val_every
+    model = replace(TRAINING.model, **PLANNED)
+    dearest = max(relative_compute(replace(TRAINING, model=model, **losses)) for losses in METHODS.values())
+    longer = -(-TRAINING.steps * dearest // TRAINING.val_every) * TRAINING.val_every
     return [
-        Run(f"lr {lr:g}", name, replace(training, **losses, lr=lr, seed=seed,
-                                        steps=training.steps if losses else int(longer)))
+        Run(f"lr {lr:g}", name, replace(TRAINING, **losses, lr=lr, seed=seed,
+                                        steps=TRAINING.steps if losses else int(longer)))
         for lr in LEARNING_RATES for seed in SEEDS for name, losses in METHODS.items()
     ]  # fmt: skip
 
@@ -127,7 +127,7 @@ def measure(run: Run, arguments) -> dict:
     from mutor_vision.storage.run_log import read_log
     from mutor_vision.training.loop import train
 
-    scored = {"eval_every": STEPS, "eval_reference": arguments.reference, "eval_features": arguments.features,
+    scored = {"eval_every": TRAINING.steps, "eval_reference": arguments.reference, "eval_features": arguments.features,
               "eval_weights": arguments.features_weights} if arguments.reference else {}  # fmt: skip
     config = replace(run.config, codes=arguments.codes, val_codes=arguments.val_codes, **scored)
     out, begun = arguments.work / "runs" / run.name, time.monotonic()
@@ -140,7 +140,8 @@ def measure(run: Run, arguments) -> dict:
         "method": run.method, "lr": config.lr, "seed": config.seed, "steps": config.steps, "losses": losses,
         "batch_size": config.batch_size, "model": dataclasses.asdict(config.model),
         "flops_per_image": flops(config).training, "relative_compute": relative_compute(config),
-        "seconds": round(time.monotonic() - begun), "train": curve("next_token"), **{name: curve(name) for name in names},
+        "seconds": round(time.monotonic() - begun), "train": curve("next_token"),
+        **{name: curve(name) for name in names},
     }  # fmt: skip
 
 
@@ -151,9 +152,9 @@ def planned(runs: list[Run], gpu: str, mfu: float) -> str:
         config = replace(run.config, model=replace(run.config.model, **PLANNED))
         values = plan(run.method, config, gpu, 1, mfu)
         total += values["time"]["seconds"] / 60
-        work, memory = values["flops_per_image"], values["memory"]["total"] / 2**30
-        lines.append(f"{total:7.1f}  {values['time']['seconds'] / 60:5.2f}  {work['relative_to_next_token']:5.2f} x  "
-                     f"{memory:5.1f} GiB  {config.steps:,} steps  {run.block}, {run.method}, seed {config.seed}")  # fmt: skip
+        relative, memory = values["flops_per_image"]["relative_to_next_token"], values["memory"]["total"] / 2**30
+        lines.append(f"{total:7.1f}  {values['time']['seconds'] / 60:5.2f}  {relative:5.2f} x  {memory:5.1f} GiB  "
+                     f"{config.steps:,} steps  {run.block}, {run.method}, seed {config.seed}")  # fmt: skip
     return "\n".join(lines)
 
 

@@ -85,6 +85,7 @@ class RegisterConfig(AuxiliaryConfig):
     class_slot: bool = True  # a register may sit at the class token
     self_attention: bool = True  # a register sees itself
 
+    _absent_in = {3: {"offsets": ""}}
     _prefix = "registers."
     implementation = "mutor_vision.objectives.register_loss:RegisterLoss"
     is_share = True
