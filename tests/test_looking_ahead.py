@@ -67,14 +67,14 @@ def trained(name, own, wrong: bool) -> float:
     model = TransformerConfig(2, 2, 32, 16, 5, (4, 4), token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0)
     (auxiliary,) = auxiliaries_of(config_of(name, own, model))
     objective = Objective(Transformer(model), [auxiliary])
-    optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=5e-3)
+    optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=8e-3)
     if wrong and isinstance(own, AlignedStatesConfig):
         states = auxiliary.teacher_states
         auxiliary.teacher_states = lambda sequence: states(sequence).roll(1, 0)
     losses = []
-    for step in range(150):
-        codes, labels, features = batch(32, step)
-        sequence = objective.sequence(codes, seed=0, sample_index=np.arange(32) + 32 * step, labels=labels,
+    for step in range(120):
+        codes, labels, features = batch(24, step)
+        sequence = objective.sequence(codes, seed=0, sample_index=np.arange(24) + 24 * step, labels=labels,
                                       features=features.roll(1, 0) if wrong else features)  # fmt: skip
         if wrong:
             sequence = dataclasses.replace(sequence, targets=sequence.targets.roll(1, 0))

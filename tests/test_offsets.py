@@ -82,7 +82,7 @@ def test_mtar_has_240_targets_and_mirai_256_255_and_240_pairs(tiny_config):
     config = TrainConfig(model=replace(tiny_config, grid=(16, 16)))
     own = AlignedStatesConfig(2.0)
     auxiliary = AlignedStates(own, config)
-    pairs = [list(zip(getattr(auxiliary, f"slots_{k}").tolist(), getattr(auxiliary, f"places_{k}").tolist(),
+    pairs = [list(zip(auxiliary.slots[k].places.tolist(), auxiliary.places[k].places.tolist(),
                       strict=True)) for k in range(3)]  # fmt: skip
     assert [len(each) for each in pairs] == [256, 255, 240] and all(each[0] == (0, 0) for each in pairs)
     assert pairs[2][1:] == [(t, t + 16) for t in range(1, 240)]

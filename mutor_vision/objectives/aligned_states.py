@@ -7,6 +7,7 @@ Legend: B batch, N slots, C width.
 
 import dataclasses
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -57,9 +58,9 @@ class AlignedStates(Alignment):
             return self.teacher.hidden(sequence.tokens[:, : n - 1], sequence.labels, sequence.positions[:, :n])
 
 
-def _pairs(offset: tuple[int, int], own: AlignedStatesConfig, config: TrainConfig) -> tuple[Tensor, Tensor]:
+def _pairs(offset: tuple[int, int], own: AlignedStatesConfig, config: TrainConfig) -> tuple[np.ndarray, ...]:
     """Slots of states, and slots of the teacher's: token x_N is in no slot."""
     slots, others = look_ahead(offset, config.model.grid, own.edge)
     known = others < config.model.num_tokens
-    first = [0] if own.class_slot else []
-    return tuple(torch.tensor(first + each[known].tolist()) for each in (slots, others))
+    first = np.zeros(int(own.class_slot), dtype=np.int64)
+    return tuple(np.concatenate([first, each[known]]) for each in (slots, others))

@@ -4,13 +4,14 @@ every offset, are turned towards other vectors at those offsets. Everything here
 Legend: B batch, N slots, P pairs of an offset, C width of the model, F width of what the states are aligned with.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mutor_vision.auxiliary_config import AlignmentConfig
 from mutor_vision.config import TrainConfig
-from mutor_vision.objectives.auxiliary import Auxiliary
+from mutor_vision.objectives.auxiliary import Auxiliary, Places
 from mutor_vision.objectives.sequence import TrainingSequence
 
 
@@ -28,16 +29,14 @@ class Projector(nn.Sequential):
 class Alignment(Auxiliary):
     """Loss of an image: over the offsets, the sum or mean of minus the mean cosine of its pairs."""
 
-    def __init__(self, own: AlignmentConfig, config: TrainConfig, width: int, pairs: list[tuple[Tensor, Tensor]]):
+    def __init__(self, own: AlignmentConfig, config: TrainConfig, width: int, pairs: list[tuple[np.ndarray, ...]]):
         """width: F. pairs: for each offset, (P,) slots of states and (P,) places of what they are aligned with."""
         super().__init__(own, config)
         model, self.reduction = config.model, own.reduction
         self.blocks = own.tapped_blocks(model)
         self.taps = (f"blocks.{self.blocks - 1}",)
         self.projectors = nn.ModuleList(Projector(model.dim, own.hidden_width(model), width) for _ in pairs)
-        for k, (slots, places) in enumerate(pairs):
-            self.register_buffer(f"slots_{k}", slots, persistent=False)
-            self.register_buffer(f"places_{k}", places, persistent=False)
+        self.slots, self.places = (nn.ModuleList(map(Places, each)) for each in zip(*pairs, strict=True))
 
     def count(self, sequence: TrainingSequence) -> int:
         """Images: each has the same pairs, and each offset's are averaged before offsets are summed."""
@@ -47,9 +46,8 @@ class Alignment(Auxiliary):
         """The tapped states (B, N or more, C) and what they are aligned with (B, N, F) -> the loss, summed over images,
         in float32 (float64 for float64)."""
         terms = []
-        for k, projector in enumerate(self.projectors):
-            slots, places = self.get_buffer(f"slots_{k}"), self.get_buffer(f"places_{k}")
-            projected, target = projector(states[self.taps[0]][:, slots]), others[:, places]
+        for projector, slots, places in zip(self.projectors, self.slots, self.places, strict=True):
+            projected, target = projector(slots(states[self.taps[0]])), places(others)
             wide = torch.promote_types(projected.dtype, torch.float32)
             with torch.autocast(projected.device.type, enabled=False):
                 terms.append(-F.cosine_similarity(projected.to(wide), target.to(wide), dim=-1).mean(1).sum())

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from importlib import import_module
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from mutor_vision.auxiliary_config import AuxiliaryConfig
@@ -65,6 +66,20 @@ class Auxiliary(nn.Module):
     def share(self, step: int) -> float:
         """How much of the next token's weight, 1, it takes; 0 for a loss that is added."""
         return self.weight(step) if self.own.is_share else 0.0
+
+
+class Places(nn.Module):
+    """Some of the slots or cells of every image: x (B, N, ...) -> (B, P, ...). places (P,) int64, ascending."""
+
+    def __init__(self, places: np.ndarray):
+        super().__init__()
+        first, last = int(places[0]), int(places[-1])
+        # A view where they lie together: its gradient is no scatter.
+        self.together = slice(first, last + 1) if last - first < len(places) else None
+        self.register_buffer("places", torch.from_numpy(places), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.places if self.together is None else self.together]
 
 
 def auxiliaries_of(config: TrainConfig) -> list[Auxiliary]:

@@ -4,7 +4,6 @@ The encoder is any of timm's; it ran once, when the token set was made.
 Legend: B batch, N slots or cells, F width of the features.
 """
 
-import torch
 from torch import Tensor
 
 from mutor_vision.auxiliary_config import EncoderStatesConfig
@@ -22,8 +21,7 @@ class EncoderStates(Alignment):
 
     def __init__(self, own: EncoderStatesConfig, config: TrainConfig):
         pairs = [look_ahead(offset, config.model.grid, own.edge) for offset in own.list_of_offsets()]
-        places = [(torch.from_numpy(slots), torch.from_numpy(cells) - 1) for slots, cells in pairs]
-        super().__init__(own, config, own.features_width, places)
+        super().__init__(own, config, own.features_width, [(slots, cells - 1) for slots, cells in pairs])
 
     def forward(self, states: dict[str, Tensor], sequence: TrainingSequence, transformer: Transformer) -> Tensor:
         return self.compare(states, sequence.features)

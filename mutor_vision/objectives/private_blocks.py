@@ -13,7 +13,7 @@ from mutor_vision.config import TrainConfig
 from mutor_vision.model.attention import causal_attention
 from mutor_vision.model.layers import Block, initialise
 from mutor_vision.model.transformer import Transformer
-from mutor_vision.objectives.auxiliary import Auxiliary
+from mutor_vision.objectives.auxiliary import Auxiliary, Places
 from mutor_vision.objectives.cross_entropy import linear_cross_entropy
 from mutor_vision.objectives.sequence import TrainingSequence
 from mutor_vision.offsets import look_ahead, parse_offsets
@@ -33,20 +33,19 @@ class PrivateBlocks(Auxiliary):
             nn.ModuleList(Block(model, model.drop_path) for _ in range(own.blocks)) for _ in offsets
         )
         self.apply(initialise)
-        for k, (head, offset) in enumerate(zip(self.heads, offsets, strict=True)):
+        for head in self.heads:
             nn.init.zeros_(head.weight)
-            slots, cells = (torch.from_numpy(each) for each in look_ahead(offset, model.grid, own.edge))
-            self.register_buffer(f"slots_{k}", slots, persistent=False)
-            self.register_buffer(f"cells_{k}", cells, persistent=False)
+        pairs = [look_ahead(offset, model.grid, own.edge) for offset in offsets]
+        self.slots = nn.ModuleList(Places(slots) for slots, _ in pairs)
+        self.targets = nn.ModuleList(Places(cells - 1) for _, cells in pairs)  # token x_1 is the first target
 
     def forward(self, states: dict[str, Tensor], sequence: TrainingSequence, transformer: Transformer) -> Tensor:
         n, terms = sequence.num_regular, []
         sin, cos = transformer.rope[:, None, None, :n]
-        for k, (blocks, head) in enumerate(zip(self.blocks, self.heads, strict=True)):
+        for blocks, head, slots, targets in zip(self.blocks, self.heads, self.slots, self.targets, strict=True):
             hidden = states["last"][:, :n]
             for block in blocks:
                 hidden = block(hidden, sin, cos, causal_attention)
-            slots, cells = self.get_buffer(f"slots_{k}"), self.get_buffer(f"cells_{k}")
-            targets = sequence.targets[:, cells - 1]
-            terms.append(linear_cross_entropy(hidden[:, slots].flatten(0, 1), head.weight, targets.flatten()))
+            wanted = targets(sequence.targets).flatten()
+            terms.append(linear_cross_entropy(slots(hidden).flatten(0, 1), head.weight, wanted))
         return torch.stack(terms).sum()
