@@ -98,8 +98,11 @@ def test_training_encoding_sampling_and_scoring_share_their_work(
     photographs(tmp_path / "images")
     encode = ["encode", "--tokenizer", tiny_tokenizer_path, "--data", tmp_path / "images", "--shard-size", 5]
     sample = ["sample", trained_run, "--num-images", 9]
-    score = ["fid", "--samples", tmp_path / "images", "--reference", tmp_path / "images", "--features",
-             "timm:test_efficientnet@32", "--weights", "random", "--batch-size", 5, "--image-size", 32, "--metrics", "fid,kid"]  # fmt: skip
+    score = [
+        "fid", "--samples", tmp_path / "images", "--reference", tmp_path / "images", "--features",
+        "timm:test_efficientnet@32", "--weights", "random", "--batch-size", 5, "--image-size", 32,
+        "--metrics", "fid,kid",
+    ]  # fmt: skip
     for words, flag, name in ((encode, "--out", "codes"), (sample, "--out", "set.npz"), (score, "--json", "scores")):
         together(hosts, "-m", "mutor_vision", *words, flag, tmp_path / "two" / name)
         done = command("mutor", *words, flag, tmp_path / "one" / name)
