@@ -11,7 +11,9 @@ from mutor_vision.config import AlignedStatesConfig, RegisterConfig, TrainConfig
 from mutor_vision.model.transformer import Transformer
 from mutor_vision.objectives.aligned_states import AlignedStates
 from mutor_vision.objectives.objective import Objective, total_loss
+from mutor_vision.storage import checkpoint
 from mutor_vision.storage.run_log import read_log
+from mutor_vision.training.loop import train
 
 LABELS, SEEN = torch.tensor([0, 1, 4]), torch.tensor([0, 5, 4])  # the classes; 5 is the null class
 THREE = "same right below"
@@ -176,3 +178,38 @@ def test_a_run_resumes_with_its_teacher_and_its_transformer_is_a_plain_one(train
     for line in lines:
         weight = 0.5 if line["step"] > 3 else 0.0
         assert line["loss"] == pytest.approx(line["next_token"] + weight * line["aligned_states"])
+
+
+def test_in_a_run_the_teacher_follows_every_step_and_is_given_the_classes(tmp_path, train_config, monkeypatch):
+    """Checkpoint by checkpoint; nine tenths of the labels are dropped."""
+    own = AlignedStatesConfig(0.5, decay=0.75)
+    config = dataclasses.replace(train_config, registers=RegisterConfig(), aligned_states=own, steps=4, save_every=1,
+                                 keep=10, label_dropout=0.9, micro_batch=6)  # fmt: skip
+    seen, given = [], []
+    teacher_states, states = AlignedStates.teacher_states, Transformer.states
+
+    def watched(self, sequence):
+        given.append(sequence.labels)
+        return teacher_states(self, sequence)
+
+    def watched_too(self, tokens, labels, *arguments, **more):
+        if more.get("taps"):
+            seen.append(labels)
+        return states(self, tokens, labels, *arguments, **more)
+
+    monkeypatch.setattr(AlignedStates, "teacher_states", watched)
+    monkeypatch.setattr(Transformer, "states", watched_too)
+    train(config, tmp_path / "run")
+    seen, given = torch.cat(seen), torch.cat(given)
+    dropped = seen == 5
+    assert 0.7 < dropped.float().mean() < 1 and given.max() < 5 and torch.equal(seen[~dropped], given[~dropped])
+
+    name, expected = "blocks.0.attention.qkv.weight", None
+    for step in range(1, 5):
+        folder = tmp_path / "run/checkpoints" / f"step-{step:07d}"
+        student = checkpoint.read_weights(folder, "model")[name]
+        teacher = checkpoint.read_weights(folder, "aligned_states")[f"teacher.{name}"]
+        if expected is not None:
+            torch.testing.assert_close(teacher, 0.75 * expected + 0.25 * student)
+            assert not torch.allclose(teacher, student, rtol=1e-4) and not torch.allclose(teacher, expected, rtol=1e-5)
+        expected = teacher

@@ -19,8 +19,8 @@ class Batch:
     codes: Tensor  # (B, h, w) int64
     labels: Tensor  # (B,) int64, num_classes where the class was dropped
     sample_index: np.ndarray  # (B,) int64: k
-    classes: Tensor  # (B,) int64: labels without dropout
-    features: Tensor | None  # (B, N, F) float16, where they are asked for
+    classes: Tensor | None = None  # (B,) int64: labels without dropout
+    features: Tensor | None = None  # (B, N, F) float16, where they are asked for
 
     def split(self, size: int) -> "list[Batch]":
         """In parts of at most `size` samples."""
