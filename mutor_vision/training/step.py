@@ -59,7 +59,8 @@ def zero_sums(objective: Objective, runtime: Runtime) -> Tensor:
 
 
 def means_of(sums: Tensor, weights: dict[str, float]) -> dict[str, float]:
-    """sums as in `zero_sums`, over all ranks, and the weight of each loss -> 'loss', and each loss's mean. Waits for
-    the device."""
-    means = {name: total / max(1.0, count) for name, total, count in zip(weights, *sums.tolist(), strict=True)}
+    """sums as in `zero_sums`, over all ranks, and the weight of each loss -> 'loss', and each loss's mean, without those
+    that have neither weight nor targets. Waits for the device."""
+    means = {name: total / max(1.0, count) for name, total, count in zip(weights, *sums.tolist(), strict=True)
+             if count or weights[name]}  # fmt: skip
     return {"loss": sum(weights[name] * means[name] for name in means), **means}
