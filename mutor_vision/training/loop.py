@@ -11,6 +11,7 @@ from mutor_vision.config import TrainConfig
 from mutor_vision.data.order import read_batch
 from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import derived_seed
+from mutor_vision.preemption import Preemption
 from mutor_vision.progress import progress
 from mutor_vision.runtime import start
 from mutor_vision.schedule import due
@@ -43,6 +44,7 @@ def train(config: TrainConfig, out: Path) -> None:
     if runtime.is_main:
         print(_beginning(inputs, state), flush=True)
     log.status("running", state.step)
+    preemption = Preemption(runtime)
 
     sums = zero_sums(state.objective, runtime)  # of train_step, since the last log line
     since, last = time.perf_counter(), state.step
@@ -58,7 +60,7 @@ def train(config: TrainConfig, out: Path) -> None:
                                device=runtime.device)  # fmt: skip
             gradient_norm, lr = train_step(state.parallel, state.objective, state.optimizer, batch, config, runtime,
                                            step=state.step, sums=sums)  # fmt: skip
-            step = state.advance()
+            step, stopping = state.advance(), preemption.asked()
             bar.update(config.batch_size)
 
             if due(step, config.log_every, config.steps):
@@ -73,7 +75,7 @@ def train(config: TrainConfig, out: Path) -> None:
                 bar.set_postfix(loss=f"{means['loss']:.3f}")
                 sums.zero_()
                 since, last = time.perf_counter(), step
-            saved = due(step, config.save_every, config.steps) or step == config.steps
+            saved = due(step, config.save_every, config.steps) or step == config.steps or stopping
             sampled = due(step, config.sample_every, config.steps)
             measured = due(step, config.eval_every, config.steps)
             if saved or sampled or measured:
@@ -100,11 +102,14 @@ def train(config: TrainConfig, out: Path) -> None:
                 state.save(out)
                 log.status("running", step)
                 runtime.barrier()
+            if stopping and step < config.steps:
+                raise preemption.stopped(step)
         log.status("done", state.step)
     except BaseException as error:
         log.failed(state.step, error)
         raise
     finally:
+        preemption.end()
         bar.close()
         log.close()
 
