@@ -286,10 +286,11 @@ else:
     parallel = objective
 optimizer = build_optimizer(objective, config)
 sums = zero_sums(objective, runtime)
+skipped = torch.zeros(2, dtype=torch.int64, device=runtime.device)
 generator = torch.Generator().manual_seed(0)
 batch = Batch(torch.randint(32, (8, 4, 4), generator=generator).cuda(), (torch.arange(8) % 5).cuda(), np.arange(8))
 for step in range(5):
-    train_step(parallel, objective, optimizer, batch, config, runtime, step=step, sums=sums)
+    train_step(parallel, objective, optimizer, batch, config, runtime, step=step, sums=sums, skipped=skipped)
 print(*(sums[0] / sums[1]).tolist())
 dist.destroy_process_group()
 """
@@ -335,9 +336,10 @@ def test_memory_is_what_the_plan_says(registers, compiled, above):
     codes = torch.randint(16384, (32, 16, 16), device=CUDA)
     runtime = Runtime(0, 1, CUDA, torch.bfloat16)
     sums = zero_sums(objective, runtime)
+    skipped = torch.zeros(2, dtype=torch.int64, device=runtime.device)
     for step in range(3):
         batch = Batch(codes, torch.arange(32, device=CUDA), np.arange(32) + 32 * step)
-        train_step(objective, objective, optimizer, batch, config, runtime, step=step, sums=sums)
+        train_step(objective, objective, optimizer, batch, config, runtime, step=step, sums=sums, skipped=skipped)
     measured = torch.cuda.max_memory_allocated() - before
     planned = plan.memory(config, 1, 32).total
     assert 0.95 * measured < planned < (1 + above) * measured
