@@ -31,7 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", "--run", dest="run", help="sample from this run or checkpoint instead; needs --num-images"
     )
     parser.add_argument("--num-images", "--num", type=int, default=0, dest="num", help="samples to draw, or to expect")
-    parser.add_argument("--reference", required=True, help="folder, npz of images, or statistics")
+    parser.add_argument("--reference", required=True, help="folder, npz of images, or statistics; the training images, "
+                        "where --held-out is given")  # fmt: skip
+    parser.add_argument("--held-out", help="real images that the model has not seen, in any of these forms: what they "
+                        "measure against the reference stands beside the samples")  # fmt: skip
     add_extractor(parser)
     parser.add_argument("--metrics", default="", help=f"of {','.join(METRICS)}; default: all that are possible")
     parser.add_argument("--json", type=Path, help="write values, warnings and the protocol here")
@@ -77,6 +80,9 @@ def main(arguments: argparse.Namespace) -> None:
     reference = open_set(
         arguments.reference, image_size=arguments.image_size, allow_lossy=arguments.allow_lossy
     )  # cheap checks first: nothing heavy is loaded before both sides are known to be readable
+    held_out = None
+    if arguments.held_out:
+        held_out = open_set(arguments.held_out, image_size=arguments.image_size, allow_lossy=arguments.allow_lossy)
     if arguments.run:
         loaded = load(arguments.run, runtime, arguments.run_weights, quantize=arguments.quantize, decoding=decoding)
         if settings.cfg_scale != 1 and not loaded.config.label_dropout:
@@ -92,7 +98,7 @@ def main(arguments: argparse.Namespace) -> None:
             nchw=arguments.nchw, labels=arguments.sample_labels, count=arguments.num,
         )  # fmt: skip
     extractor = load_extractor(arguments.features, arguments.weights, arguments.allow_unknown_weights)
-    result = evaluate(samples, reference, extractor, runtime, options)
+    result = evaluate(samples, reference, extractor, runtime, options, held_out)
     if runtime.is_main:
         # Everything is written before anything is printed: whoever reads the output may have gone.
         if arguments.json:

@@ -17,6 +17,8 @@ from mutor_vision.storage.files import written
 STRIP_COLUMNS = 8  # pictures of a class in the page
 STRIP_PIXELS = 104  # about the sides of a picture in the page: larger ones shrink, smaller ones grow by a factor
 
+# A column without entries is left out of the terminal's table. "real images": the same measured on real images.
+HEAD = ("metric", "value", "± s.e.", "bias-corrected", "95 % interval", "real images")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; } th, td { text-align: left; padding: .2rem .9rem .2rem 0; }
@@ -29,19 +31,21 @@ th { border-bottom: 1px solid #999; } td.number, th.number { text-align: right; 
 
 def table(result: dict) -> str:
     """A Markdown table of every metric, then the warnings and one line of protocol."""
-    rows = [("metric", "value", "± s.e.", "bias-corrected", "95 % interval")]
-    for entry in result["metrics"].values():
-        low_high = entry.get("interval_95")
-        rows.append(
-            (
-                entry["name"],
-                number(entry["value"]),
-                number(entry.get("standard_error", entry.get("standard_deviation"))),
-                number(entry.get("bias_corrected")),
-                f"{number(low_high[0])} to {number(low_high[1])}" if low_high else "",
-            )
-        )
+    rows = [HEAD, *(_cells(entry) for entry in result["metrics"].values())]
     return "\n".join([markdown(rows), "", *notes(result)])
+
+
+def _cells(entry: dict) -> tuple[str, ...]:
+    """One metric in the columns of HEAD."""
+    low_high = entry.get("interval_95")
+    return (
+        entry["name"],
+        number(entry["value"]),
+        number(entry.get("standard_error", entry.get("standard_deviation"))),
+        number(entry.get("bias_corrected")),
+        f"{number(low_high[0])} to {number(low_high[1])}" if low_high else "",
+        number(entry["real"]["value"]) if "real" in entry else "",
+    )
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:
@@ -65,6 +69,9 @@ def notes(result: dict) -> list[str]:
         + (f", held-out accuracy {accuracy:.1%}" if accuracy is not None else "")
         + f"), {protocol['protocol']} protocol, resize {extractor['resize']}"
     )
+    of = dict.fromkeys(entry["real"]["of"] for entry in result["metrics"].values() if "real" in entry)
+    if of:
+        lines.append(f"real images: what {' or '.join(of)} images measure in the samples' place")
     if protocol["reference"]["distance_from"] != "images":
         lines.append(f"distances from the {protocol['reference']['distance_from']}: {protocol['reference']['path']}")
     if any("standard_deviation" in entry for entry in result["metrics"].values()):
@@ -114,20 +121,11 @@ def write_page(path: Path, text: str) -> None:
 
 
 def _metrics_html(result: dict) -> str:
-    head = ("metric", "value", "±", "bias-corrected", "95 % interval")
-    rows = []
-    for entry in result["metrics"].values():
-        interval = entry.get("interval_95")
-        cells = [
-            entry["name"], number(entry["value"]),
-            number(entry.get("standard_error", entry.get("standard_deviation"))), number(entry.get("bias_corrected")),
-            f"{number(interval[0])} to {number(interval[1])}" if interval else "",
-        ]  # fmt: skip
-        rows.append(cells)
+    rows = [_cells(entry) for entry in result["metrics"].values()]
     warnings = "".join(f"<li>{html.escape(text)}</li>" for text in result["warnings"])
     lines = [html.escape(line) for line in notes(result) if not line.startswith("warning: ")]
     return (
-        _html_table(head, rows)
+        _html_table(HEAD, rows)
         + (f'<ul class="warnings">{warnings}</ul>' if warnings else "")
         + f'<p class="note">{"<br>".join(lines)}</p>'
     )

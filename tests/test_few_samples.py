@@ -1,0 +1,178 @@
+"""Metrics for few samples: known answers on features that were made up, written-out references, ranks and memory."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from mutor_vision.errors import UserError
+from mutor_vision.features.extract import Extracted
+from mutor_vision.metrics import mind
+from mutor_vision.metrics.metric import ImageSet, Measured, MetricSettings, Side
+from mutor_vision.runtime import Runtime, start
+
+ALONE = Runtime(0, 1, torch.device("cpu"), None)
+
+
+def normal(count: int, dim: int, seed: int, shift: float = 0.0) -> torch.Tensor:
+    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def side(name: str, rows: torch.Tensor) -> Side:
+    digests = torch.from_numpy(np.ascontiguousarray(rows.numpy()[:, :4])).view(torch.uint8)
+    extracted = Extracted({}, {"pool": rows}, digests, torch.zeros(len(rows), 3), torch.zeros(len(rows)))
+    return Side(ImageSet(None, None, {"path": name}), len(rows), {}, extracted)
+
+
+def measured(samples, reference, held_out=None, runtime=ALONE, **settings) -> Measured:
+    """A comparison of features (N, D), as a metric gets it."""
+    extractor = SimpleNamespace(identity={"name": "made up"}, layers={"pool": samples.shape[1]}, class_names=())
+    beside = None if held_out is None else side("held-out", held_out)
+    return Measured(side("samples", samples), side("reference", reference), extractor, runtime,
+                    MetricSettings(**settings), beside)  # fmt: skip
+
+
+def monge(first, second, n=None, directions=1000, groups=0):
+    return mind.monge_distance(first, second, n or min(len(first), len(second)), directions, groups, ALONE)
+
+
+# ---- MIND
+
+
+def test_mind_of_equal_sets_is_zero_in_any_order():
+    rows = normal(200, 16, 0)
+    assert monge(rows, rows).value == 0.0
+    assert monge(rows, rows.flip(0)).value == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("dim", [1, 8, 64])
+def test_mind_of_a_translation_is_three_times_its_square(dim):
+    rows, by = normal(300, dim, 1).double(), normal(1, dim, 2).double()
+    expected = 3 * by.square().sum().item()
+    # Every direction gives (u t)^2, whose mean over all directions is |t|^2 / D: for 20,000 of them, within 5 errors.
+    close = 1e-9 if dim == 1 else 5 * (2 / 20_000) ** 0.5
+    assert monge(rows, rows + by, directions=20_000).value == pytest.approx(expected, rel=close)
+
+
+def test_mind_of_scaled_gaussians_is_that_of_their_deviations():
+    """Along every direction the distributions are N(0, 1) and N(0, s^2), at distance (s - 1)^2."""
+    found = monge(normal(20_000, 4, 3), 1.5 * normal(20_000, 4, 4), directions=64)
+    assert found.value == pytest.approx(3 * 4 * 0.5**2, rel=0.05)
+
+
+def test_mind_is_its_definition_written_out():
+    first, second = normal(90, 12, 5), normal(70, 12, 6, shift=0.3)
+    generator = torch.Generator().manual_seed(2020)
+    chosen = first[torch.randperm(90, generator=generator)[:70]].double().numpy()
+    units = torch.randn(300, 12, generator=generator).double().numpy()
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    expected = [np.mean((np.sort(chosen @ u) - np.sort(second.double().numpy() @ u)) ** 2) for u in units]
+    assert monge(first, second, directions=300).value == pytest.approx(3 * 12 * np.mean(expected), rel=1e-6)
+
+
+def test_mind_is_torch_fidelitys():
+    theirs = pytest.importorskip("torch_fidelity.metric_mind", reason="torch-fidelity has MIND from 0.5 on")
+    first, second = normal(90, 12, 5), normal(70, 12, 6, shift=0.3)
+    expected = theirs.mind_features_to_metric(
+        first, second, mind_num_projections=1000, cuda=False, rng_seed=2020, verbose=False
+    )
+    assert monge(first, second).value == pytest.approx(expected[theirs.KEY_METRIC_MIND], rel=1e-5)
+
+
+def test_the_error_of_mind_is_the_deviation_over_draws():
+    draws = [monge(normal(400, 8, 2 * i, shift=0.2), normal(400, 8, 2 * i + 1), directions=64, groups=20)
+             for i in range(40)]  # fmt: skip
+    deviation = np.std([draw.value for draw in draws])
+    assert np.mean([draw.standard_error for draw in draws]) == pytest.approx(deviation, rel=0.3)
+    assert monge(normal(30, 8, 0), normal(30, 8, 1), groups=20).standard_error is None, "too few for 20 groups"
+
+
+def test_mind_stands_beside_real_images_at_the_same_n():
+    samples, reference, held_out = normal(200, 8, 0, shift=0.5), normal(500, 8, 1), normal(150, 8, 2)
+    found = mind.Mind().compute(measured(samples, reference, held_out), None)
+    result = found.results["mind"]
+    assert result["name"] == "MIND@150" and result["protocol"]["images_of_each_side"] == 150
+    assert result["real"]["of"] == "held-out" and 0 < 5 * result["real"]["value"] < result["value"]
+    assert [warning.mark for warning in found.warnings] == ["mind-few-held-out"]
+    split = mind.Mind().compute(measured(samples, reference), None)
+    assert split.results["mind"]["real"]["of"] == "reference, split" and not split.warnings
+    assert split.results["mind"]["real"]["value"] == pytest.approx(result["real"]["value"], rel=0.5)
+    alone = mind.Mind().compute(measured(samples, reference[:300]), None)
+    assert "real" not in alone.results["mind"] and [one.mark for one in alone.warnings] == ["mind-alone"]
+
+
+def test_the_parts_of_a_reference_share_no_image():
+    one, other = mind.two_parts(torch.arange(11.0)[:, None], 5)
+    assert len(set(one.flatten().tolist()) | set(other.flatten().tolist())) == 10
+
+
+def test_mind_refuses_what_it_cannot_compare():
+    with pytest.raises(UserError, match="MIND of 5 images and 1000 directions from 4 and 9"):
+        monge(normal(4, 3, 0), normal(9, 3, 1), n=5)
+
+
+# ---- all of them
+
+
+def results_of_every_metric(runtime: Runtime) -> dict:
+    comparison = measured(normal(150, 8, 0, shift=0.1), normal(170, 8, 1), normal(150, 8, 2), runtime, directions=300)
+    return mind.Mind().compute(comparison, None).results
+
+
+def test_two_ranks_find_what_one_does(forked, monkeypatch, tmp_path):
+    def work():
+        runtime = start("float32", "cpu")
+        found = results_of_every_metric(runtime)
+        (tmp_path / f"{runtime.rank}.json").write_text(json.dumps(found))
+
+    done = forked(work, ranks=2)
+    assert done.code == 0, done.out
+    one = json.loads(json.dumps(results_of_every_metric(ALONE)))
+    for rank in range(2):
+        two = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert two == one
+
+
+# ---- with images
+
+
+def write_images(path, count: int, seed: int):
+    images = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+    np.savez(path, images.repeat(4, 1).repeat(4, 2))
+    return path
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """train.npz with 60 images, val.npz with 30, samples.npz with 30."""
+    folder = tmp_path_factory.mktemp("sets")
+    for seed, (name, count) in enumerate({"train": 60, "val": 30, "samples": 30}.items()):
+        write_images(folder / f"{name}.npz", count, seed)
+    return folder
+
+
+TINY = ("--features", "timm:test_resnet@16", "--weights", "random", "--groups", 0)
+
+
+def test_held_out_images_stand_beside_the_samples(sets, command, tmp_path):
+    arguments = ("mutor", "fid", "--samples", sets / "samples.npz", "--reference", sets / "train.npz", *TINY)
+    done = command(*arguments, "--held-out", sets / "val.npz", "--json", tmp_path / "m.json")
+    assert done.code == 0, done.err
+    assert "real images" in done.out.splitlines()[0]
+    assert "real images: what held-out images measure in the samples' place" in done.out
+    result = json.loads((tmp_path / "m.json").read_text())
+    assert result["protocol"]["held_out"]["path"] == "val.npz" and result["protocol"]["n_held_out"] == 30
+    assert len(result["protocol"]["held_out"]["images_sha256"]) == 64
+    value, real = result["metrics"]["mind"]["value"], result["metrics"]["mind"]["real"]["value"]
+    assert real / 4 < value < 4 * real, "all three are draws of one distribution"
+    without = command(*arguments, "--json", tmp_path / "w.json")
+    assert without.code == 0, without.err
+    assert json.loads((tmp_path / "w.json").read_text())["metrics"]["fd"] == result["metrics"]["fd"]
+
+
+def test_images_of_the_reference_are_not_held_out(sets, command):
+    arguments = ("mutor", "fid", "--samples", sets / "samples.npz", "--reference", sets / "train.npz", *TINY)
+    done = command(*arguments, "--held-out", sets / "train.npz")
+    assert done.code == 5 and "100% of the held-out images are images of the reference" in done.err
