@@ -86,7 +86,7 @@ def test_a_metric_is_one_class_and_one_line(image_sets, extractor, monkeypatch):
     assert (protocol["n"], protocol["n_reference"], protocol["extractor"]) == (20, 30, "timm:test_resnet")
     # Without a choice it comes with the others, after them, and changes none of their numbers.
     everything = evaluate(open_set(image_sets / "others.npz"), reference, extractor, ALONE, Options())
-    assert list(everything["metrics"]) == ["fd", "precision", "recall", "kid", "mind", "nearest"]
+    assert list(everything["metrics"]) == ["fd", "precision", "recall", "kid", "mind", "density", "coverage", "nearest"]
 
 
 def test_what_a_metric_needs_is_asked_for_before_anything_is_measured(image_sets, extractor, monkeypatch):

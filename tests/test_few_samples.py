@@ -9,7 +9,7 @@ import torch
 
 from mutor_vision.errors import UserError
 from mutor_vision.features.extract import Extracted
-from mutor_vision.metrics import mind
+from mutor_vision.metrics import density, mind, scores
 from mutor_vision.metrics.metric import ImageSet, Measured, MetricSettings, Side
 from mutor_vision.runtime import Runtime, start
 
@@ -113,12 +113,83 @@ def test_mind_refuses_what_it_cannot_compare():
         monge(normal(4, 3, 0), normal(9, 3, 1), n=5)
 
 
+# ---- density and coverage
+
+
+def density_coverage(samples, reference, k=5):
+    found = density.Balls(reference, k, ALONE).occupied_by(samples)
+    return found.density, found.coverage
+
+
+@pytest.mark.parametrize("block", [scores.BLOCK, 64])
+def test_density_and_coverage_are_their_definition_written_out(block, monkeypatch):
+    monkeypatch.setattr(scores, "BLOCK", block)
+    samples, reference, k = normal(210, 6, 0, shift=0.3), normal(190, 6, 1), 5
+    among, between = (torch.cdist(rows.double(), reference.double()) for rows in (reference, samples))
+    radii = among.sort(1).values[:, k]  # the first is the image itself
+    inside = between < radii
+    expected = inside.sum().item() / (k * len(samples)), inside.any(0).double().mean().item()
+    assert density_coverage(samples, reference) == pytest.approx(expected, abs=1e-12)
+
+
+def test_one_distribution_has_density_one_and_a_coverage_that_is_known():
+    samples, reference = normal(4000, 3, 0), normal(4000, 3, 1)
+    for k in (1, 5):
+        found = density_coverage(samples, reference, k)
+        # k of 2 N points are nearest to an image, each a sample with chance 1/2: none of them is with 2^-k.
+        assert found == pytest.approx((1.0, 1 - 0.5**k), abs=0.04)
+
+
+def test_a_set_against_itself_has_density_and_coverage_one():
+    rows = normal(200, 4, 0)
+    # A ball holds its own centre and k - 1 others; the k-th lies on its edge, in one rounding or the other.
+    assert density_coverage(rows, rows) == pytest.approx((1.0, 1.0), abs=0.05)
+
+
+def test_a_missing_half_of_a_mixture_is_half_the_coverage():
+    reference = torch.cat([normal(500, 4, 0, shift=-20.0), normal(500, 4, 1, shift=20.0)])
+    found = density_coverage(normal(1000, 4, 2, shift=20.0), reference)
+    assert found[0] == pytest.approx(1.0, abs=0.1), "density does not see it"
+    assert 0.48 < found[1] <= 0.5
+    assert density_coverage(normal(1000, 4, 2), reference) == (0.0, 0.0), "between the two lies nothing"
+
+
+def test_samples_of_one_point_are_dense_and_cover_next_to_nothing():
+    reference = normal(500, 4, 0)
+    found = density_coverage(reference[:1].repeat(300, 1), reference)
+    assert found[0] > 0.5 and found[1] < 0.1
+
+
+def test_one_outlier_moves_recall_and_not_coverage():
+    """Naeem et al.: a far sample has a huge ball, in which recall finds every reference image."""
+    reference, samples = normal(300, 4, 0), normal(300, 4, 1, shift=8.0)
+    outlier = torch.cat([samples, torch.full((1, 4), -100.0)])
+    assert scores.precision_recall(samples, reference, ALONE)[1] < 0.2
+    assert scores.precision_recall(outlier, reference, ALONE)[1] == 1.0
+    assert density_coverage(outlier, reference)[1] == density_coverage(samples, reference)[1] < 0.1
+
+
+def test_the_error_of_density_is_its_deviation_over_draws():
+    balls = density.Balls(normal(300, 4, 99), 5, ALONE)
+    draws = [balls.occupied_by(normal(300, 4, seed, shift=0.3)) for seed in range(60)]
+    deviation = np.std([draw.density for draw in draws])
+    assert np.mean([draw.density_error for draw in draws]) == pytest.approx(deviation, rel=0.3)
+
+
+def test_density_of_fewer_images_than_k_says_what_k_it_took():
+    found = density.DensityCoverage().compute(measured(normal(9, 3, 0), normal(4, 3, 1)), None)
+    assert found.results["density"]["protocol"]["k"] == 3
+    with pytest.raises(UserError, match="k must be 1 to 3"):
+        density.Balls(normal(4, 3, 1), 4, ALONE)
+
+
 # ---- all of them
 
 
 def results_of_every_metric(runtime: Runtime) -> dict:
     comparison = measured(normal(150, 8, 0, shift=0.1), normal(170, 8, 1), normal(150, 8, 2), runtime, directions=300)
-    return mind.Mind().compute(comparison, None).results
+    metrics = (mind.Mind(), density.DensityCoverage())
+    return {name: entry for metric in metrics for name, entry in metric.compute(comparison, None).results.items()}
 
 
 def test_two_ranks_find_what_one_does(forked, monkeypatch, tmp_path):
