@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from mutor_vision.errors import UserError
+from mutor_vision.errors import MismatchError, UserError
 from mutor_vision.features.extract import Extracted
-from mutor_vision.metrics import density, mind, scores
+from mutor_vision.features.moments import Moments, Statistics
+from mutor_vision.metrics import density, frechet, mind, ratio, scores
 from mutor_vision.metrics.metric import ImageSet, Measured, MetricSettings, Side
 from mutor_vision.runtime import Runtime, start
 
@@ -20,10 +21,13 @@ def normal(count: int, dim: int, seed: int, shift: float = 0.0) -> torch.Tensor:
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)) + shift
 
 
-def side(name: str, rows: torch.Tensor) -> Side:
+def side(name: str, rows: torch.Tensor, groups: int = 20) -> Side:
     digests = torch.from_numpy(np.ascontiguousarray(rows.numpy()[:, :4])).view(torch.uint8)
-    extracted = Extracted({}, {"pool": rows}, digests, torch.zeros(len(rows), 3), torch.zeros(len(rows)))
-    return Side(ImageSet(None, None, {"path": name}), len(rows), {}, extracted)
+    moments = Moments(rows.shape[1], groups)
+    moments.update(rows)
+    moments.flush()
+    extracted = Extracted({"pool": moments}, {"pool": rows}, digests, torch.zeros(len(rows), 3), torch.zeros(len(rows)))
+    return Side(ImageSet(None, None, {"path": name}), len(rows), {"pool": moments.total()}, extracted)
 
 
 def measured(samples, reference, held_out=None, runtime=ALONE, **settings) -> Measured:
@@ -183,13 +187,78 @@ def test_density_of_fewer_images_than_k_says_what_k_it_took():
         density.Balls(normal(4, 3, 1), 4, ALONE)
 
 
+# ---- FDr
+
+
+FDR = ratio.FrechetRatio(frechet.FrechetDistance("fid", "FID", "pool"))
+
+
+def fdr(comparison):
+    return FDR.compute(comparison, FDR.prepare(comparison.reference))
+
+
+def test_the_ratio_of_held_out_images_themselves_is_one():
+    reference, held_out = normal(400, 4, 0), normal(300, 4, 1)
+    found = fdr(measured(held_out, reference, held_out))
+    assert found.results["fdr"]["value"] == 1.0 and not found.warnings
+    near = fdr(measured(normal(300, 4, 2), reference, held_out)).results["fdr"]
+    assert 0.2 < near["value"] < 5, "other real images are about as far"
+    assert near["standard_error"] > 0
+
+
+def test_the_ratio_of_known_gaussians_is_that_of_their_distances():
+    def known(name, mean, count):
+        mu = torch.full((3,), mean, dtype=torch.float64)
+        given = ImageSet(None, None, {"path": name})
+        return Side(given, count, {"pool": Statistics(mu, torch.eye(3, dtype=torch.float64), count)}, None)
+
+    extractor = SimpleNamespace(identity={"name": "inception"}, layers={"pool": 3})
+    reference = known("train", 0.0, 900)
+    held_out = known("held-out", 1.0, 500)
+    comparison = Measured(known("samples", 2.0, 500), reference, extractor, ALONE, MetricSettings(), held_out)
+    result = fdr(comparison).results["fdr"]
+    assert result["name"] == "FDr@500" and result["value"] == pytest.approx(4.0, rel=1e-12)
+    assert result["protocol"]["distance_of_samples"] == pytest.approx(12.0)
+    assert result["protocol"]["distance_of_held_out"] == pytest.approx(3.0)
+    with pytest.raises(MismatchError, match="at distance 0 from the reference"):
+        fdr(Measured(held_out, reference, extractor, ALONE, MetricSettings(), reference))
+
+
+def test_the_ratio_of_unequal_counts_says_so():
+    found = fdr(measured(normal(300, 4, 0), normal(400, 4, 1), normal(200, 4, 2)))
+    assert [warning.mark for warning in found.warnings] == ["fdr-unequal-counts"]
+    few = fdr(measured(normal(30, 40, 0), normal(400, 40, 1), normal(30, 40, 2)))
+    assert "singular-held-out" in [warning.mark for warning in few.warnings]
+
+
+def test_the_error_of_the_ratio_is_its_deviation_over_draws():
+    reference = normal(4000, 3, 99)
+    draws = [fdr(measured(normal(1000, 3, 2 * seed, shift=0.5), reference, normal(1000, 3, 2 * seed + 1, shift=0.3)))
+             for seed in range(40)]  # fmt: skip
+    results = [draw.results["fdr"] for draw in draws]
+    deviation = np.std([result["value"] for result in results])
+    assert np.mean([result["standard_error"] for result in results]) == pytest.approx(deviation, rel=0.3)
+
+
+def test_a_ratio_costs_one_distance_more(monkeypatch):
+    calls = []
+    jackknife = frechet.jackknife
+    monkeypatch.setattr(frechet, "jackknife", lambda *given: calls.append(1) or jackknife(*given))
+    comparison = measured(normal(300, 4, 0), normal(400, 4, 1), normal(300, 4, 2))
+    for metric in (FDR.distance, FDR):
+        metric.compute(comparison, metric.prepare(comparison.reference))
+    assert len(calls) == 2, "the samples' distance is the same for both"
+
+
 # ---- all of them
 
 
 def results_of_every_metric(runtime: Runtime) -> dict:
     comparison = measured(normal(150, 8, 0, shift=0.1), normal(170, 8, 1), normal(150, 8, 2), runtime, directions=300)
-    metrics = (mind.Mind(), density.DensityCoverage())
-    return {name: entry for metric in metrics for name, entry in metric.compute(comparison, None).results.items()}
+    found = {}
+    for metric in (mind.Mind(), density.DensityCoverage(), FDR):
+        found |= metric.compute(comparison, metric.prepare(comparison.reference)).results
+    return found
 
 
 def test_two_ranks_find_what_one_does(forked, monkeypatch, tmp_path):
@@ -238,9 +307,20 @@ def test_held_out_images_stand_beside_the_samples(sets, command, tmp_path):
     assert len(result["protocol"]["held_out"]["images_sha256"]) == 64
     value, real = result["metrics"]["mind"]["value"], result["metrics"]["mind"]["real"]["value"]
     assert real / 4 < value < 4 * real, "all three are draws of one distribution"
+    protocol = result["metrics"]["fdr"]["protocol"]
+    assert protocol["distance_of_samples"] == result["metrics"]["fd"]["value"] and protocol["n_held_out"] == 30
     without = command(*arguments, "--json", tmp_path / "w.json")
     assert without.code == 0, without.err
     assert json.loads((tmp_path / "w.json").read_text())["metrics"]["fd"] == result["metrics"]["fd"]
+
+
+def test_the_ratio_needs_held_out_images(sets, command, tmp_path):
+    arguments = ("mutor", "fid", "--samples", sets / "samples.npz", "--reference", sets / "train.npz", *TINY)
+    done = command(*arguments, "--metrics", "fdr")
+    assert done.code == 2 and "metric 'fdr' needs --held-out" in done.err
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(3))
+    done = command(*arguments, "--held-out", tmp_path / "statistics.npz")
+    assert done.code == 4, done.out
 
 
 def test_images_of_the_reference_are_not_held_out(sets, command):

@@ -20,23 +20,26 @@ from mutor_vision.metrics.frechet import FrechetDistance
 from mutor_vision.metrics.metric import ImageSet, Measured, Metric, MetricSettings, Side, impossible
 from mutor_vision.metrics.mind import Mind
 from mutor_vision.metrics.per_class import PerClass
+from mutor_vision.metrics.ratio import FrechetRatio
 from mutor_vision.metrics.scores import InceptionScore, KernelDistance, PrecisionRecall
 from mutor_vision.runtime import Runtime
 from mutor_vision.storage.files import read_json, sha256
 from mutor_vision.storage.npz import Npz, is_statistics
 from mutor_vision.storage.outputs import check_out_file, check_out_folder
 
+FID = FrechetDistance("fid", "FID", "pool")
 # What --metrics offers, in the order of the results. A new metric is a class in a file of its own, and a line here.
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        FrechetDistance("fid", "FID", "pool"),
+        FID,
         FrechetDistance("sfid", "sFID", "spatial", extractors=("inception",)),
         InceptionScore(),
         PrecisionRecall(),
         KernelDistance(),
         Mind(),
         DensityCoverage(),
+        FrechetRatio(FID),
     )
 }
 ALWAYS: tuple[Metric, ...] = (PerClass(),)  # computed whatever is asked for, as far as samples and reference allow
@@ -139,7 +142,8 @@ def evaluate(
     real = None
     if held_out is not None:
         needed = {layer for metric in chosen for layer in metric.held_out_rows}
-        groups = 1 if held_out.images is None else _groups(held_out.images.count, extractor, options)
+        from_images = held_out.statistics is None
+        groups = _groups(held_out.images.count, extractor, options) if from_images else 1
         real, found = _measure_real(samples, held_out, needed, set(), extractor, runtime, options, groups)
         warnings += found + guards.held_out(real.extracted, theirs.extracted)
     ours, found = _measure_samples(samples, chosen, extractor, runtime, options)
