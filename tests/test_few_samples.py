@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mutor_vision.errors import MismatchError, UserError
 from mutor_vision.features.extract import Extracted
 from mutor_vision.features.moments import Moments, Statistics
-from mutor_vision.metrics import density, frechet, mind, ratio, scores
+from mutor_vision.metrics import copies, density, frechet, mind, ratio, scores
 from mutor_vision.metrics.metric import ImageSet, Measured, MetricSettings, Side
 from mutor_vision.runtime import Runtime, start
 
@@ -250,13 +251,78 @@ def test_a_ratio_costs_one_distance_more(monkeypatch):
     assert len(calls) == 2, "the samples' distance is the same for both"
 
 
+# ---- copies
+
+
+@pytest.mark.parametrize("block", [scores.BLOCK, 64])
+def test_the_nearest_image_and_its_own_neighbour_are_found(block, monkeypatch):
+    monkeypatch.setattr(scores, "BLOCK", block)
+    rows, reference = normal(150, 6, 0), normal(170, 6, 1)
+    found = copies.nearest(rows, reference, ALONE)
+    between, among = (torch.cdist(part.double(), reference.double()) for part in (rows, reference))
+    own = among.fill_diagonal_(float("inf")).min(1).values
+    assert torch.equal(found.index, between.argmin(1))
+    assert torch.allclose(found.distance, between.min(1).values, rtol=1e-6)
+    assert torch.allclose(found.own, own[found.index], rtol=1e-6)
+
+
+def copied(share: float, noise: float = 0.0):
+    """300 samples of which a share are reference images with a little noise; reference, held-out images."""
+    reference, samples, count = normal(400, 16, 1), normal(300, 16, 2), int(300 * share)
+    samples[:count] = reference[7 : 7 + count] + noise * normal(count, 16, 4)
+    return samples, reference, normal(300, 16, 3)
+
+
+def test_copies_of_training_images_are_found_and_named():
+    samples, reference, held_out = copied(0.3, noise=0.05)
+    found = copies.Copies().compute(measured(samples, reference, held_out), None)
+    result, section = found.results["copies"], found.sections["copies"]
+    assert result["value"] > result["real"]["value"] + 0.2
+    assert "near-copies" in [warning.mark for warning in found.warnings]
+    assert len(section["closest"]) == 20 and section["equal_pixels"] == 0
+    assert all(pair["reference"] == pair["sample"] + 7 for pair in section["closest"])
+    distances = [pair["distance"] for pair in section["closest"]]
+    assert distances == sorted(distances) and distances[-1] < 0.4
+    lies = found.results["nearest_distance"]
+    assert lies["value"] < lies["real"]["value"]
+
+
+def test_new_images_are_no_copies():
+    found = copies.Copies().compute(measured(*copied(0.0)), None)
+    result = found.results["copies"]
+    assert result["value"] == pytest.approx(result["real"]["value"], abs=4 * 2**0.5 * result["standard_error"])
+    assert 0.05 < result["real"]["value"] < 0.6 and not found.warnings
+    alone = copies.Copies().compute(measured(*copied(0.0)[:2]), None)
+    assert [warning.mark for warning in alone.warnings] == ["copies-alone"]
+
+
+def test_exact_copies_are_counted_where_the_reference_repeats_images_too():
+    samples, reference, held_out = copied(0.1)
+    found = copies.Copies().compute(measured(samples, torch.cat([reference, reference]), held_out), None)
+    assert found.sections["copies"]["equal_pixels"] == 30
+    assert [pair["distance"] for pair in found.sections["copies"]["closest"]] == [0.0] * 20
+    assert found.results["copies"]["value"] == pytest.approx(0.1), (
+        "each has a neighbour at distance 0, and so have they"
+    )
+    assert found.results["copies"]["real"]["value"] == 0.0
+
+
+def test_a_small_distance_keeps_its_digits():
+    reference = 1000 + normal(50, 8, 0)
+    rows = reference[:5] + 2.0**-10
+    found = copies.nearest(rows, reference, ALONE)
+    assert found.index.tolist() == [0, 1, 2, 3, 4]
+    expected = (rows.double() - reference[:5].double()).norm(dim=1)
+    assert torch.allclose(found.distance, expected, rtol=0.05), "the product form is off by several times this"
+
+
 # ---- all of them
 
 
 def results_of_every_metric(runtime: Runtime) -> dict:
     comparison = measured(normal(150, 8, 0, shift=0.1), normal(170, 8, 1), normal(150, 8, 2), runtime, directions=300)
     found = {}
-    for metric in (mind.Mind(), density.DensityCoverage(), FDR):
+    for metric in (mind.Mind(), density.DensityCoverage(), FDR, copies.Copies()):
         found |= metric.compute(comparison, metric.prepare(comparison.reference)).results
     return found
 
@@ -312,6 +378,28 @@ def test_held_out_images_stand_beside_the_samples(sets, command, tmp_path):
     without = command(*arguments, "--json", tmp_path / "w.json")
     assert without.code == 0, without.err
     assert json.loads((tmp_path / "w.json").read_text())["metrics"]["fd"] == result["metrics"]["fd"]
+
+
+def test_the_picture_shows_samples_beside_their_nearest_images(sets, command, tmp_path):
+    arguments = ("mutor", "fid", "--samples", sets / "samples.npz", "--reference", sets / "train.npz", *TINY)
+    done = command(*arguments, "--json", tmp_path / "m.json", "--copies-grid", tmp_path / "pairs.png")
+    assert done.code == 0, done.err
+    closest = json.loads((tmp_path / "m.json").read_text())["copies"]["closest"]
+    assert f"by index from 0 (distance): {closest[0]['sample']} and {closest[0]['reference']} (" in done.out
+    picture = np.array(Image.open(tmp_path / "pairs.png"))
+    cell = 4 + 128  # a border of 4 pixels, and images of 16 pixels eight times as large
+    for number, pair in enumerate(closest):
+        row, column = divmod(2 * number, 8)
+        for right, name, index in ((0, "samples", pair["sample"]), (1, "train", pair["reference"])):
+            y, x = 4 + row * cell, 4 + (column + right) * cell
+            with np.load(sets / f"{name}.npz") as file:
+                assert (picture[y : y + 128 : 8, x : x + 128 : 8] == file["arr_0"][index]).all()
+
+
+def test_a_picture_without_the_copy_check_is_refused(sets, command, tmp_path):
+    arguments = ("mutor", "fid", "--samples", sets / "samples.npz", "--reference", sets / "train.npz", *TINY)
+    done = command(*arguments, "--metrics", "fid", "--copies-grid", tmp_path / "pairs.png")
+    assert done.code == 2 and "--copies-grid needs the metric 'copies'" in done.err
 
 
 def test_the_ratio_needs_held_out_images(sets, command, tmp_path):

@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 
 from mutor_vision.commands.flags import add_extractor, add_sampled_run, add_settings, decoding_from, settings_from
+from mutor_vision.data.images import save_png
 from mutor_vision.errors import UserError
 from mutor_vision.features.extractors import load_extractor
 from mutor_vision.features.sources import RunImages
@@ -39,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metrics", default="", help=f"of {','.join(METRICS)}; default: all that are possible")
     parser.add_argument("--json", type=Path, help="write values, warnings and the protocol here")
     parser.add_argument("--report", type=Path, help="write a page with the worst and best classes here (.html)")
+    parser.add_argument("--copies-grid", type=Path, help="write the samples closest to the reference beside their "
+                        "nearest images here (.png)")  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=50, help="images per forward pass and process (default 50)")
     parser.add_argument("--splits", type=int, default=10, help="parts of the Inception Score (default 10)")
     parser.add_argument("--neighbours", type=int, default=3, help="k of precision and recall (default 3)")
@@ -74,9 +77,11 @@ def main(arguments: argparse.Namespace) -> None:
         batch=arguments.batch_size, splits=arguments.splits, k=arguments.neighbours, groups=arguments.groups,
         work=work, strict=arguments.strict,
     )  # fmt: skip
+    if arguments.copies_grid and options.metrics and "copies" not in options.metrics:
+        raise UserError("--copies-grid needs the metric 'copies'; add it to --metrics")
     settings, decoding = settings_from(arguments), decoding_from(arguments)
     runtime = start(arguments.precision, arguments.device)
-    check_outputs(runtime, files=(arguments.json, arguments.report), folders=(work,))
+    check_outputs(runtime, files=(arguments.json, arguments.report, arguments.copies_grid), folders=(work,))
     reference = open_set(
         arguments.reference, image_size=arguments.image_size, allow_lossy=arguments.allow_lossy
     )  # cheap checks first: nothing heavy is loaded before both sides are known to be readable
@@ -97,6 +102,8 @@ def main(arguments: argparse.Namespace) -> None:
             arguments.samples, image_size=arguments.image_size, allow_lossy=arguments.allow_lossy,
             nchw=arguments.nchw, labels=arguments.sample_labels, count=arguments.num,
         )  # fmt: skip
+    if arguments.copies_grid and (samples.images is None or reference.images is None):
+        raise UserError("--copies-grid needs images on both sides; these are statistics")
     extractor = load_extractor(arguments.features, arguments.weights, arguments.allow_unknown_weights)
     result = evaluate(samples, reference, extractor, runtime, options, held_out)
     if runtime.is_main:
@@ -106,9 +113,11 @@ def main(arguments: argparse.Namespace) -> None:
             write_json(arguments.json, result)
         if arguments.report:
             report.write_page(arguments.report, report.page(result, samples.images, reference.images))
+        if arguments.copies_grid:
+            save_png(report.copies_picture(result, samples.images, reference.images), arguments.copies_grid)
         if work is not None and not arguments.keep_features and arguments.work is None:
             shutil.rmtree(work, ignore_errors=True)
         print(report.table(result))
-        for path in filter(None, (arguments.json, arguments.report)):
+        for path in filter(None, (arguments.json, arguments.report, arguments.copies_grid)):
             print(f"written: {path}")
     finish()

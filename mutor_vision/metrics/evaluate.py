@@ -15,6 +15,7 @@ from mutor_vision.features.extract import extract
 from mutor_vision.features.moments import Statistics, read_protocol, read_statistics
 from mutor_vision.features.sources import NpzImages, SourceImages, check_count, check_labels, read_labels
 from mutor_vision.metrics import guards
+from mutor_vision.metrics.copies import Copies
 from mutor_vision.metrics.density import DensityCoverage
 from mutor_vision.metrics.frechet import FrechetDistance
 from mutor_vision.metrics.metric import ImageSet, Measured, Metric, MetricSettings, Side, impossible
@@ -40,6 +41,7 @@ METRICS: dict[str, Metric] = {
         Mind(),
         DensityCoverage(),
         FrechetRatio(FID),
+        Copies(),
     )
 }
 ALWAYS: tuple[Metric, ...] = (PerClass(),)  # computed whatever is asked for, as far as samples and reference allow

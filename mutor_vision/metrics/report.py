@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mutor_vision.data import images
@@ -15,6 +16,8 @@ from mutor_vision.features.sources import in_order
 from mutor_vision.storage.files import written
 
 STRIP_COLUMNS = 8  # pictures of a class in the page
+PAIRS_IN_ROW = 4  # of a sample and its nearest reference image, in a picture of them
+PAIRS_NAMED = 5  # in the terminal
 STRIP_PIXELS = 104  # about the sides of a picture in the page: larger ones shrink, smaller ones grow by a factor
 
 # A column without entries is left out of the terminal's table. "real images": the same measured on real images.
@@ -74,6 +77,9 @@ def notes(result: dict) -> list[str]:
         lines.append(f"real images: what {' or '.join(of)} images measure in the samples' place")
     if protocol["reference"]["distance_from"] != "images":
         lines.append(f"distances from the {protocol['reference']['distance_from']}: {protocol['reference']['path']}")
+    if closest := result.get("copies", {}).get("closest", [])[:PAIRS_NAMED]:
+        named = (f"{pair['sample']} and {pair['reference']} ({number(pair['distance'])})" for pair in closest)
+        lines.append(f"closest samples and reference images, by index from 0 (distance): {', '.join(named)}")
     if any("standard_deviation" in entry for entry in result["metrics"].values()):
         lines.append("± of IS and KID is the deviation over splits or subsets, not an error of the mean")
     return lines
@@ -175,9 +181,24 @@ def _strips(source, labels: Tensor, shown: list[int]) -> dict[int, str]:
     """Class -> its first images as one PNG inside the page. All are read in one pass, because the sampler is faster in
     large batches and a compressed npz can only be read forward."""
     chosen = {index: (labels == index).nonzero().flatten()[:STRIP_COLUMNS].tolist() for index in shown}
-    wanted = sorted(number for numbers in chosen.values() for number in numbers)
-    pictures = dict(zip(wanted, in_order(source, [(number, number + 1) for number in wanted]), strict=True))
+    pictures = _pictures(source, {number for numbers in chosen.values() for number in numbers})
     return {index: _strip([pictures[number] for number in numbers]) for index, numbers in chosen.items()}
+
+
+def _pictures(source, numbers: set[int]) -> dict[int, Tensor]:
+    """Number -> image, uint8 (1, 3, H, W), in one pass."""
+    wanted = sorted(numbers)
+    return dict(zip(wanted, in_order(source, [(number, number + 1) for number in wanted]), strict=True))
+
+
+def copies_picture(result: dict, samples, reference) -> Image.Image:
+    """The closest pairs of the copy check: each sample with its nearest reference image at its right, the closest pair
+    first, row by row."""
+    pairs = [(pair["sample"], pair["reference"]) for pair in result["copies"]["closest"]]
+    ours = _pictures(samples, {sample for sample, _ in pairs})
+    theirs = _pictures(reference, {image for _, image in pairs})
+    cells = [picture for sample, image in pairs for picture in (ours[sample], theirs[image])]
+    return images.grid(torch.cat(cells), columns=2 * PAIRS_IN_ROW)
 
 
 def _strip(pictures: list[Tensor]) -> str:
