@@ -11,7 +11,7 @@ from PIL import Image
 from mutor_vision.errors import MismatchError, UserError
 from mutor_vision.features.extract import Extracted
 from mutor_vision.features.moments import Moments, Statistics
-from mutor_vision.metrics import copies, density, frechet, mind, ratio, scores
+from mutor_vision.metrics import class_accuracy, copies, density, frechet, mind, ratio, scores
 from mutor_vision.metrics.metric import ImageSet, Measured, MetricSettings, Side
 from mutor_vision.runtime import Runtime, start
 
@@ -339,6 +339,61 @@ def test_two_ranks_find_what_one_does(forked, monkeypatch, tmp_path):
     for rank in range(2):
         two = json.loads((tmp_path / f"{rank}.json").read_text())
         assert two == one
+
+
+# ---- accuracy among classes
+
+
+def classified(name: str, right: list[bool], labels: list[int], class_names=("b", "d", "e")) -> Side:
+    """Images of three of the five classes a to e. Where `right`, the classifier's best guess among the three is the
+    label, and otherwise the next one; it always believes in c, which is none of them, most of all."""
+    outputs = torch.tensor([1, 3, 4])
+    logits, labels = torch.zeros(len(right), 5), torch.tensor(labels)
+    guesses = torch.where(torch.tensor(right), labels, (labels + 1) % 3)
+    logits[torch.arange(len(right)), outputs[guesses]] = 1.0
+    logits[:, 2] = 9.0
+    images = SimpleNamespace(labels=labels, class_names=class_names)
+    extracted = SimpleNamespace(rows={"logits": logits})
+    return Side(ImageSet(images, None, {"path": name}), len(right), {}, extracted)
+
+
+KNOWS = SimpleNamespace(identity={"name": "five"}, layers={"pool": 2, "logits": 5}, class_names=tuple("abcde"))
+
+
+def accuracy(samples, reference, held_out=None, extractor=KNOWS):
+    comparison = Measured(samples, reference, extractor, ALONE, MetricSettings(), held_out)
+    return class_accuracy.ClassAccuracy().compute(comparison, None).results
+
+
+def test_the_best_guess_is_taken_among_the_samples_classes():
+    samples = classified("samples", [True, True, True, False, False, True], [0, 1, 2, 0, 1, 2])
+    reference = classified("reference", [True, True, True, False], [0, 1, 2, 2])
+    result = accuracy(samples, reference)["class_accuracy"]
+    assert result["name"] == "Accuracy@6 of 3 classes" and result["value"] == pytest.approx(4 / 6)
+    assert result["real"] == {"value": 0.75, "standard_error": pytest.approx((0.75 * 0.25 / 4) ** 0.5),
+                              "of": "reference", "n": 4}  # fmt: skip
+    assert result["protocol"]["chance"] == pytest.approx(1 / 3) and result["protocol"]["classes"] == "name"
+    beside = accuracy(samples, reference, classified("held-out", [True, True], [0, 1]))["class_accuracy"]
+    assert beside["real"]["of"] == "held-out" and beside["real"]["value"] == 1.0
+
+
+def test_real_images_of_other_classes_or_another_order_are_matched_by_name():
+    samples = classified("samples", [True, False, True, True], [0, 0, 2, 2])  # b and e; d was not asked for
+    reference = classified("reference", [True, True, False], [0, 1, 2], class_names=("d", "e", "b"))
+    # Its logits were made for b, d, e in this order: what is right there is judged by the names that it has now.
+    result = accuracy(samples, reference)["class_accuracy"]
+    assert result["protocol"]["among"] == 2 and result["real"]["n"] == 2, "the image of d is left out"
+    assert result["real"]["value"] == 0.5
+
+
+def test_without_labels_or_classes_that_are_known_there_is_no_accuracy():
+    samples = classified("samples", [True, True], [0, 1])
+    assert not accuracy(classified("samples", [True, True], [0, 1], ("x", "y", "z")), samples)
+    unlabelled = classified("samples", [True, True], [0, 1])
+    unlabelled.given.images.labels = None
+    assert not accuracy(unlabelled, samples)
+    own = SimpleNamespace(identity={"name": "three"}, layers={"pool": 2, "logits": 3}, class_names=("b", "d", "e"))
+    assert not accuracy(classified("samples", [True] * 3, [0, 1, 2]), samples, extractor=own), "that is plain accuracy"
 
 
 # ---- with images

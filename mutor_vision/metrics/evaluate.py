@@ -15,6 +15,7 @@ from mutor_vision.features.extract import extract
 from mutor_vision.features.moments import Statistics, read_protocol, read_statistics
 from mutor_vision.features.sources import NpzImages, SourceImages, check_count, check_labels, read_labels
 from mutor_vision.metrics import guards
+from mutor_vision.metrics.class_accuracy import ClassAccuracy
 from mutor_vision.metrics.copies import Copies
 from mutor_vision.metrics.density import DensityCoverage
 from mutor_vision.metrics.frechet import FrechetDistance
@@ -44,7 +45,10 @@ METRICS: dict[str, Metric] = {
         Copies(),
     )
 }
-ALWAYS: tuple[Metric, ...] = (PerClass(),)  # computed whatever is asked for, as far as samples and reference allow
+ALWAYS: tuple[Metric, ...] = (
+    PerClass(),
+    ClassAccuracy(),
+)  # computed whatever is asked for, as far as samples and reference allow
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,8 @@ def evaluate(
         needed = {layer for metric in chosen for layer in metric.held_out_rows}
         from_images = held_out.statistics is None
         groups = _groups(held_out.images.count, extractor, options) if from_images else 1
-        real, found = _measure_real(samples, held_out, needed, set(), extractor, runtime, options, groups)
+        useful = {layer for metric in ALWAYS for layer in metric.held_out_rows}
+        real, found = _measure_real(samples, held_out, needed, useful, extractor, runtime, options, groups)
         warnings += found + guards.held_out(real.extracted, theirs.extracted)
     ours, found = _measure_samples(samples, chosen, extractor, runtime, options)
     warnings += found
