@@ -369,7 +369,7 @@ def test_the_best_guess_is_taken_among_the_samples_classes():
     samples = classified("samples", [True, True, True, False, False, True], [0, 1, 2, 0, 1, 2])
     reference = classified("reference", [True, True, True, False], [0, 1, 2, 2])
     result = accuracy(samples, reference)["class_accuracy"]
-    assert result["name"] == "Accuracy@6 of 3 classes" and result["value"] == pytest.approx(4 / 6)
+    assert result["name"] == "Accuracy among 3 classes@6" and result["value"] == pytest.approx(4 / 6)
     assert result["real"] == {"value": 0.75, "standard_error": pytest.approx((0.75 * 0.25 / 4) ** 0.5),
                               "of": "reference", "n": 4}  # fmt: skip
     assert result["protocol"]["chance"] == pytest.approx(1 / 3) and result["protocol"]["classes"] == "name"
@@ -464,6 +464,35 @@ def test_the_ratio_needs_held_out_images(sets, command, tmp_path):
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(3))
     done = command(*arguments, "--held-out", tmp_path / "statistics.npz")
     assert done.code == 4, done.out
+
+
+def test_a_second_network_has_distances_of_its_own(sets, command, tmp_path):
+    arguments = ("mutor", "fid", "--samples", sets / "samples.npz", "--reference", sets / "train.npz", *TINY)
+    arguments += ("--held-out", sets / "val.npz", "--json", tmp_path / "m.json")
+    done = command(*arguments, "--also", "timm:test_vit@16=random", "--also", "timm:test_efficientnet@16=random")
+    assert done.code == 0, done.err
+    result = json.loads((tmp_path / "m.json").read_text())
+    metrics = result["metrics"]
+    ratios = [metrics[key]["value"] for key in ("fdr", "fdr timm:test_vit", "fdr timm:test_efficientnet")]
+    assert metrics["fdr_mean"]["value"] == pytest.approx(np.prod(ratios) ** (1 / 3))
+    assert (
+        metrics["fd timm:test_vit"]["protocol"]["extractor"] == "timm:test_vit" and "mind timm:test_vit" not in metrics
+    )
+    assert [one["name"] for one in result["protocol"]["more_extractors"]] == ["timm:test_vit", "timm:test_efficientnet"]
+    assert len(result["marks"]) == len(result["warnings"]) == len(set(result["warnings"]))
+    alone = command("mutor", "fid", "--samples", sets / "samples.npz", "--reference", sets / "train.npz",
+                    "--held-out", sets / "val.npz", "--features", "timm:test_vit@16", "--weights", "random",
+                    "--groups", 0, "--json", tmp_path / "alone.json")  # fmt: skip
+    assert alone.code == 0, alone.err
+    assert json.loads((tmp_path / "alone.json").read_text())["metrics"]["fdr"] == metrics["fdr timm:test_vit"]
+
+
+def test_a_second_network_needs_a_distance_to_measure(sets, command):
+    arguments = ("mutor", "fid", "--samples", sets / "samples.npz", "--reference", sets / "train.npz", *TINY)
+    done = command(*arguments, "--metrics", "kid", "--also", "timm:test_vit@16=random")
+    assert done.code == 2 and "--also measures fid and fdr" in done.err
+    done = command(*arguments, "--also", "timm:test_resnet@32=random")
+    assert done.code == 2 and "timm:test_resnet is given twice" in done.err
 
 
 def test_images_of_the_reference_are_not_held_out(sets, command):

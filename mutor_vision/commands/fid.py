@@ -10,6 +10,7 @@ from a trained run and keeps no image.
 """
 
 import argparse
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from mutor_vision.features.extractors import load_extractor
 from mutor_vision.features.sources import RunImages
 from mutor_vision.metrics import report
 from mutor_vision.metrics.evaluate import METRICS, ImageSet, Options, check_outputs, evaluate, open_set
+from mutor_vision.metrics.several import IN_EVERY_NETWORK, combine
 from mutor_vision.runtime import finish, start
 from mutor_vision.sampling.load import load
 from mutor_vision.storage.files import write_json
@@ -37,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--held-out", help="real images that the model has not seen, in any of these forms: what they "
                         "measure against the reference stands beside the samples")  # fmt: skip
     add_extractor(parser)
+    parser.add_argument(
+        "--also", action="append", default=[], metavar="FEATURES[=WEIGHTS]", help="a further network for the Fréchet "
+        "distance and FDr, such as timm:tf_efficientnet_lite0=package; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--metrics", default="", help=f"of {','.join(METRICS)}; default: all that are possible")
     parser.add_argument("--json", type=Path, help="write values, warnings and the protocol here")
     parser.add_argument("--report", type=Path, help="write a page with the worst and best classes here (.html)")
@@ -79,6 +85,10 @@ def main(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     if arguments.copies_grid and options.metrics and "copies" not in options.metrics:
         raise UserError("--copies-grid needs the metric 'copies'; add it to --metrics")
+    if arguments.also and arguments.run:
+        raise UserError("--also would draw every image once more; draw them with mutor sample, and give --samples")
+    if arguments.also and options.metrics and not set(options.metrics) & set(IN_EVERY_NETWORK):
+        raise UserError(f"--also measures {' and '.join(IN_EVERY_NETWORK)}; add one of them to --metrics")
     settings, decoding = settings_from(arguments), decoding_from(arguments)
     runtime = start(arguments.precision, arguments.device)
     check_outputs(runtime, files=(arguments.json, arguments.report, arguments.copies_grid), folders=(work,))
@@ -105,7 +115,18 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.copies_grid and (samples.images is None or reference.images is None):
         raise UserError("--copies-grid needs images on both sides; these are statistics")
     extractor = load_extractor(arguments.features, arguments.weights, arguments.allow_unknown_weights)
-    result = evaluate(samples, reference, extractor, runtime, options, held_out)
+    further = [load_extractor(features, weights or None, arguments.allow_unknown_weights)
+               for features, _, weights in (also.partition("=") for also in arguments.also)]  # fmt: skip
+    names = [one.identity["name"] for one in (extractor, *further)]
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"{max(names, key=names.count)} is given twice by --features and --also; give each network once"
+        )
+    results = [evaluate(samples, reference, extractor, runtime, options, held_out)]
+    possible = IN_EVERY_NETWORK if held_out is not None else IN_EVERY_NETWORK[:1]
+    few = dataclasses.replace(options, metrics=tuple(set(possible) & set(options.metrics or possible)))
+    results += [evaluate(samples, reference, other, runtime, few, held_out) for other in further]
+    result = combine(results) if further else results[0]
     if runtime.is_main:
         # Everything is written before anything is printed: whoever reads the output may have gone.
         if arguments.json:

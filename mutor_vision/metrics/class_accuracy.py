@@ -29,7 +29,7 @@ class ClassAccuracy(Metric):
         if outputs is None or not 2 <= len(chosen) < measured.extractor.layers["logits"]:
             return Found()
         right = found_among(samples.rows("logits"), labels, outputs, chosen)
-        result = {"name": f"{measured.title('Accuracy')} of {len(chosen)} classes"} | _share(right)
+        result = {"name": measured.title(f"Accuracy among {len(chosen)} classes")} | _share(right)
         beside = measured.held_out or measured.reference
         real = _of_real(beside, names, outputs, chosen)
         if real is not None:

@@ -11,6 +11,8 @@ from mutor_vision.metrics.frechet import FrechetDistance, Root
 from mutor_vision.metrics.guards import Caveat
 from mutor_vision.metrics.metric import Found, Measured, Metric, Side
 
+EQUAL = 1.02  # counts that differ by no more than this are called equal
+
 
 class FrechetRatio(Metric):
     """The ratio for the features of one Fréchet distance, whose work it shares."""
@@ -42,7 +44,7 @@ class FrechetRatio(Metric):
             "n_held_out": held_out.n, "distance_of_samples": ours["value"], "distance_of_held_out": real["value"],
         }  # fmt: skip
         warnings = []
-        if samples.n and held_out.n and samples.n != held_out.n:
+        if samples.n and held_out.n and not 1 / EQUAL <= samples.n / held_out.n <= EQUAL:
             text = (f"FDr of {samples.n:,} samples and {held_out.n:,} held-out images: a distance of few images is too "
                     "large, so the ratio means little unless both are equally many")  # fmt: skip
             warnings.append(Caveat("fdr-unequal-counts", text))
