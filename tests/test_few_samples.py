@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mutor_vision.errors import MismatchError, UserError
 from mutor_vision.features.extract import Extracted
@@ -341,6 +342,30 @@ def test_two_ranks_find_what_one_does(forked, monkeypatch, tmp_path):
         assert two == one
 
 
+class Largest(TorchDispatchMode):
+    """The most numbers that one tensor had."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, given=(), named=None):
+        result = function(*given, **(named or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return result
+
+
+def test_memory_grows_with_the_images_and_not_with_their_pairs_or_the_directions(monkeypatch):
+    monkeypatch.setattr(scores, "BLOCK", 64)
+    monkeypatch.setattr(mind, "DIRECTIONS_AT_ONCE", 16)
+    monkeypatch.setattr(mind, "ROWS_AT_ONCE", 64)
+    samples, reference = normal(600, 32, 0), normal(600, 32, 1)
+    for metric in (mind.Mind(), density.DensityCoverage(), copies.Copies()):
+        with Largest() as largest:
+            metric.compute(measured(samples, reference, directions=1000), None)
+        assert largest.numbers <= 1000 * 32, f"{metric.name}: a tensor of {largest.numbers} numbers"
+
+
 # ---- accuracy among classes
 
 
@@ -493,6 +518,18 @@ def test_a_second_network_needs_a_distance_to_measure(sets, command):
     assert done.code == 2 and "--also measures fid and fdr" in done.err
     done = command(*arguments, "--also", "timm:test_resnet@32=random")
     assert done.code == 2 and "timm:test_resnet is given twice" in done.err
+
+
+def test_the_batch_size_changes_no_number(sets, command, tmp_path):
+    arguments = ("mutor", "fid", "--samples", sets / "samples.npz", "--reference", sets / "train.npz", *TINY)
+    found = []
+    for batch in (4, 50):
+        done = command(*arguments, "--held-out", sets / "val.npz", "--batch-size", batch, "--json", tmp_path / "m.json")
+        assert done.code == 0, done.err
+        found.append(json.loads((tmp_path / "m.json").read_text()))
+    for key, entry in found[0]["metrics"].items():
+        assert entry["value"] == pytest.approx(found[1]["metrics"][key]["value"], rel=1e-4, abs=1e-6), key
+    assert {"mind", "density", "coverage", "fdr", "copies", "nearest_distance"} < found[0]["metrics"].keys()
 
 
 def test_images_of_the_reference_are_not_held_out(sets, command):

@@ -1,5 +1,5 @@
-"""One comparison in the features of several networks: none sees everything, and a model that was trained or chosen by one
-looks better to it than to others."""
+"""One comparison in the features of several networks: none sees everything, and a model that was trained or chosen by
+one looks better to it than to others."""
 
 import math
 
