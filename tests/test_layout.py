@@ -56,7 +56,7 @@ ROOMS = {
     "sampling": {"storage", "data", "tokenizer", "model", "objectives"},
     "features": {"storage", "data", "sampling"},
     "metrics": {"storage", "data", "features"},
-    "training": {"storage", "data", "model", "objectives", "sampling", "features", "metrics"},
+    "training": {"storage", "data", "tokenizer", "model", "objectives", "sampling", "features", "metrics"},
     "interop": {"storage", "data", "tokenizer", "model"},
     "commands": {"storage", "data", "tokenizer", "model", "sampling", "features", "metrics", "training", "interop"},
 }

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mutor_vision.auxiliary_config import ParallelHeadsConfig, RegisterConfig
-from mutor_vision.commands.plan import plan, table, with_token_set
+from mutor_vision.commands.plan import data, plan, table, with_token_set
 from mutor_vision.config import TrainConfig, TransformerConfig
 from mutor_vision.errors import UserError
 from mutor_vision.model import fast_paths
@@ -216,3 +216,13 @@ def test_the_command_writes_its_figures(tmp_path, command):
     printed = command("mutor", "plan", *words).out
     assert "digits-mutor-2d on 1 x cpu, ddp, float32" in printed and "assumed: 7x7 codes of 64" in printed
     assert json.loads(out.read_text())["micro_batch"] == 32
+
+
+def test_the_bytes_of_a_token_set_are_those_on_disk(token_set_path, train_config):
+    """But for the headers of its four arrays."""
+    model = dataclasses.replace(train_config.model, vocab_size=32, num_classes=5, grid=(4, 4))
+    found = data(dataclasses.replace(train_config, model=model), images=60, views=2)
+    assert found["disk"] + 4 * 128 == sum(path.stat().st_size for path in token_set_path.glob("*.npy"))
+    assert found["epochs"] == train_config.steps * train_config.batch_size / 60
+    with pytest.raises(UserError, match="images is 0"):
+        data(train_config, images=0, views=2)

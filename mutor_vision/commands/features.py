@@ -80,9 +80,9 @@ def main(arguments: argparse.Namespace) -> None:
 
 def _read(folder: Source, chosen: np.ndarray, size: int, workers: int) -> tuple[Tensor, Tensor]:
     """uint8 (N, 3, size, size) and int64 (N,) of the chosen images."""
-    from tqdm import tqdm
+    from mutor_vision.progress import progress
 
     batches = list(batched(chosen.tolist(), 64))
     views = read_batches(Views(folder, size, center), batches, workers)
-    pictures = [batch[:, 0] for batch in tqdm(views, total=len(batches), desc="reading", unit="batch")]
+    pictures = [batch[:, 0] for batch in progress(views, total=len(batches), desc="reading", unit="batch")]
     return torch.cat(pictures), torch.tensor(folder.labels)[torch.from_numpy(chosen)]

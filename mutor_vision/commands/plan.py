@@ -5,7 +5,10 @@ import dataclasses
 import os
 from pathlib import Path
 
+import numpy as np
+
 from mutor_vision.config import TrainConfig
+from mutor_vision.data.token_set import code_dtype
 from mutor_vision.errors import UserError
 from mutor_vision.presets import TOKENIZERS, TRANSFORMERS
 from mutor_vision.settings import override, preset
@@ -24,7 +27,8 @@ from mutor_vision.training.cost import (
 )
 
 # Where a preset leaves the codes to the token set: the tokenizer preset that makes them, and a number of classes.
-TOKEN_SETS = {"own": ("vq-16", 1000), "tiny-imagenet": ("tiny-imagenet", 200), "digits": ("digits", 10)}
+TOKEN_SETS = {"own": ("vq-16", 1000), "tiny-imagenet": ("tiny-imagenet", 200),
+              "pictures": ("tiny-imagenet-8x8", 12), "digits": ("digits", 10)}  # fmt: skip
 
 
 def plan(name: str, config: TrainConfig, gpu: str, gpus: int, mfu: float) -> dict:
@@ -74,6 +78,18 @@ def plan(name: str, config: TrainConfig, gpu: str, gpus: int, mfu: float) -> dic
     }  # fmt: skip
 
 
+def data(config: TrainConfig, images: int, views: int) -> dict:
+    """Bytes of a token set of so many images, and of what training keeps of each in every process."""
+    if images < 1 or views < 1:
+        raise UserError(f"images is {images} and views {views}, expected 1 or more of both")
+    codes = images * views * config.model.num_tokens * np.dtype(code_dtype(config.model.vocab_size)).itemsize
+    return {
+        "images": images, "views": views, "disk": codes + 8 * images,
+        "memory": (8 + 8 + 2 * 8) * images,  # its label, its number, and its place in the orders of two epochs
+        "epochs": config.steps * config.batch_size / images,
+    }  # fmt: skip
+
+
 def this_machine(processes: int) -> Accelerator:
     """One process's part of the CPU cores and memory of this machine."""
     speed = CPU_CORE * (os.cpu_count() or 1) / processes
@@ -120,6 +136,13 @@ def table(values: dict) -> str:
         ("  days", f"{time['seconds'] / 86400:,.2f}", f"{time['seconds'] / 3600:,.2f} hours"),
         ("  GPU-hours", f"{time['gpu_hours']:,.1f}"),
     ]
+    if found := values.get("data"):
+        lines += [
+            (f"a token set of {found['images']:,} images, {found['views']} views",),
+            ("  on disk", _bytes(found["disk"]), "memory-mapped, never loaded as a whole"),
+            ("  in each process", _bytes(found["memory"]), "labels and orders"),
+            ("  epochs", f"{found['epochs']:,.1f}"),
+        ]
     return "\n".join(
         line[0] if len(line) == 1 else f"{line[0]:<22}{line[1]:>16}   {''.join(line[2:])}".rstrip() for line in lines
     )
@@ -151,6 +174,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", default="h100", help=f"{', '.join(ACCELERATORS)} or cpu (this machine); default h100")
     parser.add_argument("--gpus", type=int, help="processes, one on each GPU; default 8, and 1 for cpu")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak assumed to be reached; default 0.4")
+    parser.add_argument("--images", type=int, metavar="N", help="also what a token set of N images takes")
+    parser.add_argument("--views", type=int, default=2, help="of each image in it (default 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures too: bytes, FLOPs, seconds")
 
 
@@ -159,6 +184,8 @@ def main(arguments: argparse.Namespace) -> None:
     config, assumed = with_token_set(arguments.preset, config)
     gpus = (1 if arguments.gpu == "cpu" else 8) if arguments.gpus is None else arguments.gpus
     values = plan(arguments.preset, config, arguments.gpu, gpus, arguments.mfu)
+    if arguments.images is not None:
+        values["data"] = data(config, arguments.images, arguments.views)
     print(table(values))
     if assumed:
         print(f"assumed: {assumed}; --set model.grid, model.vocab_size or model.num_classes for others")

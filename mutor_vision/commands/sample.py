@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import mutor_vision
 from mutor_vision.commands.flags import add_execution, add_settings, decoding_from, settings_from
 from mutor_vision.data import images
 from mutor_vision.errors import UserError
 from mutor_vision.names import match_class, parse_classes
+from mutor_vision.progress import progress
 from mutor_vision.runtime import finish, start
 from mutor_vision.sampling.load import LoadedModel, load
 from mutor_vision.sampling.stream import default_batch_size, label_plan, sample_in_order, sample_stream, spread_classes
@@ -126,7 +126,7 @@ def _write_set(loaded, settings, arguments, out: Path, batch_size: int) -> None:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         runtime.barrier()
-        bar = tqdm(total=num, unit=" images", disable=not runtime.is_main, dynamic_ncols=True)
+        bar = progress(total=num, unit=" images")
         for indices, part in sample_stream(loaded, labels, settings, arguments.seed, batch_size):
             for index, image in zip(indices, part, strict=True):
                 images.to_pil(image).save(partial / f"{index:06d}.png")
@@ -152,7 +152,7 @@ def _pace(loaded: LoadedModel) -> str:
 
 
 def _progress(parts: Iterator[Tensor], total: int, loaded: LoadedModel) -> Iterator[Tensor]:
-    with tqdm(total=total, unit=" images", disable=not loaded.runtime.is_main, dynamic_ncols=True) as bar:
+    with progress(total=total, unit=" images") as bar:
         for part in parts:
             bar.update(len(part))
             bar.set_postfix_str(_pace(loaded))

@@ -5,9 +5,12 @@
 
 Fine-tuning: --init RUN starts from any checkpoint and takes its sizes, --set lora_rank=8 trains an adapter on it.
 
-Run the same command again to continue. Any setting can be changed with --set name=value, for example
---set registers.count=128 --set lr=1e-4; --dry-run prints them all. A flag and a --set that contradict each other are an
-error. Presets, their hardware and their scores are in mutor_vision/presets.py.
+A new run of 5,000 steps or more is tried for half a minute first: what it reads, whether it learns, whether it fits and
+how long it will take. Run the same command again to continue.
+
+Any setting can be changed with --set name=value, for example --set registers.count=128 --set lr=1e-4; --dry-run prints
+them all. A flag and a --set that contradict each other are an error. Presets, their hardware and their scores are in
+mutor_vision/presets.py.
 """
 
 import argparse
@@ -24,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_training(parser, TRANSFORMERS)
     parser.add_argument("--codes", required=True, help="token set made by tokenizers/encode.py")
     parser.add_argument("--val-codes", help="held-out token set; without it the preset's share is held out")
+    parser.add_argument("--skip-preflight", action="store_true", help="begin a long run without trying it first")
     parser.add_argument("--init", help="run to start from instead of random weights; decides the sizes")
 
 
@@ -34,12 +38,18 @@ def main(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
 
     from mutor_vision.data.token_set import TokenSet
-    from mutor_vision.runtime import finish
+    from mutor_vision.runtime import finish, start
+    from mutor_vision.storage.outputs import check_out_folder
     from mutor_vision.training.inputs import resolve
     from mutor_vision.training.loop import train
+    from mutor_vision.training.preflight import LONG, preflight
 
     if arguments.dry_run:
         print(json.dumps(to_dict(resolve(config, TokenSet.open(config.codes))), indent=1))
         return
-    train(config, Path(arguments.out))
+    out = Path(arguments.out)
+    if config.steps >= LONG and not arguments.skip_preflight and not (out / "config.json").exists():
+        check_out_folder(out)
+        preflight(config, out, start(config.precision))
+    train(config, out)
     finish()

@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
-from tqdm import tqdm
 
 from mutor_vision.data.images import EXTENSIONS, Header, check_image, read_image
 from mutor_vision.data.listing import Listing, list_folders, list_images, say_left_out
 from mutor_vision.data.source import Source, raise_all
 from mutor_vision.errors import DataError, ImageError, IntegrityError, UserError
 from mutor_vision.names import printable
+from mutor_vision.progress import progress
 
 READERS = 8  # threads that read image headers
 OUTSIDE = "images outside of the class folders"
@@ -162,8 +162,8 @@ def check_images(paths: Sequence[Path]) -> list[Header]:
         return [_header_or_error(path) for path in part]
 
     with ThreadPoolExecutor(READERS) as pool:
-        parts = tqdm(pool.map(look, batched(paths, 200)), desc="looking at images", total=-(-len(paths) // 200),
-                     delay=5, leave=False, dynamic_ncols=True, disable=os.environ.get("RANK", "0") != "0")  # fmt: skip
+        parts = progress(pool.map(look, batched(paths, 200)), desc="looking at images", total=-(-len(paths) // 200),
+                         delay=5, leave=False)  # fmt: skip
         for found in (found for part in parts for found in part):
             (errors if isinstance(found, ImageError) else headers).append(found)
     raise_all(errors, len(paths))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mutor_vision.features.extractors import identity_text
 from mutor_vision.features.moments import LAYER_KEYS, Moments
 from mutor_vision.features.sources import in_order
+from mutor_vision.progress import progress
 from mutor_vision.runtime import Runtime, exact_float32, to_device
 from mutor_vision.storage.files import write_json, written
 
@@ -86,7 +87,6 @@ def chunks(
     to rank c % world_size. Tensors are on the CPU: every layer of the extractor, and what Extracted has per image.
 
     On CUDA a chunk is yielded after the next one has been launched, so that the device is never idle meanwhile."""
-    from tqdm import tqdm
 
     folder = _work_folder(work, source, extractor) if work is not None else None
     if folder and runtime.is_main:
@@ -100,8 +100,7 @@ def chunks(
     pictures = in_order(source, [span for start in mine if start in missing for span in spans[start]])
     ahead = 1 if runtime.device.type == "cuda" else 0
     waiting = deque()
-    with tqdm(total=sum(stops[start] - start for start in mine), desc=title, unit="img",
-              disable=not runtime.is_main) as bar:  # fmt: skip
+    with progress(total=sum(stops[start] - start for start in mine), desc=title, unit="img") as bar:
         for start in mine:
             if start in missing:
                 batches = _counted(islice(pictures, len(spans[start])), bar)

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from mutor_vision.errors import DataError, UserError
 from mutor_vision.features.extractors import create_small
+from mutor_vision.progress import progress
 from mutor_vision.storage.files import sha256, write_json, written
 
 MEAN_STD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -52,7 +53,6 @@ def train(
 ) -> float:
     """uint8 (N, 3, S, S) with int64 labels (N,), and the same held out -> OUT/config.json and model.safetensors, which
     `--features OUT` loads. Returns the accuracy on held-out images. `data` names the images in the protocol."""
-    from tqdm import tqdm
 
     if len(class_names) < 2:
         raise DataError(f"there is {len(class_names)} class, expected 2 or more; a classifier needs them to tell apart")
@@ -67,7 +67,7 @@ def train(
     steps = config.epochs * per_epoch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=max(steps, 2), pct_start=0.2)
     model.train()
-    with tqdm(total=steps, desc="features", unit="step") as bar:
+    with progress(total=steps, desc="features", unit="step") as bar:
         for _ in range(config.epochs):
             for chosen in torch.randperm(len(images), generator=generator).split(config.batch_size):
                 batch = _augment(images[chosen], config, generator).to(device)

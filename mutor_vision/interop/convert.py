@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mutor_vision.config import RegisterConfig, TokenizerConfig, TokenizerTrainConfig, TrainConfig
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
 from mutor_vision.interop import llamagen
 from mutor_vision.keyed_random import derived_seed
 from mutor_vision.model.transformer import Transformer
+from mutor_vision.progress import progress
 from mutor_vision.storage import checkpoint
 from mutor_vision.storage import foreign as foreign_checkpoint
 from mutor_vision.storage.files import read_json, write_json, written, written_folder
@@ -217,7 +217,7 @@ def _stream(foreign: ForeignCheckpoint, register: Tensor, shapes: dict[str, Tens
     text += b" " * (-len(text) % 8)
     with open(file, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for name in tqdm(foreign.tensors, unit=" tensors", desc="convert", dynamic_ncols=True):
+        for name in progress(foreign.tensors, unit=" tensors", desc="convert"):
             (tensor,) = llamagen.transformer_state_dict({name: _load(foreign, name)}, register).values()
             out.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
 

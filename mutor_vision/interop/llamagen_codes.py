@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from mutor_vision.data.token_set import FORMAT, PLAN, TokenSet, code_dtype, save_array, shard_names, write_manifest
 from mutor_vision.errors import DataError, MismatchError, UserError
 from mutor_vision.interop.convert import write_tokenizer_copy
+from mutor_vision.progress import progress
 from mutor_vision.storage.files import read_json, write_json
 from mutor_vision.storage.outputs import check_out_folder
 from mutor_vision.tokenizer.encode import VIEW_NAMES
@@ -58,7 +58,7 @@ def import_codes(
 
 def _write_shards(out: Path, folders: list[tuple[Path, Path]], shards: list[range], plan: dict[str, Any]) -> None:
     tokens = plan["grid"][0] * plan["grid"][1]
-    with tqdm(total=plan["num_images"], unit=" images", desc="import", dynamic_ncols=True) as bar:
+    with progress(total=plan["num_images"], unit=" images", desc="import") as bar:
         for number, shard in enumerate(shards):
             codes_path, labels_path = (out / name for name in shard_names(number))
             if not (codes_path.is_file() and labels_path.is_file()):

@@ -30,6 +30,7 @@ from mutor_vision.data.token_set import (
 )
 from mutor_vision.errors import ImageError, MismatchError, UserError
 from mutor_vision.keyed_random import choose
+from mutor_vision.progress import progress
 from mutor_vision.runtime import Runtime, exact_float32, fixed_convolutions
 from mutor_vision.storage import checkpoint
 from mutor_vision.storage.files import read_json, write_json
@@ -117,7 +118,7 @@ def _encode_shards(
     stream = read_batches(views, [batch for shard in missing for batch in batches[shard]], workers)
     total = sum(len(_images_of(shard, plan)) for shard in missing)
     title = "encode" if runtime.world_size == 1 else f"encode (process 1 of {runtime.world_size})"
-    with tqdm(total=total, unit="image", desc=title, disable=not runtime.is_main, dynamic_ncols=True) as bar:
+    with progress(total=total, unit="image", desc=title) as bar:
         stream = _waiting_shown(stream, bar)
         for shard in missing:
             codes = []

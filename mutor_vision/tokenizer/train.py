@@ -9,7 +9,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from mutor_vision.config import TokenizerTrainConfig
 from mutor_vision.data.folder import batched, check_apart
@@ -18,6 +17,7 @@ from mutor_vision.data.reading import TrainingCrops, Views, open_source, read_ba
 from mutor_vision.data.source import Source
 from mutor_vision.errors import ImageError, MismatchError, UserError
 from mutor_vision.keyed_random import permutation, uniforms
+from mutor_vision.progress import progress
 from mutor_vision.runtime import Runtime, start
 from mutor_vision.schedule import check_warmup, due, learning_rate
 from mutor_vision.settings import differences
@@ -123,7 +123,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
         for step in range(first_step, config.steps)
     ]
     sums, counts, rounds, clock = {}, torch.zeros_like(idle_steps), 0, time.monotonic()
-    bar = tqdm(total=config.steps, initial=first_step, unit="step", disable=not runtime.is_main, dynamic_ncols=True)
+    bar = progress(total=config.steps, initial=first_step, unit="step")
     step = first_step
     try:
         for batch in read_batches(crops, positions, config.workers):

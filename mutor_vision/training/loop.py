@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from mutor_vision.config import TrainConfig
 from mutor_vision.data.order import read_batch
 from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import derived_seed
+from mutor_vision.progress import progress
 from mutor_vision.runtime import start
 from mutor_vision.schedule import due
 from mutor_vision.storage.outputs import check_out_folder
@@ -46,8 +46,8 @@ def train(config: TrainConfig, out: Path) -> None:
 
     sums = zero_sums(state.objective, runtime)  # of train_step, since the last log line
     since, last = time.perf_counter(), state.step
-    bar = tqdm(total=config.steps * config.batch_size, initial=state.step * config.batch_size, unit=" images",
-               unit_scale=True, desc=out.name, disable=not runtime.is_main, dynamic_ncols=True)  # fmt: skip
+    bar = progress(total=config.steps * config.batch_size, initial=state.step * config.batch_size, unit=" images",
+                   unit_scale=True, desc=out.name)  # fmt: skip
     say = bar.write if runtime.is_main else lambda line: None
     state.model.train()
     try:
