@@ -109,8 +109,8 @@ class Found:
 
 
 class Metric:
-    """A metric. A subclass sets `name` and what it needs, and writes `compute`; the methods before it have defaults
-    that do nothing."""
+    """A metric. A subclass sets `name` and what it needs, and writes `compute`; the two methods before it have
+    defaults that do nothing."""
 
     name: str  # as users write it after --metrics
     extractors: tuple[str, ...] = ()  # names of the extractors that it is defined for; () = any that has the layers
@@ -119,9 +119,6 @@ class Metric:
     reference_rows: tuple[str, ...] = ()  # the same of every reference image
     held_out_rows: tuple[str, ...] = ()  # the same of every held-out image, where there are any
     held_out = False  # whether it needs the statistics of held-out images
-
-    def lacking(self, samples: ImageSet, reference: ImageSet, extractor: nn.Module) -> str | None:
-        """Why it cannot be computed from these, beyond what the attributes above say, in words that follow its name."""
 
     def check(self, num_samples: int, num_reference: int | None, settings: MetricSettings) -> None:
         """Raise UserError where settings do not fit the number of images. Called before any feature is computed, for
@@ -159,7 +156,7 @@ def impossible(
             return "needs --held-out, real images that the model has not seen"
         if held_out.statistics is not None and (lacking := _lacking(metric.statistics, held_out)):
             return f"needs {lacking} in the held-out statistics"
-    return metric.lacking(samples, reference, extractor)
+    return None
 
 
 def _lacking(layers: Iterable[str], side: ImageSet) -> str:
