@@ -77,7 +77,7 @@ class TokenizerTrainConfig(Settings):
     lpips_weights: str = ""  # file of VGG16 and linear-head weights, see tokenizer/losses.py
     perceptual_weight: float = 0.0  # needs `perceptual_network`; 0 = off
     perceptual_network: str = ""  # timm:NAME[@SIZE]: images resized to SIZE pixels, without it as they are
-    perceptual_weights: str = ""  # file of its weights under timm's names, '' = timm's own, downloaded
+    perceptual_weights: str = ""  # a file under timm's names, package, or '' = timm's own
     perceptual_stages: tuple[int, ...] = (0, 1, 2, 3)  # of the network, that are compared; timm counts them from 0
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25

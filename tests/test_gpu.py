@@ -209,20 +209,23 @@ def test_a_tokenizer_trains(tmp_path):
 
 def test_metrics_equal_those_of_the_cpu():
     from mutor_vision.features.moments import Moments
-    from mutor_vision.metrics import frechet, scores
+    from mutor_vision.metrics import copies, density, frechet, mind, scores
 
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(500, 64, generator=generator), torch.randn(400, 64, generator=generator) + 0.1
     found = {}
     for device in (CPU, CUDA):
-        moments = []
+        moments, runtime = [], Runtime(0, 1, device, None)
         for rows in features:
             moments.append(Moments(64, device=device))
             moments[-1].update(rows, 0)
         root = frechet.root(moments[1].total())
         found[device] = (
             frechet.distance(moments[0].total(), root),
-            *scores.precision_recall(*features, Runtime(0, 1, device, None), 3),
+            *scores.precision_recall(*features, runtime, 3),
+            mind.monge_distance(*features, 400, 300, 20, runtime).value,
+            density.Balls(features[1], 5, runtime).occupied_by(features[0]).density,
+            copies.nearest(*features, runtime).distance.mean().item(),
         )
     assert found[CUDA] == pytest.approx(found[CPU], rel=1e-6)
 
