@@ -7,8 +7,8 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile
 # What computes with the transformer, and so may take a fast path: test_layout.py compares this list with the imports.
 PLAIN := $(addprefix tests/test_,$(addsuffix .py,adding_an_objective aligned_states device_rules drafter drafts \
     encoder_states eval fine_tuning forecast generate llamagen look_ahead_grid looking_ahead made_before multi_node mutor \
-    offsets parallel_heads plan preflight private_blocks registers sample sharding show tokenizer_commands train_loop \
-    transformer))
+    nonfinite offsets parallel_heads plan preemption preflight private_blocks registers sample sharding show \
+    tokenizer_commands train_loop transformer))
 
 .PHONY: install check test test-plain test-lowest demo lint
 
