@@ -10,7 +10,11 @@ PLAIN := $(addprefix tests/test_,$(addsuffix .py,adding_an_objective aligned_sta
     nonfinite offsets parallel_heads plan preemption preflight private_blocks registers sample sharding show \
     tokenizer_commands train_loop transformer))
 
-.PHONY: install check test test-plain test-lowest demo lint
+# Every case of the tests of promises (docs/reliability.md): crash points, damage, changed bytes, killed jobs.
+FAULTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,crash_points preemption nonfinite resume damage fuzz bad_input \
+    hostile lost_process skip_bad killed_jobs)))
+
+.PHONY: install check test test-slow test-plain test-lowest demo lint
 
 install: $(VENV)/.installed
 
@@ -29,6 +33,11 @@ test: install
 	@echo '=== all tests, with the fast paths of this processor'
 	$(PYTEST)
 	@$(MAKE) --no-print-directory test-plain
+
+test-slow: install
+	mkdir -p build && rm -f build/scores.jsonl
+	MUTOR_FAULTS=all MUTOR_SCORE=$(CURDIR)/build/scores.jsonl $(PYTEST) $(FAULTS)
+	$(PY) tests/faults/report.py build/scores.jsonl
 
 # What other processors do, and other releases of PyTorch: no packed matrices, no merged kernel.
 test-plain: install
