@@ -12,13 +12,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mutor_vision.data.folder import batched
 from mutor_vision.data.images import views_named
 from mutor_vision.data.reading import Views, open_source, read_batches
 from mutor_vision.data.token_set import TokenSet, features_name, load_array, save_array, write_features
 from mutor_vision.errors import MismatchError, UserError
+from mutor_vision.progress import progress
 from mutor_vision.runtime import Runtime, exact_float32, fixed_convolutions
 from mutor_vision.storage.files import read_json, write_json
 from mutor_vision.storage.timm_networks import timm_network
@@ -100,7 +100,7 @@ def encode_features(
             continue
         batches = list(batched(range(begin, begin + sizes[shard]), batch_size or 8))
         found = []
-        with tqdm(total=sizes[shard], unit="image", desc=f"features {shard}", disable=not runtime.is_main) as bar:
+        with progress(total=sizes[shard], unit="image", desc=f"features, file {shard}") as bar:
             for images in read_batches(views, batches, workers):
                 with exact_float32(), fixed_convolutions():
                     part = network(images.flatten(0, 1).to(runtime.device)).half().cpu()
