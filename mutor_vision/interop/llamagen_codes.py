@@ -17,6 +17,7 @@ from mutor_vision.tokenizer.encode import VIEW_NAMES
 from mutor_vision.tokenizer.model import tokenizer_identity
 
 SHARD_SIZE = 10_000  # images
+_TOKENIZER = {"config": {"model": {"codebook_size": int, "channels": list}}}
 
 
 def is_codes_folder(path: Path) -> bool:
@@ -42,10 +43,10 @@ def import_codes(
     folders = [_folders(Path(path)) for path in (source, further) if path]
     num_images = _count(folders)
     _begin_tokenizer(out, tokenizer)
-    config = read_json(out / "tokenizer" / "config.json")["config"]["model"]
+    config = read_json(out / "tokenizer" / "config.json", _TOKENIZER)["config"]["model"]
     plan = _plan(folders, num_images, out / "tokenizer", config, class_names)
     if (out / PLAN).is_file():
-        before = read_json(out / PLAN)
+        before = read_json(out / PLAN, dict)
         if changed := [name for name in plan if before.get(name) != plan[name]]:
             raise MismatchError(f"{out} was begun with another {', '.join(changed)}; repeat it, or give a new folder")
     write_json(out / PLAN, plan)

@@ -32,6 +32,7 @@ def resume(out: Path, inputs: Inputs, state: State) -> Path | None:
         active = [own for own in config.auxiliaries.values() if own.active]
         schedules = [config.schedule, *(own.weight_schedule for own in active)]
         allowed = RESUMABLE - (set() if set(schedules) == {"constant"} else {"steps"})
+        checkpoint.resolve(out / "tokenizer")  # verifies it: found now, not when the trained model is to sample
         before = checkpoint.read_config(found, state.kind, type(config))
         changed = [d for d in differences(before, config) if d.split(":")[0] not in allowed]
         if sha256(out / "token_set.json") != inputs.token_set.identity:
