@@ -18,7 +18,7 @@ from torch import Tensor
 from mutor_vision.errors import IntegrityError, UserError
 from mutor_vision.runtime import to_device
 from mutor_vision.storage import checkpoint
-from mutor_vision.storage.files import read_json, sha256, written
+from mutor_vision.storage.files import map_array, read_json, sha256, written
 from mutor_vision.storage.seal import read_sealed, write_sealed
 
 FORMAT = 1  # of the plan; a manifest's own says whether it is sealed (storage/seal.py)
@@ -125,10 +125,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 def load_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     """Memory-map an .npy file. Raises IntegrityError when it is damaged or has another type or shape."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise IntegrityError(f"{path} is not a complete .npy file ({error}); remove it, run encode.py again") from None
+    array = map_array(path)
     if array.dtype != dtype or array.shape != shape:
         raise IntegrityError(
             f"{path} holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}; "

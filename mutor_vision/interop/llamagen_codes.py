@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from mutor_vision.data.token_set import FORMAT, PLAN, TokenSet, code_dtype, save_array, shard_names, write_manifest
-from mutor_vision.errors import DataError, MismatchError, UserError
+from mutor_vision.errors import DataError, IntegrityError, MismatchError, UserError
 from mutor_vision.interop.convert import write_tokenizer_copy
 from mutor_vision.progress import progress
-from mutor_vision.storage.files import read_json, write_json
+from mutor_vision.storage.files import map_array, read_json, write_json
 from mutor_vision.storage.outputs import check_out_folder
 from mutor_vision.tokenizer.encode import VIEW_NAMES
 from mutor_vision.tokenizer.model import tokenizer_identity
@@ -136,9 +136,9 @@ def _count(folders: list[tuple[Path, Path]]) -> int:
 
 def _load(path: Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a false header allocates nothing
-    except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{path} is not a complete .npy file of numbers ({error}); copy it again") from None
+        return map_array(path)
+    except IntegrityError as error:
+        raise DataError(str(error)) from None
 
 
 def _read(path: Path, shape: tuple[int, ...], limit: int) -> np.ndarray:

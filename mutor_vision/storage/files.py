@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -141,6 +142,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if expected and state_sha256(tensors) != expected:
         raise IntegrityError(f"{path} is damaged: its tensors are not those that were written; make it anew")
     return tensors
+
+
+def map_array(path: Path) -> np.ndarray:
+    """The array of an .npy file, mapped into memory, so that a header that claims terabytes allocates nothing. Raises
+    IntegrityError when it is no complete file of plain numbers."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an npz")
+    except Exception as error:  # numpy reads the header as a Python expression, which can fail in many ways
+        reason = " ".join(str(error).split())[:100]
+        raise IntegrityError(f"{path} is not a complete .npy file of numbers ({reason}); make it again") from None
+    return array
 
 
 def sha256(path: Path) -> str:

@@ -26,11 +26,11 @@ def read_sealed(path: Path, form: Any = None) -> dict[str, Any]:
     MismatchError when its format is a later one."""
     values = read_json(path, {"format": int})
     seal = values.pop("seal", None)
+    if seal != (_seal(values) if seal is not None or values["format"] == SEALED else None):
+        raise IntegrityError(f"{path} was changed after it was written: its seal does not fit; restore it")
     if values["format"] not in (1, SEALED):
         raise MismatchError(f"{path} has format {values['format']}, this version reads up to {SEALED}; make it anew, "
                             "or upgrade mutor_vision")  # fmt: skip
-    if (values["format"] == SEALED or seal is not None) and seal != _seal(values):
-        raise IntegrityError(f"{path} was changed after it was written: its seal does not fit; restore it")
     if form is not None:
         check_form(path, values, form)
     return values

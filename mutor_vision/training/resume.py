@@ -7,7 +7,7 @@ from pathlib import Path
 from mutor_vision.errors import MismatchError
 from mutor_vision.model.base import RECORD
 from mutor_vision.settings import differences
-from mutor_vision.storage import checkpoint
+from mutor_vision.storage import checkpoint, lock
 from mutor_vision.storage.files import read_json, sha256, write_json
 from mutor_vision.training.inputs import Inputs
 from mutor_vision.training.state import State
@@ -26,6 +26,7 @@ def resume(out: Path, inputs: Inputs, state: State) -> Path | None:
     checkpoint.open_run raises."""
     config, base, runtime = state.config, inputs.base, state.runtime
     found = checkpoint.open_run(out, state.kind)
+    lock.hold(out, runtime)  # not before: what is no run of ours gets no file
     record = base.record() if base else None
     if found is not None:
         # A schedule other than constant ends at `steps`, so another number of steps is another run.
