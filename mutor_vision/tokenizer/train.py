@@ -22,7 +22,7 @@ from mutor_vision.progress import progress
 from mutor_vision.runtime import Runtime, start
 from mutor_vision.schedule import check_warmup, due, learning_rate
 from mutor_vision.settings import differences
-from mutor_vision.storage import checkpoint
+from mutor_vision.storage import checkpoint, lock
 from mutor_vision.storage.outputs import check_out_folder
 from mutor_vision.storage.run_log import RunLog
 from mutor_vision.tokenizer import losses
@@ -86,6 +86,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
 
     # Begin, or continue.
     first_step, newest = 0, _continued(config, out)
+    lock.hold(out, runtime)  # not before: what is no run of ours gets no file
     if newest is not None:
         state = checkpoint.read_training_state(newest)
         repaired = state.get("repaired", [])
