@@ -13,7 +13,7 @@ CERTAIN = 1e4
 
 class Completing:
     """A Transformer, as decoders call it, whose first K tokens are `kept` in every image. The kept tokens go through
-    the passes that drawn ones go through, so what follows has the bits that it would have had if they had been drawn."""
+    the passes that drawn ones go through, so what follows has the bits it would have had after drawing them."""
 
     def __init__(self, model: Transformer, kept: Tensor):
         """kept (K,) int64 codes in raster order, on the model's device. Raises UserError when there are too many."""
