@@ -57,7 +57,7 @@ ROOMS = {
     "features": {"storage", "data", "sampling"},
     "metrics": {"storage", "data", "features"},
     "training": {"storage", "data", "tokenizer", "model", "objectives", "sampling", "features", "metrics"},
-    "interop": {"storage", "data", "tokenizer", "model"},
+    "interop": {"storage", "data", "tokenizer", "model", "sampling"},
     "commands": {"storage", "data", "tokenizer", "model", "sampling", "features", "metrics", "training", "interop"},
 }
 LONGEST = 350  # lines of a module

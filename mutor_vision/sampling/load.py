@@ -66,11 +66,11 @@ class LoadedModel:
 
 def load(
     path: str | Path, runtime: Runtime, weights: str = "best", adapter: str | Path = "", quantize: str = "none",
-    decoding: Decoding = Decoding(),
+    decoding: Decoding = Decoding(), pack: bool = True,
 ) -> LoadedModel:  # fmt: skip
     """A run or one of its checkpoints -> LoadedModel. weights: 'model', 'ema', or 'best' (EMA where there is one).
     adapter: a LoRA run trained on it, whose classes, tokenizer and `weights` then count. quantize: 'none' or 'int8',
-    see prepare.prepare."""
+    see prepare.prepare. pack: prepared for drawing; False keeps the trained matrices, to be saved again."""
     if adapter:
         from mutor_vision.model.lora import load_merged
 
@@ -104,7 +104,7 @@ def load(
     transformer = transformer.to(runtime.device).eval().requires_grad_(False)
     decoder, described = _decoder(decoding, config, runtime)
     return LoadedModel(
-        transformer=prepare(transformer, runtime.autocast_dtype, quantize),
+        transformer=prepare(transformer, runtime.autocast_dtype, quantize) if pack else transformer,
         tokenizer=tokenizer.to(runtime.device),
         config=config,
         class_names=token_set["class_names"],
