@@ -3,9 +3,10 @@
     manifest.json        what it is; written last, so a set that has one is complete
     codes-00000.npy      uint16 (uint32 when V > 65536), (images, views, N), row-major codes; never pickled
     labels-00000.npy     int64 (images,)
+    features-00000.npy   float16 (images, views, N, F), where a network's features were asked for
     tokenizer/           a copy of the tokenizer, so that later commands can decode
 
-Legend: n images, h x w grid, N = h * w, V codebook size.
+Legend: n images, h x w grid, N = h * w, V codebook size, F width of the features.
 """
 
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from mutor_vision.errors import IntegrityError, UserError
 from mutor_vision.runtime import to_device
 from mutor_vision.storage import checkpoint
-from mutor_vision.storage.files import map_array, read_json, sha256, written
+from mutor_vision.storage.files import check_form, map_array, read_json, sha256, written
 from mutor_vision.storage.seal import read_sealed, write_sealed
 
 FORMAT = 1  # of the plan; a manifest's own says whether it is sealed (storage/seal.py)
@@ -29,12 +30,15 @@ _MANIFEST = FACTS | {
     "tokenizer_sha256": str, "codebook_size": int, "image_size": int, "grid": [int], "views": [str],
     "shards": [{"file": str, "sha256": str, "labels_file": str, "labels_sha256": str, "images": int}],
 }  # fmt: skip
+_FEATURES = {"features": {"width": int}, "shards": [{"features_file": str, "features_sha256": str}]}
 
 
 class TokenSet:
     """A complete, verified token set. Codes are memory-mapped: they are read when they are taken."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any], shards: list[np.ndarray], labels: Tensor):
+    def __init__(
+        self, path: Path, manifest: dict[str, Any], shards: list[np.ndarray], labels: Tensor, features: list[np.ndarray]
+    ):
         self.path = path
         self.manifest = manifest
         self.grid: tuple[int, int] = tuple(manifest["grid"])  # (h, w) codes
@@ -47,8 +51,9 @@ class TokenSet:
         self.labels = labels  # (n,) int64 in [0, len(class_names))
         self.tokenizer_path = path / "tokenizer"
         self.tokenizer_identity: str = manifest["tokenizer_sha256"]
+        self.features: dict[str, Any] | None = manifest.get("features")  # what made them, and their width; None = none
         self.identity = sha256(path / "manifest.json")  # names the content: the manifest has the hash of every shard
-        self._shards = shards
+        self._shards, self._features = shards, features
         self._resident: Tensor | None = None
         self._starts = np.cumsum([0] + [len(shard) for shard in shards])
 
@@ -60,10 +65,10 @@ class TokenSet:
         path = Path(path)
         manifest = _read_manifest(path)
         checkpoint.resolve(path / "tokenizer")  # verifies it
-        shards, labels = [], []
+        shards, labels, features = [], [], []
         for shard in manifest["shards"]:
-            for name, expected in ((shard["file"], shard["sha256"]), (shard["labels_file"], shard["labels_sha256"])):
-                _check_file(path / name, expected)
+            for kind in ("", "labels_", "features_") if "features" in manifest else ("", "labels_"):
+                _check_file(path / shard[f"{kind}file"], shard[f"{kind}sha256"])
             codes_shape = (shard["images"], len(manifest["views"]), manifest["grid"][0] * manifest["grid"][1])
             codes = load_array(path / shard["file"], code_dtype(manifest["codebook_size"]), codes_shape)
             label = load_array(path / shard["labels_file"], np.int64, (shard["images"],))
@@ -71,7 +76,10 @@ class TokenSet:
             _check_range(path / shard["labels_file"], "label", label, len(manifest["class_names"]))
             shards.append(codes)
             labels.append(torch.from_numpy(np.array(label)))
-        return cls(path, manifest, shards, torch.cat(labels))
+            if "features" in manifest:
+                shape = (*codes_shape, manifest["features"]["width"])
+                features.append(load_array(path / shard["features_file"], np.float16, shape))
+        return cls(path, manifest, shards, torch.cat(labels), features)
 
     def take(self, indices: Tensor, views: Tensor) -> Tensor:
         """(B,) int64 image numbers and (B,) int64 view numbers, on the CPU -> (B, h, w) int64 codes, on the CPU or
@@ -79,13 +87,20 @@ class TokenSet:
         if self._resident is not None:
             indices, views = (to_device(numbers, self._resident.device) for numbers in (indices, views))
             return self._resident[indices, views].long().unflatten(1, self.grid)
+        return torch.from_numpy(self._read(self._shards, indices, views).astype(np.int64)).unflatten(1, self.grid)
+
+    def take_features(self, indices: Tensor, views: Tensor) -> Tensor:
+        """The same -> (B, N, F) float16 features of the cells in raster order, on the CPU."""
+        return torch.from_numpy(self._read(self._features, indices, views))
+
+    def _read(self, column: list[np.ndarray], indices: Tensor, views: Tensor) -> np.ndarray:
         indices, views = indices.numpy(), views.numpy()
-        codes = np.empty((len(indices), self.grid[0] * self.grid[1]), dtype=np.int64)
+        rows = np.empty((len(indices), *column[0].shape[2:]), dtype=column[0].dtype)
         shard_of = np.searchsorted(self._starts, indices, side="right") - 1
         for number in np.unique(shard_of):
-            rows = shard_of == number
-            codes[rows] = self._shards[number][indices[rows] - self._starts[number], views[rows]]
-        return torch.from_numpy(codes).unflatten(1, self.grid)
+            mine = shard_of == number
+            rows[mine] = column[number][indices[mine] - self._starts[number], views[mine]]
+        return rows
 
     def keep_on(self, device: torch.device) -> None:
         """Copy all codes to `device`, so that batches are indexed there and no step waits for the host."""
@@ -115,6 +130,11 @@ def _signed(codebook_size: int) -> np.dtype:
 def shard_names(number: int) -> tuple[str, str]:
     """File names of shard `number`: codes, labels."""
     return f"codes-{number:05d}.npy", f"labels-{number:05d}.npy"
+
+
+def features_name(number: int) -> str:
+    """File name of shard `number`'s features."""
+    return f"features-{number:05d}.npy"
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -147,6 +167,15 @@ def write_manifest(path: Path, plan: dict[str, Any], shard_images: list[int]) ->
     write_sealed(path / "manifest.json", {**plan, "shards": shards})
 
 
+def write_features(path: Path, identity: dict[str, Any]) -> None:
+    """Make the features, whose files are all written, a column of the complete set `path`. identity: what made them,
+    and their 'width'."""
+    manifest = read_sealed(path / "manifest.json")
+    for number, shard in enumerate(manifest["shards"]):
+        shard |= {"features_file": features_name(number), "features_sha256": sha256(path / features_name(number))}
+    write_sealed(path / "manifest.json", manifest | {"features": identity})
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"{path} is not a folder; expected a token set made by tokenizers/encode.py")
@@ -157,12 +186,17 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         done = len(list(path.glob("labels-*.npy")))
         raise IntegrityError(f"{path}: token set incomplete: {done} of {total} shards; run encode.py again to continue")
     manifest = read_sealed(path / "manifest.json", _MANIFEST)
+    if "features" in manifest:
+        check_form(path / "manifest.json", manifest, _FEATURES)
     if len(manifest["grid"]) != 2 or not manifest["shards"]:
         raise IntegrityError(f"{path / 'manifest.json'} has no grid of two sides, or no shards; restore it")
     for number, shard in enumerate(manifest["shards"]):
         if (shard["file"], shard["labels_file"]) != shard_names(number):
             raise IntegrityError(f"{path / 'manifest.json'} names '{shard['file']}' and '{shard['labels_file']}', "
                                  f"expected {' and '.join(shard_names(number))}; it is refused")  # fmt: skip
+        if "features" in manifest and shard["features_file"] != features_name(number):
+            raise IntegrityError(f"{path / 'manifest.json'} names '{shard['features_file']}', expected "
+                                 f"{features_name(number)}; it is refused")  # fmt: skip
     return manifest
 
 

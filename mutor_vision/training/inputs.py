@@ -34,6 +34,8 @@ def open_inputs(config: TrainConfig, runtime: Runtime) -> Inputs:
     val_set = TokenSet.open(config.val_codes) if config.val_codes else token_set
     train_images, held_out = split(token_set, 0.0 if config.val_codes else config.val_fraction)
     held_out = np.arange(val_set.num_images) if config.val_codes else held_out
+    if not config.epoch_images and config.counts_epochs:
+        config = dataclasses.replace(config, epoch_images=len(train_images))
     val_images = held_out[choose(0, "validation images", len(held_out), config.val_images)]
     check(config, token_set, val_set, len(train_images), runtime)
     base = open_base(config.init) if config.init else None
@@ -64,7 +66,8 @@ def resolve(config: TrainConfig, token_set: TokenSet) -> TrainConfig:
                 f"model.{name} is {current}, but the token set {config.codes} has {value}; "
                 f"encode with another tokenizer or set model.{name}={value}"
             )
-    return dataclasses.replace(config, model=model)
+    features = {name: own.of_features(token_set.features) for name, own in config.auxiliaries.items()}
+    return dataclasses.replace(config, model=model, **features)
 
 
 def check(config: TrainConfig, token_set: TokenSet, val_set: TokenSet, num_images: int, runtime: Runtime) -> None:

@@ -60,7 +60,7 @@ def train(config: TrainConfig, out: Path, trackers: Sequence[str] = ()) -> None:
             torch.manual_seed(derived_seed(config.seed, "dropout", state.step, runtime.rank))
             batch = read_batch(inputs.token_set, inputs.order, step=state.step, batch_size=config.batch_size,
                                rank=runtime.rank, world_size=runtime.world_size, label_dropout=config.label_dropout,
-                               device=runtime.device)  # fmt: skip
+                               device=runtime.device, features=config.reads_features)  # fmt: skip
             gradient_norm, lr = train_step(state.parallel, state.objective, state.optimizer, batch, config, runtime,
                                            step=state.step, sums=sums, skipped=state.skipped)  # fmt: skip
             step, stopping = state.advance(), preemption.asked()
@@ -82,7 +82,10 @@ def train(config: TrainConfig, out: Path, trackers: Sequence[str] = ()) -> None:
             if len(inputs.val_images) and due(step, config.val_every, config.steps):
                 scores = _held_out(inputs, state)
                 log.write(step, **scores)
-                say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+                say(
+                    f"step {step}: "
+                    + ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if " " not in name)
+                )
             if sampled:
                 whole = state.best()
                 if runtime.is_main:
