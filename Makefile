@@ -5,13 +5,13 @@ FAST := -m "not slow"
 # A worker on each core; every test uses one thread, or says so. A file stays with its worker, where its fixtures are.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile
 # What computes with the transformer, and so may take a fast path: test_layout.py compares this list with the imports.
-PLAIN := $(addprefix tests/test_,$(addsuffix .py,adding_an_objective aligned_states device_rules drafter drafts \
-    encoder_states eval fine_tuning forecast generate llamagen look_ahead_grid looking_ahead made_before multi_node mutor \
-    nonfinite offsets parallel_heads plan preemption preflight private_blocks registers sample sharding show \
-    tokenizer_commands train_loop transformer))
+PLAIN := $(addprefix tests/test_,$(addsuffix .py,adding_an_objective aligned_states completion device_rules \
+    drafter drafts encoder_states eval export fine_tuning forecast generate llamagen look_ahead_grid looking_ahead \
+    made_before mutor nonfinite offsets parallel_heads plan preflight private_blocks registers sample sharding \
+    show tokenizer_commands trackers train_loop transformer))
 
 # Every case of the tests of promises (docs/reliability.md): crash points, damage, changed bytes, killed jobs.
-FAULTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,crash_points preemption nonfinite resume damage fuzz bad_input \
+FAULTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,crash_points preemption nonfinite resume damage fuzz catalogue \
     hostile lost_process skip_bad killed_jobs)))
 
 .PHONY: install check test test-slow test-plain test-lowest demo lint

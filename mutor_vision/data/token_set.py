@@ -16,12 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mutor_vision.errors import IntegrityError, MismatchError, UserError
+from mutor_vision.errors import IntegrityError, UserError
 from mutor_vision.runtime import to_device
-from mutor_vision.storage.files import read_json, sha256, write_json, written
+from mutor_vision.storage import checkpoint
+from mutor_vision.storage.files import check_form, map_array, read_json, sha256, written
+from mutor_vision.storage.seal import read_sealed, write_sealed
 
-FORMAT = 1
+FORMAT = 1  # of the plan; a manifest's own says whether it is sealed (storage/seal.py)
 PLAN = "plan.json"  # the settings of an encoding that has begun; it continues with the same settings only
+# The form of what is read in a manifest; a run's copy of it is asked for FACTS alone.
+FACTS = {"tokenizer_sha256": (str, None), "class_names": [str]}
+_MANIFEST = FACTS | {
+    "tokenizer_sha256": str, "codebook_size": int, "image_size": int, "grid": [int], "views": [str],
+    "shards": [{"file": str, "sha256": str, "labels_file": str, "labels_sha256": str, "images": int}],
+}  # fmt: skip
+_FEATURES = {"features": {"width": int}, "shards": [{"features_file": str, "features_sha256": str}]}
 
 
 class TokenSet:
@@ -51,9 +60,11 @@ class TokenSet:
     @classmethod
     def open(cls, path: str | Path) -> "TokenSet":
         """Open and check everything: sizes, sha256 (1.8 GB/s), code and label ranges. Raises UserError when it is no
-        token set, IntegrityError when it is incomplete or damaged, MismatchError when it has another format."""
+        token set, IntegrityError when it is incomplete or damaged, MismatchError when it is of a later
+        format."""
         path = Path(path)
         manifest = _read_manifest(path)
+        checkpoint.resolve(path / "tokenizer")  # verifies it
         shards, labels, features = [], [], []
         for shard in manifest["shards"]:
             for kind in ("", "labels_", "features_") if "features" in manifest else ("", "labels_"):
@@ -134,10 +145,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 def load_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     """Memory-map an .npy file. Raises IntegrityError when it is damaged or has another type or shape."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise IntegrityError(f"{path} is not a complete .npy file ({error}); remove it, run encode.py again") from None
+    array = map_array(path)
     if array.dtype != dtype or array.shape != shape:
         raise IntegrityError(
             f"{path} holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}; "
@@ -156,16 +164,16 @@ def write_manifest(path: Path, plan: dict[str, Any], shard_images: list[int]) ->
             "file": codes, "sha256": sha256(path / codes),
             "labels_file": labels, "labels_sha256": sha256(path / labels), "images": images,
         })  # fmt: skip
-    write_json(path / "manifest.json", {**plan, "shards": shards})
+    write_sealed(path / "manifest.json", {**plan, "shards": shards})
 
 
 def write_features(path: Path, identity: dict[str, Any]) -> None:
     """Make the features, whose files are all written, a column of the complete set `path`. identity: what made them,
     and their 'width'."""
-    manifest = read_json(path / "manifest.json")
+    manifest = read_sealed(path / "manifest.json")
     for number, shard in enumerate(manifest["shards"]):
         shard |= {"features_file": features_name(number), "features_sha256": sha256(path / features_name(number))}
-    write_json(path / "manifest.json", manifest | {"features": identity})
+    write_sealed(path / "manifest.json", manifest | {"features": identity})
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -174,13 +182,27 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not (path / "manifest.json").is_file():
         if not (path / PLAN).is_file():
             raise UserError(f"{path} has no manifest.json; expected a token set made by tokenizers/encode.py")
-        total = read_json(path / PLAN)["num_shards"]
+        total = read_json(path / PLAN, {"num_shards": int})["num_shards"]
         done = len(list(path.glob("labels-*.npy")))
         raise IntegrityError(f"{path}: token set incomplete: {done} of {total} shards; run encode.py again to continue")
-    manifest = read_json(path / "manifest.json")
-    if manifest.get("format") != FORMAT:
-        raise MismatchError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}; encode again")
+    manifest = read_sealed(path / "manifest.json", _MANIFEST)
+    if "features" in manifest:
+        check_form(path / "manifest.json", manifest, _FEATURES)
+    if len(manifest["grid"]) != 2 or not manifest["shards"]:
+        raise IntegrityError(f"{path / 'manifest.json'} has no grid of two sides, or no shards; restore it")
+    for number, shard in enumerate(manifest["shards"]):
+        if (shard["file"], shard["labels_file"]) != shard_names(number):
+            raise IntegrityError(f"{path / 'manifest.json'} names '{shard['file']}' and '{shard['labels_file']}', "
+                                 f"expected {' and '.join(shard_names(number))}; it is refused")  # fmt: skip
+        if "features" in manifest and shard["features_file"] != features_name(number):
+            raise IntegrityError(f"{path / 'manifest.json'} names '{shard['features_file']}', expected "
+                                 f"{features_name(number)}; it is refused")  # fmt: skip
     return manifest
+
+
+def read_facts(run: Path) -> dict[str, Any]:
+    """FACTS of a run's token_set.json, the copy of the manifest of the set that it learnt. Raises IntegrityError."""
+    return read_sealed(run / "token_set.json", FACTS)
 
 
 def _check_file(path: Path, expected: str) -> None:

@@ -48,6 +48,7 @@ PRECISIONS = ("float32", "bfloat16")
 # Entries of a plan that follow from the images. The others are settings.
 _OF_IMAGES = ("num_images", "num_shards", "files_sha256", "files_of_classes", "files_of_shards", "images_per_class",
               "left_out", "ignored", "repaired")  # fmt: skip
+_PLAN = {"num_images": int, "num_shards": int, "files_sha256": str}
 _COMPARED = 32  # crops that are also encoded in float32, to measure how many codes another precision changes
 
 
@@ -225,7 +226,7 @@ def _begin(
     error = None
     if runtime.is_main:
         try:
-            begun = read_json(out / PLAN) if (out / PLAN).is_file() else {}
+            begun = read_json(out / PLAN, _PLAN) if (out / PLAN).is_file() else {}
             if not begun and out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
                 raise UserError(f"{out} is not empty and no token set; give a new folder")
             stale, repaired = _compare(out, begun, plan)

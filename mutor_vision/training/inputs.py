@@ -8,13 +8,12 @@ import torch
 
 from mutor_vision.config import TrainConfig
 from mutor_vision.data.order import SampleOrder, split
-from mutor_vision.data.token_set import TokenSet
+from mutor_vision.data.token_set import TokenSet, read_facts
 from mutor_vision.errors import MismatchError, UserError
 from mutor_vision.keyed_random import choose
 from mutor_vision.model.base import Base, open_base, with_sizes_of_base
 from mutor_vision.runtime import Runtime
 from mutor_vision.schedule import check_warmup
-from mutor_vision.storage.files import read_json
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def check_tokenizer(base: Base, token_set: TokenSet) -> None:
     """Raise MismatchError when the base is known to have learnt the codes of another tokenizer."""
     for root in (base.folder, base.folder.parent.parent):
         if (root / "token_set.json").is_file():
-            known = read_json(root / "token_set.json")["tokenizer_sha256"]
+            known = read_facts(root)["tokenizer_sha256"]
             if known and known != token_set.tokenizer_identity:
                 raise MismatchError(
                     f"{base.folder} was trained on codes of tokenizer {known[:12]}, {token_set.path} holds those of "

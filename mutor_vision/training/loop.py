@@ -2,6 +2,7 @@
 objective that State builds from the configuration, and in nothing here."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,8 +14,10 @@ from mutor_vision.preemption import Preemption
 from mutor_vision.progress import progress
 from mutor_vision.runtime import start
 from mutor_vision.schedule import due
+from mutor_vision.settings import to_dict
 from mutor_vision.storage.outputs import check_out_folder
 from mutor_vision.storage.run_log import RunLog
+from mutor_vision.storage.trackers import check_trackers
 from mutor_vision.training import sharding
 from mutor_vision.training.inputs import Inputs, keep_on_device, open_inputs
 from mutor_vision.training.resume import resume
@@ -23,9 +26,11 @@ from mutor_vision.training.step import means_of, train_step, zero_sums
 from mutor_vision.training.validate import validate
 
 
-def train(config: TrainConfig, out: Path) -> None:
+def train(config: TrainConfig, out: Path, trackers: Sequence[str] = ()) -> None:
     """Train config.model on config.codes and keep everything in the run directory `out`. Running it again with the
-    same configuration continues from the newest checkpoint, on CPU to the last bit as if it had never stopped."""
+    same configuration continues from the newest checkpoint, on CPU to the last bit as if it had never stopped.
+    trackers: see RunLog."""
+    check_trackers(trackers)
     runtime = start(config.precision)
     check_out_folder(out)
     inputs = open_inputs(config, runtime)
@@ -37,7 +42,7 @@ def train(config: TrainConfig, out: Path) -> None:
     state = State(config, inputs.base, runtime)
     found = resume(out, inputs, state)
     state.parallelize(found)
-    log = RunLog(out, state.step, config.steps, active=runtime.is_main)
+    log = RunLog(out, state.step, config.steps, active=runtime.is_main, trackers=trackers, config=to_dict(config))
     keep_on_device(inputs.token_set, runtime)
     if runtime.is_main:
         print(_beginning(inputs, state), flush=True)
@@ -87,7 +92,7 @@ def train(config: TrainConfig, out: Path) -> None:
                     from mutor_vision.sampling.stream import save_training_grid
 
                     with state.uncompiled():
-                        save_training_grid(whole, out, step, config, runtime)
+                        log.picture(step, save_training_grid(whole, out, step, config, runtime))
                     state.model.train()
             if measured:
                 with state.uncompiled():

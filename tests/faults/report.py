@@ -36,8 +36,11 @@ PROMISES = {
         "in configurations, manifests, npz, safetensors, training state: the same, or refused in one line",
         "test_fuzz.py",
     ),
-    "Bad input is told in one line": (
-        "what was got, what was expected, what to do; its exit code; no traceback", "test_bad_input.py",
+    "Bad token sets are told": (
+        "what was got, what was expected, what to do; its exit code; no traceback", "test_catalogue.py",
+    ),
+    "Bad checkpoints are told": (
+        "what was got, what was expected, what to do; its exit code; no traceback", "test_catalogue.py",
     ),
     "Hostile files are refused": (
         "nothing in them runs, no name leaves its folder, no claim is believed before it is compared",
