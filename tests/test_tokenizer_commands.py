@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import re
 import shutil
 
 import numpy as np
@@ -303,8 +302,7 @@ def test_an_interrupted_encoding_continues_to_the_same_bytes(
         return read(self, i)
 
     monkeypatch.setattr(Views, "__getitem__", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        command("encode.py", **arguments)
+    assert command("encode.py", **arguments)[0] == 130
     with pytest.raises(IntegrityError, match="incomplete: 1 of 3 shards; run encode.py again"):
         TokenSet.open(tmp_path / "set")
     monkeypatch.setattr(Views, "__getitem__", read)
@@ -318,9 +316,8 @@ def test_an_interrupted_encoding_continues_to_the_same_bytes(
 def test_bfloat16_is_recorded_with_its_agreement(command, pictures, tiny_tokenizer_path, encoded, tmp_path):
     arguments = {"tokenizer": tiny_tokenizer_path, "data": pictures, "out": tmp_path / "set", "shard_size": 5,
                  "batch_size": 28, "workers": 0}  # fmt: skip
-    code, printed, bar = command("encode.py", **arguments, precision="bfloat16")
+    code, printed, _ = command("encode.py", **arguments, precision="bfloat16")
     assert code == 0 and "of the codes of 28 crops, drawn from all images, are those of float32" in printed
-    assert re.search(r"waiting for images \d+%", bar)
     found, exact = TokenSet.open(tmp_path / "set"), TokenSet.open(encoded)
     # All 28 crops are in that first batch, so the share can be counted in the two sets.
     share = (found.codes() == exact.codes()).double().mean().item()
@@ -486,8 +483,7 @@ def test_an_encoding_killed_in_its_first_moments_can_be_begun_again(
     for module, name in ((encode, "write_json"), (checkpoint, "export")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-            with pytest.raises(KeyboardInterrupt):
-                command("encode.py", **arguments, out=out)
+            assert command("encode.py", **arguments, out=out)[0] == 130
     assert command("encode.py", **arguments, out=out)[0] == 0
 
 
