@@ -135,7 +135,7 @@ def test_how_many_drafts_a_model_can_make():
     assert most(RegisterConfig("2d", 4, max_offset=4)) == 14  # rows follow without a gap
 
 
-def test_the_command_draws_the_same_images_and_says_how(trained_run, tmp_path, monkeypatch, capfd):
+def test_the_command_draws_the_same_images_and_says_how(trained_run, tmp_path, monkeypatch):
     from mutor_vision.cli import main
 
     def sample(name, *arguments):
