@@ -131,4 +131,8 @@ def _beginning(inputs: Inputs, state: State) -> str:
     ]
     parts += ["compiled"] if state.compiled else []
     parts += [f"continuing after step {state.step}"] if state.step else []
+    model = state.config.model
+    dropout = model.token_dropout or model.residual_dropout or model.ffn_dropout
+    if dropout and state.processes_before not in (0, runtime.world_size):  # a rank seeds its own masks
+        parts += [f"with other draws of dropout, since {state.processes_before} process(es) came before"]
     return ", ".join(parts)
