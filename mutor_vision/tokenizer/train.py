@@ -18,7 +18,7 @@ from mutor_vision.data.source import Source
 from mutor_vision.errors import ImageError, MismatchError, UserError
 from mutor_vision.keyed_random import permutation, uniforms
 from mutor_vision.progress import progress
-from mutor_vision.runtime import Runtime, start
+from mutor_vision.runtime import Runtime, blamed, start
 from mutor_vision.schedule import check_warmup, due, learning_rate
 from mutor_vision.settings import differences
 from mutor_vision.storage import checkpoint
@@ -223,10 +223,13 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
                     forget_bad(out)  # the checkpoint records the repaired images
                 runtime.barrier()
             clock += time.monotonic() - paused  # images/s counts training alone
-    except BaseException as error:
+    except BaseException as raised:
+        error = blamed(raised, f"step {step}")  # the one in progress
         log.failed(step, error)
         if isinstance(error, ImageError):
             record_bad(out, source, error, runtime.rank)
+        if error is not raised:
+            raise error from None
         raise
     finally:
         bar.close()

@@ -12,7 +12,7 @@ from mutor_vision.data.order import read_batch
 from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import derived_seed
 from mutor_vision.progress import progress
-from mutor_vision.runtime import start
+from mutor_vision.runtime import blamed, start
 from mutor_vision.schedule import due
 from mutor_vision.storage.outputs import check_out_folder
 from mutor_vision.storage.run_log import RunLog
@@ -101,8 +101,11 @@ def train(config: TrainConfig, out: Path) -> None:
                 log.status("running", step)
                 runtime.barrier()
         log.status("done", state.step)
-    except BaseException as error:
+    except BaseException as raised:
+        error = blamed(raised, f"step {state.step + 1}")
         log.failed(state.step, error)
+        if error is not raised:
+            raise error from None
         raise
     finally:
         bar.close()
