@@ -6,8 +6,8 @@ FAST := -m "not slow"
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile
 # What computes with the transformer, and so may take a fast path: test_layout.py compares this list with the imports.
 PLAIN := $(addprefix tests/test_,$(addsuffix .py,adding_an_objective device_rules drafter drafts eval fine_tuning forecast \
-    generate left_out llamagen lost_process made_before multi_node mutor other_processes parallel_heads plan preflight \
-    registers sample sharding show tokenizer_commands train_loop transformer))
+    generate left_out llamagen lost_process made_before multi_node mutor nonfinite other_processes parallel_heads plan \
+    preemption preflight registers sample sharding show tokenizer_commands train_loop transformer))
 
 .PHONY: install check test test-plain test-lowest demo lint
 

@@ -70,11 +70,12 @@ def our_step(options, registers: int, naive: bool = False) -> Callable[[], None]
     optimizer = build_optimizer(model, config)
     codes, labels = _data(options)
     sums = zero_sums(objective, runtime)
+    skipped = torch.zeros(2, dtype=torch.int64, device=runtime.device)
     number = count()
 
     def step() -> None:
         batch = Batch(codes, labels, next(number) * options.batch + np.arange(options.batch))
-        train_step(objective, objective, optimizer, batch, config, runtime, step=0, sums=sums)
+        train_step(objective, objective, optimizer, batch, config, runtime, step=0, sums=sums, skipped=skipped)
 
     return step
 

@@ -38,6 +38,9 @@ def run_command(main: Callable[[], None]) -> None:
             raise
         print(_one_line(error), file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; the same command goes on from what was saved", file=sys.stderr, flush=True)
+        sys.exit(130)
 
 
 def choose_settings(presets: dict[str, Config], name: str, settings: list[str], **flags: Any) -> Config:
@@ -190,7 +193,8 @@ def _main() -> None:
     parser = Parser(
         prog="mutor", description="From images to a trained model, its samples and their scores.",
         epilog="mutor COMMAND --help says more. Exit codes: 0 done, 1 a fault of this program, 2 a wrong setting,\n"
-               "3 images or weights that cannot be read, 4 a damaged file, 5 things that do not belong together.",
+               "3 images or weights that cannot be read, 4 a damaged file, 5 things that do not belong together,\n"
+               "75 asked to stop, and saved.",
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     name, parsers = sys.argv[1] if len(sys.argv) > 1 else "", {}

@@ -77,7 +77,7 @@ class TokenizerTrainConfig(Settings):
     lpips_weights: str = ""  # file of VGG16 and linear-head weights, see tokenizer/losses.py
     perceptual_weight: float = 0.0  # needs `perceptual_network`; 0 = off
     perceptual_network: str = ""  # timm:NAME[@SIZE]: images resized to SIZE pixels, without it as they are
-    perceptual_weights: str = ""  # file of its weights under timm's names, '' = timm's own, downloaded
+    perceptual_weights: str = ""  # a file under timm's names, package, or '' = timm's own
     perceptual_stages: tuple[int, ...] = (0, 1, 2, 3)  # of the network, that are compared; timm counts them from 0
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25
@@ -205,6 +205,7 @@ class TrainConfig(Settings):
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.05  # on matrices and embeddings, never on norms
     clip: float = 1.0  # gradient norm, 0 = off
+    max_skipped: int = 3  # steps in a row whose gradients are not finite and which change nothing; more end the run
     schedule: str = "constant"  # constant | cosine
     warmup_steps: int = 0  # optimizer steps of linear warm-up, 0 = none
     min_lr: float = 0.0  # where cosine ends
@@ -234,6 +235,7 @@ class TrainConfig(Settings):
             "eval_images": 5000,
         },
         2: {"parallel_heads.weight": 0.5, "parallel_heads.weight_schedule": "constant", "lora_inputs": "all"},
+        3: {"max_skipped": 0},
     }  # fmt: skip
 
     @property
@@ -255,8 +257,8 @@ class TrainConfig(Settings):
         super().__post_init__()
         self._require_positive("steps batch_size lr lora_alpha sample_classes eval_images")
         self._require_not_negative(
-            "micro_batch lora_rank weight_decay clip warmup_steps min_lr val_images log_every val_every sample_every "
-            "eval_every save_every"
+            "max_skipped micro_batch lora_rank weight_decay clip warmup_steps min_lr val_images log_every val_every "
+            "sample_every eval_every save_every"
         )
         self._require_betas()
         self._require_share("label_dropout val_fraction ema_decay")

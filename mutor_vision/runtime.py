@@ -20,9 +20,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 TIMEOUT = "MUTOR_TIMEOUT"  # environment variable: seconds that a process waits for another one
 ANSWER = 5  # seconds in which the others have to say that they wait, too
 # What gloo says when another process ended, or does not answer. nccl's errors are of a class of their own.
-_OF_PEERS = re.compile(
-    r"Timed out waiting|timeout caused pair closure|Connection (closed|reset)|Broken pipe"
-)
+_OF_PEERS = re.compile(r"Timed out waiting|timeout caused pair closure|Connection (closed|reset)|Broken pipe")
 
 
 class PeerError(UserError):
@@ -124,14 +122,15 @@ def start(precision: str = "auto", device: str = "auto") -> Runtime:
         raise UserError(f"{world_size} processes on one MPS device; start one process, or use --device cpu")
     where = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=_timeout()))
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=patience())
     # Cards before Ampere emulate bfloat16, slower than they compute in float32.
     has_bfloat16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.bfloat16 if precision == "bfloat16" or (precision == "auto" and has_bfloat16) else None
     return Runtime(rank=rank, world_size=world_size, device=where, autocast_dtype=dtype)
 
 
-def _timeout() -> float:
+def patience() -> timedelta:
+    """How long a process waits for another one before it says which, and ends: TIMEOUT, or half an hour."""
     text = os.environ.get(TIMEOUT, "1800")
     try:
         seconds = float(text)
@@ -139,7 +138,7 @@ def _timeout() -> float:
         seconds = 0.0
     if not 0 < seconds < 1e6:
         raise UserError(f"{TIMEOUT} is '{text}', expected seconds above 0 (1800 by default)")
-    return seconds
+    return timedelta(seconds=seconds)
 
 
 def blamed(error: BaseException, where: str = "") -> BaseException:
@@ -161,7 +160,8 @@ def blamed(error: BaseException, where: str = "") -> BaseException:
     who = f"rank {', '.join(map(str, silent))}" if silent else "one"
     return PeerError(
         f"{who} of the {ranks} processes ended or hangs{where and f', at {where}'}; its own message, or torchrun's "
-        f"summary, says why. The same command goes on; a longer wait than {_timeout():g} s: {TIMEOUT}=SECONDS"
+        f"summary, says why. The same command goes on; {TIMEOUT}=SECONDS makes them wait for longer than "
+        f"{patience().total_seconds():g} s"
     )
 
 

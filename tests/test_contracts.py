@@ -34,6 +34,7 @@ from mutor_vision.tokenizer.repairs import recall_bad
 from mutor_vision.tokenizer.train import train_tokenizer
 
 ALONE = Runtime(0, 1, torch.device("cpu"), None)
+COPIES = ("copies", "nearest_distance")
 TINY = TokenizerTrainConfig(
     TokenizerConfig(image_size=16, channels=(8, 8), layers_per_block=1, latent_channels=8, code_dim=4, codebook_size=16,
                     attention=False, norm_groups=4),
@@ -86,7 +87,17 @@ def test_a_metric_is_one_class_and_one_line(image_sets, extractor, monkeypatch):
     assert (protocol["n"], protocol["n_reference"], protocol["extractor"]) == (20, 30, "timm:test_resnet")
     # Without a choice it comes with the others, after them, and changes none of their numbers.
     everything = evaluate(open_set(image_sets / "others.npz"), reference, extractor, ALONE, Options())
-    assert list(everything["metrics"]) == ["fd", "precision", "recall", "kid", "nearest"]
+    assert list(everything["metrics"]) == [
+        "fd",
+        "precision",
+        "recall",
+        "kid",
+        "mind",
+        "density",
+        "coverage",
+        *COPIES,
+        "nearest",
+    ]
 
 
 def test_what_a_metric_needs_is_asked_for_before_anything_is_measured(image_sets, extractor, monkeypatch):

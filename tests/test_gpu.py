@@ -209,20 +209,23 @@ def test_a_tokenizer_trains(tmp_path):
 
 def test_metrics_equal_those_of_the_cpu():
     from mutor_vision.features.moments import Moments
-    from mutor_vision.metrics import frechet, scores
+    from mutor_vision.metrics import copies, density, frechet, mind, scores
 
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(500, 64, generator=generator), torch.randn(400, 64, generator=generator) + 0.1
     found = {}
     for device in (CPU, CUDA):
-        moments = []
+        moments, runtime = [], Runtime(0, 1, device, None)
         for rows in features:
             moments.append(Moments(64, device=device))
             moments[-1].update(rows, 0)
         root = frechet.root(moments[1].total())
         found[device] = (
             frechet.distance(moments[0].total(), root),
-            *scores.precision_recall(*features, Runtime(0, 1, device, None), 3),
+            *scores.precision_recall(*features, runtime, 3),
+            mind.monge_distance(*features, 400, 300, 20, runtime).value,
+            density.Balls(features[1], 5, runtime).occupied_by(features[0]).density,
+            copies.nearest(*features, runtime).distance.mean().item(),
         )
     assert found[CUDA] == pytest.approx(found[CPU], rel=1e-6)
 
@@ -286,10 +289,11 @@ else:
     parallel = objective
 optimizer = build_optimizer(objective, config)
 sums = zero_sums(objective, runtime)
+skipped = torch.zeros(2, dtype=torch.int64, device=runtime.device)
 generator = torch.Generator().manual_seed(0)
 batch = Batch(torch.randint(32, (8, 4, 4), generator=generator).cuda(), (torch.arange(8) % 5).cuda(), np.arange(8))
 for step in range(5):
-    train_step(parallel, objective, optimizer, batch, config, runtime, step=step, sums=sums)
+    train_step(parallel, objective, optimizer, batch, config, runtime, step=step, sums=sums, skipped=skipped)
 print(*(sums[0] / sums[1]).tolist())
 dist.destroy_process_group()
 """
@@ -335,9 +339,10 @@ def test_memory_is_what_the_plan_says(registers, compiled, above):
     codes = torch.randint(16384, (32, 16, 16), device=CUDA)
     runtime = Runtime(0, 1, CUDA, torch.bfloat16)
     sums = zero_sums(objective, runtime)
+    skipped = torch.zeros(2, dtype=torch.int64, device=runtime.device)
     for step in range(3):
         batch = Batch(codes, torch.arange(32, device=CUDA), np.arange(32) + 32 * step)
-        train_step(objective, objective, optimizer, batch, config, runtime, step=step, sums=sums)
+        train_step(objective, objective, optimizer, batch, config, runtime, step=step, sums=sums, skipped=skipped)
     measured = torch.cuda.max_memory_allocated() - before
     planned = plan.memory(config, 1, 32).total
     assert 0.95 * measured < planned < (1 + above) * measured

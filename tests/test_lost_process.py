@@ -73,7 +73,7 @@ def test_the_root_cause_is_not_hidden_by_the_others(lost, happens, code):
 def test_a_time_to_wait_that_is_none_is_refused(monkeypatch, text):
     monkeypatch.setenv("MUTOR_TIMEOUT", text)
     with pytest.raises(UserError, match="MUTOR_TIMEOUT is .*expected seconds above 0"):
-        runtime._timeout()
+        runtime.patience()
 
 
 def test_other_errors_stay_as_they_are():

@@ -184,7 +184,7 @@ REFERENCES = {
     "F12 statistics": (lambda path: np.savez(path, **statistics()), 0, "FD-timm:test_resnet@24"),
     "F13 statistics and images": (
         lambda path: np.savez(path, arr_0=pictures(30, 2), **statistics()), 0,
-        "its images serve precision, recall and KID",
+        "its images serve precision, recall, KID and the like",
     ),
     "F14 neither": (lambda path: np.savez(path, weights=np.ones(3), bias=np.ones(3)), 4, "it holds weights, bias"),
     "F15 shapes differ": (lambda path: np.savez(path, **statistics(sigma=np.ones((DIM, DIM - 1)))), 4, "not a mean"),

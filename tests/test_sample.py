@@ -237,3 +237,17 @@ def test_pixels_do_not_depend_on_how_many_images_are_drawn_with_them(trained_run
                                                SampleSettings(), 0) for part in parts])  # fmt: skip
 
     assert torch.equal(drawn(400), drawn(3))
+
+
+def test_a_set_that_is_there_is_recognised(mutor, trained_run, tmp_path):
+    """The same command again has nothing to do; another one does not write over it; nor is a set without a record."""
+    words = ["sample", trained_run, "--num", 4, "--out", tmp_path / "set.npz"]
+    assert mutor(*words)[0] == 0
+    made = (tmp_path / "set.npz").read_bytes()
+    code, out, _ = mutor(*words)
+    assert code == 0 and "is there already" in out
+    code, _, err = mutor(*words, "--seed", 1)
+    assert code == 2 and "made in another way" in err
+    (tmp_path / "set.npz.json").unlink()
+    code, _, err = mutor(*words)
+    assert code == 2 and "exists already" in err and (tmp_path / "set.npz").read_bytes() == made

@@ -246,7 +246,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, train_config, mon
     rate = train_step.learning_rate
     monkeypatch.setattr(train_step, "learning_rate", lambda step, **k: 1e38 if step >= 4 else rate(step, **k))
     config = dataclasses.replace(train_config, save_every=1, log_every=0, val_every=0, clip=0.0)
-    with pytest.raises(UserError, match="not finite at step .*lower lr"):
+    with pytest.raises(UserError, match="not finite.*lower lr"):
         train(config, tmp_path / "run")
     kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert len(kept) == 2 and all(tensor.isfinite().all() for tensor in state_of(tmp_path / "run").values())

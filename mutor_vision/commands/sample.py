@@ -20,7 +20,7 @@ from mutor_vision.progress import progress
 from mutor_vision.runtime import finish, start
 from mutor_vision.sampling.load import LoadedModel, load
 from mutor_vision.sampling.stream import default_batch_size, label_plan, sample_in_order, sample_stream, spread_classes
-from mutor_vision.storage.files import written
+from mutor_vision.storage.files import read_json, written
 from mutor_vision.storage.outputs import check_out_file
 
 
@@ -63,7 +63,7 @@ def main(arguments: argparse.Namespace) -> None:
             raise UserError("--num makes a set over all classes; drop --classes, or drop --num for a grid")
         if out.suffix == ".png":
             raise UserError(f"--num makes a set, but --out is {out}; use FILE.npz or a folder")
-        if out.exists():
+        if out.exists() and not _record_of(out).exists():
             raise UserError(f"{out} exists already; remove it or give another --out")
     elif out.suffix != ".png":
         raise UserError(f"--out is {out}, expected FILE.png for a grid; use --num for a set of images")
@@ -106,8 +106,17 @@ def _write_set(loaded, settings, arguments, out: Path, batch_size: int) -> None:
     record = {
         "num": num, "labels": arguments.labels, "seed": arguments.seed, "sampler": dataclasses.asdict(settings),
         "decoding": loaded.decoding, "resize": loaded.resize, "model": loaded.identity,
-        "mutor_vision": mutor_vision.__version__, "torch": torch.__version__,
+        "mutor_vision": mutor_vision.__version__, "torch": torch.__version__, "labels_of_images": labels.tolist(),
     }  # fmt: skip
+    if out.exists():
+        found = read_json(_record_of(out))
+        record = json.loads(json.dumps(record))
+        if not isinstance(found, dict) or any(found.get(key) != record[key] for key in record):
+            raise UserError(f"{out} exists already, and {_record_of(out)} says that it was made in another way; remove "
+                            "it or give another --out")  # fmt: skip
+        if runtime.is_main:
+            print(f"{out} is there already, made in this very way")
+        return
     if out.suffix == ".npz":
         from mutor_vision.storage.npz_writer import NpzImageWriter
 
@@ -117,6 +126,7 @@ def _write_set(loaded, settings, arguments, out: Path, batch_size: int) -> None:
             with NpzImageWriter(out, num, *loaded.image_size) as writer:
                 for part in _progress(stream, num, loaded):
                     writer.write(part)
+                _write_record(out, record, loaded)
         else:
             for _ in stream:
                 pass
@@ -135,15 +145,24 @@ def _write_set(loaded, settings, arguments, out: Path, batch_size: int) -> None:
         bar.close()
         runtime.barrier()
         if runtime.is_main:
+            _write_record(out, record, loaded)
             os.replace(partial, out)
     if runtime.is_main:
-        # Beside the set rather than in it, so that the set is images and nothing else.
-        record["labels_of_images"] = labels.tolist()
-        if loaded.decoder.tokens_per_pass != 1:
-            record["tokens_per_pass"] = round(loaded.decoder.tokens_per_pass, 3)  # of the first process's images
-        with written(out.with_name(out.name + ".json")) as partial:
-            partial.write_text(json.dumps(record) + "\n")
-        print(f"{out}: {num} images, {arguments.labels} labels, seed {arguments.seed}; how they were made: {out}.json")
+        print(f"{out}: {num} images, {arguments.labels} labels, seed {arguments.seed}; how they were made: "
+              f"{_record_of(out)}")  # fmt: skip
+
+
+def _record_of(out: Path) -> Path:
+    """Beside the set rather than in it, so that the set is images and nothing else."""
+    return out.with_name(out.name + ".json")
+
+
+def _write_record(out: Path, record: dict, loaded: LoadedModel) -> None:
+    """Before the set appears under its name, so that none is ever without its record."""
+    if loaded.decoder.tokens_per_pass != 1:
+        record = record | {"tokens_per_pass": round(loaded.decoder.tokens_per_pass, 3)}  # of this process's images
+    with written(_record_of(out)) as partial:
+        partial.write_text(json.dumps(record) + "\n")
 
 
 def _pace(loaded: LoadedModel) -> str:

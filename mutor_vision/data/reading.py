@@ -73,7 +73,7 @@ def read_batches(dataset: Dataset, batches: Iterable[Iterable[int]], workers: in
         raise UserError(f"workers is {workers}, expected 0 or more")
     loader = DataLoader(
         _ErrorsAsItems(dataset), batch_sampler=batches, num_workers=workers, collate_fn=_stack,
-        pin_memory=torch.cuda.is_available(), timeout=PATIENCE if workers else 0,
+        pin_memory=torch.cuda.is_available(), timeout=PATIENCE if workers else 0, worker_init_fn=_deaf,
         # The default until Python 3.13. Its successor, forkserver, takes seconds to start and pickles the dataset.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )  # fmt: skip
@@ -98,6 +98,12 @@ def read_batches(dataset: Dataset, batches: Iterable[Iterable[int]], workers: in
             if isinstance(batch, UserError):
                 raise batch
             yield torch.from_numpy(batch) if isinstance(batch, np.ndarray) else batch
+
+
+def _deaf(_: int) -> None:
+    # A signal to stop reaches all processes of a job; the trainer, which saves first, still needs its readers.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _worker_failure(error: Exception) -> Exception:

@@ -74,7 +74,8 @@ def resize(images: Tensor, size: int) -> Tensor:
 def load_extractor(features: str, weights: str | None = None, allow_unknown: bool = False) -> nn.Module:
     """'inception' | 'timm:NAME[@SIZE]' | folder made by eval/train_features.py -> extractor, on the CPU.
 
-    weights: None (published weights, downloaded by torch.hub or timm when absent), 'random', or a file."""
+    weights: None (published weights, downloaded by torch.hub or timm when absent), 'random', a file, or for timm
+    'package' (of an installed package, such as the extra `offline` brings)."""
     if features == "inception":
         from mutor_vision.features.inception import load_inception
 

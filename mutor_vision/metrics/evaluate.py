@@ -15,27 +15,40 @@ from mutor_vision.features.extract import extract
 from mutor_vision.features.moments import Statistics, read_protocol, read_statistics
 from mutor_vision.features.sources import NpzImages, SourceImages, check_count, check_labels, read_labels
 from mutor_vision.metrics import guards
+from mutor_vision.metrics.class_accuracy import ClassAccuracy
+from mutor_vision.metrics.copies import Copies
+from mutor_vision.metrics.density import DensityCoverage
 from mutor_vision.metrics.frechet import FrechetDistance
 from mutor_vision.metrics.metric import ImageSet, Measured, Metric, MetricSettings, Side, impossible
+from mutor_vision.metrics.mind import Mind
 from mutor_vision.metrics.per_class import PerClass
+from mutor_vision.metrics.ratio import FrechetRatio
 from mutor_vision.metrics.scores import InceptionScore, KernelDistance, PrecisionRecall
 from mutor_vision.runtime import Runtime
 from mutor_vision.storage.files import read_json, sha256
 from mutor_vision.storage.npz import Npz, is_statistics
 from mutor_vision.storage.outputs import check_out_file, check_out_folder
 
+FID = FrechetDistance("fid", "FID", "pool")
 # What --metrics offers, in the order of the results. A new metric is a class in a file of its own, and a line here.
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        FrechetDistance("fid", "FID", "pool"),
+        FID,
         FrechetDistance("sfid", "sFID", "spatial", extractors=("inception",)),
         InceptionScore(),
         PrecisionRecall(),
         KernelDistance(),
+        Mind(),
+        DensityCoverage(),
+        FrechetRatio(FID),
+        Copies(),
     )
 }
-ALWAYS: tuple[Metric, ...] = (PerClass(),)  # computed whatever is asked for, as far as samples and reference allow
+ALWAYS: tuple[Metric, ...] = (
+    PerClass(),
+    ClassAccuracy(),
+)  # computed whatever is asked for, as far as samples and reference allow
 
 
 @dataclass(frozen=True)
@@ -44,7 +57,6 @@ class Options(MetricSettings):
 
     metrics: tuple[str, ...] = ()  # of METRICS; () = all that the extractor and the reference allow
     batch: int = 50  # images per forward pass and process
-    groups: int = 20  # of the jackknife, 0 = no error bars
     work: Path | None = None  # keeps features of finished chunks there, None = nowhere
     strict: bool = False  # a warning stops the evaluation
 
@@ -54,8 +66,6 @@ class Options(MetricSettings):
             raise UserError(f"metric '{min(unknown)}' does not exist; expected some of {', '.join(METRICS)}")
         self._require_positive("batch")
         super().__post_init__()
-        if self.groups < 0 or self.groups == 1:
-            raise UserError(f"groups is {self.groups}, expected 2 or more, or 0 for no error bars")
 
 
 def open_set(
@@ -115,19 +125,34 @@ def check_outputs(runtime: Runtime, *, files: tuple = (), folders: tuple = ()) -
     runtime.raise_together(error)
 
 
-def evaluate(samples: ImageSet, reference: ImageSet, extractor: nn.Module, runtime: Runtime, options: Options) -> dict:
+def evaluate(
+    samples: ImageSet, reference: ImageSet, extractor: nn.Module, runtime: Runtime, options: Options,
+    held_out: ImageSet | None = None,
+) -> dict:  # fmt: skip
     """Collective. Returns a JSON-ready dict: 'metrics' (each with its own protocol), 'marks', 'warnings', 'protocol',
-    and, where both sides have labels, 'classes'."""
+    and, where both sides have labels, 'classes'. held_out: real images that the model has not seen; what they measure
+    against the reference stands beside what the samples measure."""
     extractor.to(runtime.device)
-    chosen = _choose(samples, reference, extractor, options)
+    chosen = _choose(samples, reference, held_out, extractor, options)
     warnings = guards.extractor_weights(extractor)
-    if reference.images is not None:
-        guards.image_sizes(samples.images, reference.images.height, reference.images.width, "the reference")
+    for real, what in ((reference, "the reference"), (held_out, "the held-out images")):
+        if real is not None and real.images is not None:
+            guards.image_sizes(samples.images, real.images.height, real.images.width, what)
     warnings += guards.lossy(samples.images, reference.images)
 
-    theirs, found = _measure_reference(samples, reference, chosen, extractor, runtime, options)
+    needed = {layer for metric in chosen for layer in metric.reference_rows}
+    always = {layer for metric in ALWAYS for layer in metric.reference_rows}
+    theirs, found = _measure_real(samples, reference, needed, always, extractor, runtime, options)
     warnings += found
     prepared = {metric.name: metric.prepare(theirs) for metric in chosen}
+    real = None
+    if held_out is not None:
+        needed = {layer for metric in chosen for layer in metric.held_out_rows}
+        from_images = held_out.statistics is None
+        groups = _groups(held_out.images.count, extractor, options) if from_images else 1
+        useful = {layer for metric in ALWAYS for layer in metric.held_out_rows}
+        real, found = _measure_real(samples, held_out, needed, useful, extractor, runtime, options, groups)
+        warnings += found + guards.held_out(real.extracted, theirs.extracted)
     ours, found = _measure_samples(samples, chosen, extractor, runtime, options)
     warnings += found
     if ours.extracted is not None and theirs.extracted is not None:
@@ -135,7 +160,7 @@ def evaluate(samples: ImageSet, reference: ImageSet, extractor: nn.Module, runti
         warnings += guards.channel_order(ours.extracted, theirs.extracted)
     warnings += guards.counts(ours.n or 0, theirs.n, extractor.layers["pool"]) if ours.n else []
 
-    measured = Measured(ours, theirs, extractor, runtime, options)
+    measured = Measured(ours, theirs, extractor, runtime, options, real)
     results, sections = {}, {}
     for metric in (*chosen, *ALWAYS):
         of_metric = metric.compute(measured, prepared.get(metric.name))
@@ -159,10 +184,12 @@ def evaluate(samples: ImageSet, reference: ImageSet, extractor: nn.Module, runti
     } | sections  # fmt: skip
 
 
-def _choose(samples: ImageSet, reference: ImageSet, extractor: nn.Module, options: Options) -> list[Metric]:
+def _choose(
+    samples: ImageSet, reference: ImageSet, held_out: ImageSet | None, extractor: nn.Module, options: Options
+) -> list[Metric]:
     """The metrics asked for, or all that are possible. Raises UserError for one that is not, before any feature is
     computed."""
-    reasons = {name: impossible(metric, samples, reference, extractor) for name, metric in METRICS.items()}
+    reasons = {name: impossible(metric, samples, reference, held_out, extractor) for name, metric in METRICS.items()}
     for name in options.metrics:
         if reasons[name]:
             raise UserError(f"metric '{name}' {reasons[name]}; drop it from --metrics")
@@ -174,32 +201,32 @@ def _choose(samples: ImageSet, reference: ImageSet, extractor: nn.Module, option
     return chosen
 
 
-def _measure_reference(
-    samples: ImageSet, reference: ImageSet, chosen: list[Metric], extractor: nn.Module, runtime: Runtime,
-    options: Options,
+def _measure_real(
+    samples: ImageSet, real: ImageSet, needed: set[str], useful: set[str], extractor: nn.Module, runtime: Runtime,
+    options: Options, groups: int = 1,
 ) -> tuple[Side, list[guards.Caveat]]:  # fmt: skip
-    """Collective. The reference's statistics, from its file where it has them, else from its images; features of its
-    images where they give the statistics, or a metric needs them."""
+    """Collective. The statistics of the reference or of held-out images, from their file where it has them, else from
+    the images; features of the images where they give the statistics, or a metric needs rows of a layer. Rows of
+    `useful` layers are kept when features are computed anyway. groups: of the moments of the images."""
     warnings, n, statistics, extracted = [], None, {}, None
-    if reference.statistics is not None:
-        protocol = read_protocol(reference.statistics)
-        warnings += guards.recorded_extractor(protocol, extractor, reference.name)
-        warnings += guards.statistics_file(reference.statistics)
+    if real.statistics is not None:
+        protocol = read_protocol(real.statistics)
+        warnings += guards.recorded_extractor(protocol, extractor, real.name)
+        warnings += guards.statistics_file(real.statistics)
         if protocol is not None and samples.images is not None:
-            guards.image_sizes(samples.images, *protocol["image_size"], "the reference's images")
+            guards.image_sizes(samples.images, *protocol["image_size"], f"images behind {real.name}")
         n = protocol["n"] if protocol else None
-        statistics = _read_statistics(reference, extractor, runtime)
-    if reference.images is not None and (reference.statistics is None or any(one.reference_rows for one in chosen)):
-        keep = {layer for metric in (*chosen, *ALWAYS) for layer in metric.reference_rows}
+        statistics = _read_statistics(real, extractor, runtime)
+    if real.images is not None and (real.statistics is None or needed):
         extracted = extract(
-            reference.images, extractor, runtime, batch=options.batch, keep=_in_order(keep, extractor),
-            work=options.work, title="reference",
+            real.images, extractor, runtime, batch=options.batch, groups=groups,
+            keep=_in_order(needed | useful, extractor), work=options.work, title=real.name,
         )  # fmt: skip
-        reference.record["images_sha256"] = extracted.images_sha256
-        if reference.statistics is None:
-            n = reference.images.count
+        real.record["images_sha256"] = extracted.images_sha256
+        if real.statistics is None:
+            n = real.images.count
             statistics = {layer: moments.total() for layer, moments in extracted.moments.items()}
-    return Side(reference, n, statistics, extracted), warnings
+    return Side(real, n, statistics, extracted), warnings
 
 
 def _measure_samples(
@@ -246,10 +273,12 @@ def _protocol(measured: Measured, warnings: list[guards.Caveat]) -> dict:
     marks = {warning.mark for warning in warnings}
     breaking = {"unknown-weights", "random-weights", "lossy-samples", "lossy-reference"}
     as_adm = (measured.settings.splits, measured.settings.k) == (MetricSettings.splits, MetricSettings.k)
+    beside = measured.held_out
     return {
         "protocol": "adm" if identity["name"] == "inception" and not marks & breaking and as_adm else "custom",
         "n": samples.n, "n_reference": reference.n, "samples": samples.given.record,
-        "reference": reference.given.record,
+        "reference": reference.given.record, "held_out": None if beside is None else beside.given.record,
+        "n_held_out": None if beside is None else beside.n,
         "extractor": identity, "features_dtype": "float32", "tf32": False, "moments_dtype": "float64",
         "labels": samples.given.record.get("labels"), "sampler": samples.given.record.get("settings"),
         "versions": {

@@ -51,24 +51,27 @@ class FrechetDistance(Metric):
         self.statistics = (layer,)
 
     def prepare(self, reference: Side) -> Root:
-        return root(reference.statistics[self.layer])
+        return reference.once(f"root of {self.layer}", lambda: root(reference.statistics[self.layer]))
 
     def compute(self, measured: Measured, prepared: Root) -> Found:
         key, title, extractor = self.name, self.title, measured.extractor
         if extractor.identity["name"] != "inception":  # FID means Inception's features and no others
             key, title = "fd", f"FD-{extractor.identity['name']}"
-        result = {"name": measured.title(title)} | self._value(measured, prepared)
+        result = {"name": measured.title(title)} | self.of(measured.samples, prepared, measured.runtime)
         result["protocol"] = {
             "layer": self.layer, "features": extractor.layers[self.layer], "n_reference": measured.reference.n,
         }  # fmt: skip
         return Found({key: result})
 
-    def _value(self, measured: Measured, reference: Root) -> dict:
-        samples = measured.samples
-        moments = samples.extracted.moments[self.layer] if samples.extracted else None
+    def of(self, images: Side, reference: Root, runtime: Runtime) -> dict:
+        """Collective. A result's entries for the distance of these images: 'value', and error bars where there are."""
+        return images.once(f"distance of {self.layer}", lambda: self._measure(images, reference, runtime))
+
+    def _measure(self, images: Side, reference: Root, runtime: Runtime) -> dict:
+        moments = images.extracted.moments[self.layer] if images.extracted else None
         if moments is None or len(moments.n) == 1:
-            return {"value": distance(samples.statistics[self.layer], reference)}
-        estimate = jackknife(moments, reference, measured.runtime)
+            return {"value": distance(images.statistics[self.layer], reference)}
+        estimate = jackknife(moments, reference, runtime)
         return {
             "value": estimate.value, "bias_corrected": estimate.bias_corrected,
             "standard_error": estimate.standard_error, "interval_95": list(estimate.interval_95),
@@ -126,9 +129,15 @@ def jackknife(samples: Moments, reference: Root, runtime: Runtime) -> Estimate:
     found = runtime.all_reduce(found)
     left_out = found[:groups]
     bias_corrected = value - (groups - 1) * (left_out.mean() - found[groups]).item()
-    error = ((groups - 1) / groups * (left_out - left_out.mean()).square().sum()).sqrt().item()
+    error = jackknife_error(left_out)
     reach = float(stdtrit(groups - 1, 0.975)) * error
     return Estimate(value, bias_corrected, error, (bias_corrected - reach, bias_corrected + reach), groups)
+
+
+def jackknife_error(left_out: Tensor) -> float:
+    """(G,) float64 values, each without one of G groups -> standard error (Efron and Tibshirani 1993, chapter 11)."""
+    groups = len(left_out)
+    return ((groups - 1) / groups * (left_out - left_out.mean()).square().sum()).sqrt().item()
 
 
 def _rounding_level(values: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ PUBLISHED_COUNT = 50_000  # samples behind published FID and IS
 SMOKE_COUNT = 10_000  # samples; with fewer, a distance says little
 ADM_SPLIT = 5000  # samples in each of ADM's splits for the Inception Score
 DUPLICATES_REFUSED = 0.01  # share of samples equal to another of their class; one seed on all ranks gives far more
+HELD_OUT_SHARED = 0.01  # share of held-out images in the reference from which it matters; data sets repeat a few
 CONSTANT_REFUSED = 0.001  # share of one-coloured samples
 
 
@@ -89,12 +90,34 @@ def pixels(extracted: Extracted, labels: Tensor | None = None) -> list[Caveat]:
 
 def same_images(samples: Extracted, reference: Extracted) -> list[Caveat]:
     """Caveat when most samples are images of the reference."""
-    known = {row.tobytes() for row in reference.digests.numpy()}
-    shared = sum(row.tobytes() in known for row in samples.digests.numpy()) / len(samples.digests)
+    shared = _share_among(samples, reference)
     if shared > 0.5:
         text = f"{shared:.0%} of the samples are images of the reference: the distance is about 0 by construction"
         return [Caveat("scored-against-itself", text)]
     return []
+
+
+def held_out(held: Extracted | None, reference: Extracted | None) -> list[Caveat]:
+    """Caveat when held-out images are in the reference, so that they are not held out. Raises MismatchError when most
+    are."""
+    if held is None or reference is None:
+        return []
+    shared = _share_among(held, reference)
+    if shared > 0.5:
+        raise MismatchError(
+            f"{shared:.0%} of the held-out images are images of the reference; give the training images as reference "
+            "and others as --held-out"
+        )
+    if shared > HELD_OUT_SHARED:
+        text = f"{shared:.1%} of the held-out images are images of the reference, so what they measure is too small"
+        return [Caveat("held-out-in-reference", text)]
+    return []
+
+
+def _share_among(images: Extracted, others: Extracted) -> float:
+    """The share of images that are among the others, pixel by pixel."""
+    known = {row.tobytes() for row in others.digests.numpy()}
+    return sum(row.tobytes() in known for row in images.digests.numpy()) / len(images.digests)
 
 
 def channel_order(samples: Extracted, reference: Extracted) -> list[Caveat]:

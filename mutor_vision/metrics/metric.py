@@ -4,11 +4,11 @@ A metric is a subclass of `Metric` in a file of its own and a line in `evaluate.
 table and knows none of them by name.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mutor_vision.errors import UserError
 from mutor_vision.features.extract import Extracted
@@ -30,7 +30,7 @@ class ImageSet:
         both = self.images is not None and self.statistics is not None
         self.record["distance_from"] = "images" if self.statistics is None else "statistics in the file"
         if both:  # as ADM's evaluator does: its file has statistics of 1.28 M images and 10,000 images
-            self.record["distance_from"] += "; its images serve precision, recall and KID"
+            self.record["distance_from"] += "; its images serve precision, recall, KID and the like"
 
     @property
     def name(self) -> str:
@@ -45,9 +45,14 @@ class MetricSettings:
     k: int = 3  # neighbours of precision and recall
     kid_subsets: int = 100
     kid_subset_size: int = 1000  # at most; smaller sets use all of the smaller one
+    directions: int = 1000  # of MIND
+    density_k: int = 5  # neighbours of density and coverage, at most; as in their paper
+    groups: int = 20  # of the jackknife, 0 = no error bars
 
     def __post_init__(self) -> None:
-        self._require_positive("splits", "k", "kid_subsets")
+        self._require_positive("splits", "k", "kid_subsets", "directions", "density_k")
+        if self.groups < 0 or self.groups == 1:
+            raise UserError(f"groups is {self.groups}, expected 2 or more, or 0 for no error bars")
 
     def _require_positive(self, *names: str) -> None:
         for name in names:
@@ -63,17 +68,30 @@ class Side:
     n: int | None  # images behind the statistics; None where their file does not say
     statistics: dict[str, Statistics]  # layer -> mean and covariance, on the runtime's device
     extracted: Extracted | None  # features of its images; None where there are none, or no metric needs them
+    shared: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
+        """What several metrics need of this side: made by the first that asks, kept for the others. Where `make` is
+        collective, every rank asks in the same order, as in all of `compute`."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+    def rows(self, layer: str) -> Tensor | None:
+        """Features (N, D) float32 of every image on the CPU; None where they are not at hand."""
+        return None if self.extracted is None else self.extracted.rows.get(layer)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Both sides of a comparison."""
+    """Both sides of a comparison, and the real images that stand beside the samples."""
 
     samples: Side
     reference: Side
     extractor: nn.Module
     runtime: Runtime
     settings: MetricSettings
+    held_out: Side | None = None  # real images that the model has not seen, where they were given
 
     def title(self, name: str) -> str:
         """The metric's name with the number of samples, such as 'FID@50000', as papers write it."""
@@ -99,6 +117,8 @@ class Metric:
     statistics: tuple[str, ...] = ()  # layers whose mean and covariance it needs, of both sides
     rows: tuple[str, ...] = ()  # layers of which it needs the features of every sample, so samples must be images
     reference_rows: tuple[str, ...] = ()  # the same of every reference image
+    held_out_rows: tuple[str, ...] = ()  # the same of every held-out image, where there are any
+    held_out = False  # whether it needs the statistics of held-out images
 
     def check(self, num_samples: int, num_reference: int | None, settings: MetricSettings) -> None:
         """Raise UserError where settings do not fit the number of images. Called before any feature is computed, for
@@ -113,7 +133,9 @@ class Metric:
         raise NotImplementedError
 
 
-def impossible(metric: Metric, samples: ImageSet, reference: ImageSet, extractor: nn.Module) -> str | None:
+def impossible(
+    metric: Metric, samples: ImageSet, reference: ImageSet, held_out: ImageSet | None, extractor: nn.Module
+) -> str | None:
     """Why a metric cannot be computed from these, in words that follow its name; None where it can."""
     if samples.images is None:
         if metric.rows or metric.reference_rows:
@@ -129,6 +151,11 @@ def impossible(metric: Metric, samples: ImageSet, reference: ImageSet, extractor
     for layer in (*metric.statistics, *metric.rows, *metric.reference_rows):
         if layer not in extractor.layers:
             return f"needs the features '{layer}'; {extractor.identity['name']} gives {', '.join(extractor.layers)}"
+    if metric.held_out:
+        if held_out is None:
+            return "needs --held-out, real images that the model has not seen"
+        if held_out.statistics is not None and (lacking := _lacking(metric.statistics, held_out)):
+            return f"needs {lacking} in the held-out statistics"
     return None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mutor_vision.data import images
@@ -15,8 +16,12 @@ from mutor_vision.features.sources import in_order
 from mutor_vision.storage.files import written
 
 STRIP_COLUMNS = 8  # pictures of a class in the page
+PAIRS_IN_ROW = 4  # of a sample and its nearest reference image, in a picture of them
+PAIRS_NAMED = 5  # in the terminal
 STRIP_PIXELS = 104  # about the sides of a picture in the page: larger ones shrink, smaller ones grow by a factor
 
+# A column without entries is left out of the terminal's table. "real images": the same measured on real images.
+HEAD = ("metric", "value", "± s.e.", "bias-corrected", "95 % interval", "real images")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; } th, td { text-align: left; padding: .2rem .9rem .2rem 0; }
@@ -29,19 +34,21 @@ th { border-bottom: 1px solid #999; } td.number, th.number { text-align: right; 
 
 def table(result: dict) -> str:
     """A Markdown table of every metric, then the warnings and one line of protocol."""
-    rows = [("metric", "value", "± s.e.", "bias-corrected", "95 % interval")]
-    for entry in result["metrics"].values():
-        low_high = entry.get("interval_95")
-        rows.append(
-            (
-                entry["name"],
-                number(entry["value"]),
-                number(entry.get("standard_error", entry.get("standard_deviation"))),
-                number(entry.get("bias_corrected")),
-                f"{number(low_high[0])} to {number(low_high[1])}" if low_high else "",
-            )
-        )
+    rows = [HEAD, *(_cells(entry) for entry in result["metrics"].values())]
     return "\n".join([markdown(rows), "", *notes(result)])
+
+
+def _cells(entry: dict) -> tuple[str, ...]:
+    """One metric in the columns of HEAD."""
+    low_high = entry.get("interval_95")
+    return (
+        entry["name"],
+        number(entry["value"]),
+        number(entry.get("standard_error", entry.get("standard_deviation"))),
+        number(entry.get("bias_corrected")),
+        f"{number(low_high[0])} to {number(low_high[1])}" if low_high else "",
+        number(entry["real"]["value"]) if "real" in entry else "",
+    )
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:
@@ -65,8 +72,14 @@ def notes(result: dict) -> list[str]:
         + (f", held-out accuracy {accuracy:.1%}" if accuracy is not None else "")
         + f"), {protocol['protocol']} protocol, resize {extractor['resize']}"
     )
+    of = dict.fromkeys(entry["real"]["of"] for entry in result["metrics"].values() if "real" in entry)
+    if of:
+        lines.append(f"real images: what {' or '.join(of)} images measure in the samples' place")
     if protocol["reference"]["distance_from"] != "images":
         lines.append(f"distances from the {protocol['reference']['distance_from']}: {protocol['reference']['path']}")
+    if closest := result.get("copies", {}).get("closest", [])[:PAIRS_NAMED]:
+        named = (f"{pair['sample']} and {pair['reference']} ({number(pair['distance'])})" for pair in closest)
+        lines.append(f"closest samples and reference images, by index from 0 (distance): {', '.join(named)}")
     if any("standard_deviation" in entry for entry in result["metrics"].values()):
         lines.append("± of IS and KID is the deviation over splits or subsets, not an error of the mean")
     return lines
@@ -114,20 +127,11 @@ def write_page(path: Path, text: str) -> None:
 
 
 def _metrics_html(result: dict) -> str:
-    head = ("metric", "value", "±", "bias-corrected", "95 % interval")
-    rows = []
-    for entry in result["metrics"].values():
-        interval = entry.get("interval_95")
-        cells = [
-            entry["name"], number(entry["value"]),
-            number(entry.get("standard_error", entry.get("standard_deviation"))), number(entry.get("bias_corrected")),
-            f"{number(interval[0])} to {number(interval[1])}" if interval else "",
-        ]  # fmt: skip
-        rows.append(cells)
+    rows = [_cells(entry) for entry in result["metrics"].values()]
     warnings = "".join(f"<li>{html.escape(text)}</li>" for text in result["warnings"])
     lines = [html.escape(line) for line in notes(result) if not line.startswith("warning: ")]
     return (
-        _html_table(head, rows)
+        _html_table(HEAD, rows)
         + (f'<ul class="warnings">{warnings}</ul>' if warnings else "")
         + f'<p class="note">{"<br>".join(lines)}</p>'
     )
@@ -177,9 +181,24 @@ def _strips(source, labels: Tensor, shown: list[int]) -> dict[int, str]:
     """Class -> its first images as one PNG inside the page. All are read in one pass, because the sampler is faster in
     large batches and a compressed npz can only be read forward."""
     chosen = {index: (labels == index).nonzero().flatten()[:STRIP_COLUMNS].tolist() for index in shown}
-    wanted = sorted(number for numbers in chosen.values() for number in numbers)
-    pictures = dict(zip(wanted, in_order(source, [(number, number + 1) for number in wanted]), strict=True))
+    pictures = _pictures(source, {number for numbers in chosen.values() for number in numbers})
     return {index: _strip([pictures[number] for number in numbers]) for index, numbers in chosen.items()}
+
+
+def _pictures(source, numbers: set[int]) -> dict[int, Tensor]:
+    """Number -> image, uint8 (1, 3, H, W), in one pass."""
+    wanted = sorted(numbers)
+    return dict(zip(wanted, in_order(source, [(number, number + 1) for number in wanted]), strict=True))
+
+
+def copies_picture(result: dict, samples, reference) -> Image.Image:
+    """The closest pairs of the copy check: each sample with its nearest reference image at its right, the closest pair
+    first, row by row."""
+    pairs = [(pair["sample"], pair["reference"]) for pair in result["copies"]["closest"]]
+    ours = _pictures(samples, {sample for sample, _ in pairs})
+    theirs = _pictures(reference, {image for _, image in pairs})
+    cells = [picture for sample, image in pairs for picture in (ours[sample], theirs[image])]
+    return images.grid(torch.cat(cells), columns=2 * PAIRS_IN_ROW)
 
 
 def _strip(pictures: list[Tensor]) -> str:

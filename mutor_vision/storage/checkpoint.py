@@ -84,7 +84,7 @@ def open_run(out: Path, kind: str) -> Path | None:
     if (out / "model.safetensors").is_file():
         raise UserError(f"{out} is a checkpoint or an exported model, expected a run directory; give a new --out")
     status = read_json(out / "status.json") if (out / "status.json").is_file() else {}
-    if isinstance(status, dict) and status.get("state") in ("running", "done") and status.get("step"):
+    if isinstance(status, dict) and status.get("state") in ("running", "done", "preempted") and status.get("step"):
         raise IntegrityError(f"{out} had a checkpoint of step {status['step']} and has none now; restore "
                              f"{out / 'checkpoints'}, or give a new --out")  # fmt: skip
     return None

@@ -39,14 +39,15 @@ class RunLog:
                 self.tensorboard.add_scalar(name, value, step)
 
     def status(self, state: str, step: int, reason: str = "") -> None:
-        """status.json: 'running', 'done' or 'failed', at which of how many steps and why."""
+        """status.json: 'running', 'done', 'failed' or 'preempted', at which of how many steps and why."""
         if self.active:
             status = {"state": state, "step": step, "steps": self.steps, "reason": reason}
             write_json(self.run / "status.json", status)
 
     def failed(self, step: int, error: BaseException) -> None:
-        """status.json: an error ended the run at `step`."""
-        self.status("failed", step, " ".join(f"{type(error).__name__}: {error}".split())[:300])
+        """status.json: an error ended the run at `step`; an error that is none says in `state` what it is."""
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        self.status(getattr(error, "state", "failed"), step, reason)
 
     def close(self) -> None:
         if self.active:

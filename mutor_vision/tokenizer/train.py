@@ -17,6 +17,7 @@ from mutor_vision.data.reading import TrainingCrops, Views, open_source, read_ba
 from mutor_vision.data.source import Source
 from mutor_vision.errors import ImageError, MismatchError, UserError
 from mutor_vision.keyed_random import permutation, uniforms
+from mutor_vision.preemption import Preemption
 from mutor_vision.progress import progress
 from mutor_vision.runtime import Runtime, blamed, start
 from mutor_vision.schedule import check_warmup, due, learning_rate
@@ -115,6 +116,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
         checkpoint.write_config(out, "tokenizer", config)
     log = RunLog(out, first_step, config.steps, active=runtime.is_main)
     log.status("running", first_step)
+    preemption = Preemption(runtime)
     runtime.barrier()
     trained, trained_d = _distributed(model, runtime), discriminator and _distributed(discriminator, runtime)
 
@@ -167,7 +169,8 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
             if ema is not None:
                 ema.update(model, step=step)
 
-            # The log. Nothing above synchronises.
+            # The log. Nothing above waits for the device.
+            stopping = preemption.asked()
             rounds += 1
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
@@ -188,7 +191,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
 
             # Validation, pictures, checkpoints.
             paused = time.monotonic()
-            saved = due(step, config.save_every, config.steps) or step == config.steps
+            saved = due(step, config.save_every, config.steps) or step == config.steps or stopping
             sampled = due(step, config.sample_every, config.steps)
             if saved or sampled:
                 tensors = {name: module.state_dict() for name, module in weights.items()}
@@ -222,6 +225,8 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
                     log.status("running", step)
                     forget_bad(out)  # the checkpoint records the repaired images
                 runtime.barrier()
+            if stopping and step < config.steps:
+                raise preemption.stopped(step)
             clock += time.monotonic() - paused  # images/s counts training alone
     except BaseException as raised:
         error = blamed(raised, f"step {step}")  # the one in progress
@@ -232,6 +237,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
             raise error from None
         raise
     finally:
+        preemption.end()
         bar.close()
         log.close()
     log.status("done", step)

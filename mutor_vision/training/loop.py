@@ -4,13 +4,12 @@ objective that State builds from the configuration, and in nothing here."""
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from mutor_vision.config import TrainConfig
 from mutor_vision.data.order import read_batch
-from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import derived_seed
+from mutor_vision.preemption import Preemption
 from mutor_vision.progress import progress
 from mutor_vision.runtime import blamed, start
 from mutor_vision.schedule import due
@@ -43,6 +42,7 @@ def train(config: TrainConfig, out: Path) -> None:
     if runtime.is_main:
         print(_beginning(inputs, state), flush=True)
     log.status("running", state.step)
+    preemption = Preemption(runtime)
 
     sums = zero_sums(state.objective, runtime)  # of train_step, since the last log line
     since, last = time.perf_counter(), state.step
@@ -57,23 +57,19 @@ def train(config: TrainConfig, out: Path) -> None:
                                rank=runtime.rank, world_size=runtime.world_size, label_dropout=config.label_dropout,
                                device=runtime.device)  # fmt: skip
             gradient_norm, lr = train_step(state.parallel, state.objective, state.optimizer, batch, config, runtime,
-                                           step=state.step, sums=sums)  # fmt: skip
-            step = state.advance()
+                                           step=state.step, sums=sums, skipped=state.skipped)  # fmt: skip
+            step, stopping = state.advance(), preemption.asked()
             bar.update(config.batch_size)
 
             if due(step, config.log_every, config.steps):
-                means = means_of(runtime.all_reduce(sums), state.objective.weights(step - 1))
-                if not np.isfinite(means["loss"]) or not torch.isfinite(gradient_norm):
-                    reason = f"loss {means['loss']:.4g}, gradient norm {gradient_norm:.4g} at step {step}"
-                    raise UserError(f"training diverged: {reason}; start again with a lower lr; --init {out} begins "
-                                    "with its last checkpoint")  # fmt: skip
+                values = means_of(runtime.all_reduce(sums), state.objective.weights(step - 1))
+                values |= {"lr": lr, "gradient_norm": gradient_norm.item()} | state.skips(step, say)
                 speed = (step - last) * config.batch_size / (time.perf_counter() - since)
-                log.write(step, images=step * config.batch_size, **means, lr=lr, gradient_norm=gradient_norm.item(),
-                          images_per_second=round(speed, 2))  # fmt: skip
-                bar.set_postfix(loss=f"{means['loss']:.3f}")
+                log.write(step, images=step * config.batch_size, **values, images_per_second=round(speed, 2))
+                bar.set_postfix(loss=f"{values['loss']:.3f}")
                 sums.zero_()
                 since, last = time.perf_counter(), step
-            saved = due(step, config.save_every, config.steps) or step == config.steps
+            saved = due(step, config.save_every, config.steps) or step == config.steps or stopping
             sampled = due(step, config.sample_every, config.steps)
             measured = due(step, config.eval_every, config.steps)
             if saved or sampled or measured:
@@ -100,6 +96,8 @@ def train(config: TrainConfig, out: Path) -> None:
                 state.save(out)
                 log.status("running", step)
                 runtime.barrier()
+            if stopping and step < config.steps:
+                raise preemption.stopped(step)
         log.status("done", state.step)
     except BaseException as raised:
         error = blamed(raised, f"step {state.step + 1}")
@@ -108,6 +106,7 @@ def train(config: TrainConfig, out: Path) -> None:
             raise error from None
         raise
     finally:
+        preemption.end()
         bar.close()
         log.close()
 

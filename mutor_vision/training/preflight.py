@@ -90,14 +90,26 @@ def _overfit(inputs: Inputs, runtime: Runtime) -> tuple[float, list[float], floa
     means, seconds, begun = [], [], time.perf_counter()
     while len(means) <= STEPS and (len(means) < 4 or not _late(begun, runtime)):
         started, sums = time.perf_counter(), zero_sums(state.objective, runtime)
-        train_step(state.parallel, state.objective, state.optimizer, batch, config, runtime, step=0, sums=sums)
+        train_step(
+            state.parallel,
+            state.objective,
+            state.optimizer,
+            batch,
+            config,
+            runtime,
+            step=0,
+            sums=sums,
+            skipped=state.skipped,
+        )
         means.append(means_of(runtime.all_reduce(sums), state.objective.weights(0)))
         seconds.append(time.perf_counter() - started)
+    losses = [each["loss"] for each in means]
+    if state.skipped[0]:
+        losses[-1] = math.nan
     del state, batch, sums
     gc.collect()
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()
-    losses = [each["loss"] for each in means]
     return means[0]["next_token"], losses, sorted(seconds[1:])[len(seconds[1:]) // 2], bytes_kept
 
 

@@ -15,7 +15,8 @@ from mutor_vision.training.state import State
 # What may change when a run is continued: how long it lasts and what it reports. The rest would be another experiment.
 RESUMABLE = {"steps", "log_every", "val_every", "val_images", "sample_every", "sample_classes", "sample_cfg_scale",
              "save_every", "keep", "micro_batch", "activation_checkpointing", "parallel", "codes", "val_codes", "init",
-             "eval_every", "eval_reference", "eval_features", "eval_weights", "eval_images", "compile"}  # fmt: skip
+             "eval_every", "eval_reference", "eval_features", "eval_weights", "eval_images", "compile",
+             "max_skipped"}  # fmt: skip
 
 
 def resume(out: Path, inputs: Inputs, state: State) -> Path | None:

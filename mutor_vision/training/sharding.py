@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mutor_vision.model.transformer import Transformer
@@ -71,6 +71,14 @@ def gradients_of(parallel: nn.Module, last_part: bool) -> AbstractContextManager
 def clip_gradients(module: nn.Module, limit: float) -> Tensor:
     """Scale gradients to a norm of at most `limit`; returns the norm over all of them before, a scalar."""
     return _full(torch.nn.utils.clip_grad_norm_(module.parameters(), limit))
+
+
+def set_found_inf(optimizer: torch.optim.Optimizer, found: Tensor) -> None:
+    """Have the fused AdamW leave weights and moments as they are where `found`, a scalar, is 1, as GradScaler does."""
+    first = optimizer.param_groups[0]["params"][0]
+    if isinstance(first, DTensor):
+        found = DTensor.from_local(found, first.device_mesh, [Replicate()] * first.device_mesh.ndim, run_check=False)
+    optimizer.found_inf = found
 
 
 def gather(tensors: dict[str, Tensor], wanted: bool) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """What training changes, named once: it is built, resumed, sharded, checked and saved from here."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from mutor_vision.config import TrainConfig
+from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import derived_seed
 from mutor_vision.model import lora
 from mutor_vision.model.base import Base, load_base
@@ -27,6 +29,7 @@ class State:
     def __init__(self, config: TrainConfig, base: Base | None, runtime: Runtime):
         self.config, self.runtime, self.step = config, runtime, 0
         self.processes_before = 0  # that wrote the checkpoint; 0 = none, or not known
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=runtime.device)  # of train_step
         torch.manual_seed(derived_seed(config.seed, "initialisation"))
         self.model = Transformer(config.model)
         self.model.recompute = config.activation_checkpointing
@@ -86,6 +89,25 @@ class State:
             self.ema.update(self.model, step=self.step)
         return self.step
 
+    def skips(self, step: int, say: Callable[[str], None]) -> dict[str, int]:
+        """How many steps train_step has skipped since this was last called, for the log; {} for none. Waits for the
+        device."""
+        since = int(self.skipped[0])
+        self.skipped[0] = 0
+        self.check_skips(step)
+        if not since:
+            return {}
+        say(f"step {step}: {since} step(s) skipped, whose gradients were not finite")
+        return {"skipped": since}
+
+    def check_skips(self, step: int) -> None:
+        """Raise UserError when more than max_skipped steps in a row were skipped. Waits for the device."""
+        if (row := int(self.skipped[1])) > self.config.max_skipped:
+            raise UserError(
+                f"training diverged: the gradients of the last {row} steps up to {step} were not finite, and changed "
+                f"nothing; go on with a lower lr: --init RUN --out NEW --set lr={self.config.lr / 2:g}"
+            )
+
     def best(self) -> Transformer:
         """Collective: the EMA, where there is one, else the model, with all of its weights in every process."""
         return sharding.whole(self.ema.module if self.ema else self.model)
@@ -95,7 +117,9 @@ class State:
         return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
 
     def check_finite(self) -> None:
-        """Collective: raise UserError if a weight or a moment of any rank is not finite."""
+        """Collective: raise UserError if a weight or a moment of any rank is not finite, or too many steps were
+        skipped."""
+        self.check_skips(self.step)
         checkpoint.check_finite(self.weights(), [self.optimizer], self.step, self.runtime)
 
     def save(self, out: Path) -> None:

@@ -13,12 +13,13 @@ from mutor_vision.training import sharding
 
 def train_step(
     parallel: nn.Module, objective: Objective, optimizer: torch.optim.Optimizer, batch: Batch, config: TrainConfig,
-    runtime: Runtime, *, step: int, sums: Tensor,
+    runtime: Runtime, *, step: int, sums: Tensor, skipped: Tensor,
 ) -> tuple[Tensor, float]:  # fmt: skip
     """Collective: forward and backward passes over this rank's batch in parts of `forward_batch`, clipping, AdamW.
 
     parallel: what sharding.parallelize made of objective. step: 0-based. sums (2, losses), as `zero_sums` makes it:
-    this rank's sums of losses, and their numbers of targets, are added. Returns the norm of the gradients before
+    this rank's sums of losses, and their numbers of targets, are added. skipped (2,): steps that changed nothing
+    because a gradient was not finite, in all and in a row, are counted. Returns the norm of the gradients before
     clipping, a scalar on the device, and the learning rate."""
     size = forward_batch(config, runtime)
     parts = [slice(i, i + size) for i in range(0, len(batch.labels), size)]
@@ -30,15 +31,21 @@ def train_step(
     counts = torch.tensor([list(objective.counts(sequence).values()) for sequence in sequences]).sum(0)
     counts = runtime.all_reduce(to_device(counts, runtime.device))
     counted, weights = dict(zip(objective.names, counts, strict=True)), objective.weights(step)
+    losses = torch.zeros_like(sums[0])
     for part, sequence in zip(parts, sequences, strict=True):
         with sharding.gradients_of(parallel, last_part=part is parts[-1]):
             with runtime.autocast():
                 terms = parallel(batch.labels[part], sequence)
             loss = total_loss(terms, counted, weights)
             (loss * runtime.world_size).backward()  # data parallelism averages over processes
-        sums[0] += torch.stack(list(terms.values())).detach()
-    sums[1] += counts / runtime.world_size
+        losses += torch.stack(list(terms.values())).detach()
     gradient_norm = sharding.clip_gradients(objective, config.clip or float("inf"))
+    # The norm is over all gradients of all ranks, so they agree; AdamW leaves everything as it is where found_inf is 1.
+    finite = torch.isfinite(gradient_norm)
+    sharding.set_found_inf(optimizer, 1.0 - finite.float())
+    sums += torch.where(finite, torch.stack([losses, (counts / runtime.world_size).to(losses.dtype)]), 0.0)
+    skipped[0] += ~finite
+    skipped[1] = (skipped[1] + 1) * ~finite
     lr = learning_rate(step, schedule=config.schedule, lr=config.lr, steps=config.steps,
                        warmup_steps=config.warmup_steps, min_lr=config.min_lr)  # fmt: skip
     for group in optimizer.param_groups:
