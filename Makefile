@@ -5,11 +5,16 @@ FAST := -m "not slow"
 # A worker on each core; every test uses one thread, or says so. A file stays with its worker, where its fixtures are.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile
 # What computes with the transformer, and so may take a fast path: test_layout.py compares this list with the imports.
-PLAIN := $(addprefix tests/test_,$(addsuffix .py,adding_an_objective device_rules drafter drafts eval fine_tuning forecast \
-    generate left_out llamagen lost_process made_before multi_node mutor nonfinite other_processes parallel_heads plan \
-    preemption preflight registers sample sharding show tokenizer_commands train_loop transformer))
+PLAIN := $(addprefix tests/test_,$(addsuffix .py,adding_an_objective aligned_states completion device_rules \
+    drafter drafts encoder_states eval export fine_tuning forecast generate llamagen look_ahead_grid looking_ahead \
+    made_before mutor nonfinite offsets other_processes parallel_heads plan preflight private_blocks \
+    registers resume sample sharding show tokenizer_commands trackers train_loop transformer))
 
-.PHONY: install check test test-plain test-lowest demo lint
+# Every case of the tests of promises (docs/reliability.md): crash points, damage, changed bytes, killed jobs.
+FAULTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,crash_points preemption nonfinite resume damage fuzz catalogue \
+    hostile lost_process skip_bad killed_jobs)))
+
+.PHONY: install check test test-slow test-plain test-lowest demo lint
 
 install: $(VENV)/.installed
 
@@ -28,6 +33,11 @@ test: install
 	@echo '=== all tests, with the fast paths of this processor'
 	$(PYTEST)
 	@$(MAKE) --no-print-directory test-plain
+
+test-slow: install
+	mkdir -p build && rm -f build/scores.jsonl
+	MUTOR_FAULTS=all MUTOR_SCORE=$(CURDIR)/build/scores.jsonl $(PYTEST) $(FAULTS)
+	$(PY) tests/faults/report.py build/scores.jsonl
 
 # What other processors do, and other releases of PyTorch: no packed matrices, no merged kernel.
 test-plain: install

@@ -22,7 +22,14 @@ from report import machine, table, write
 
 from mutor_vision.cli import Parser, run_command
 from mutor_vision.commands.plan import plan
-from mutor_vision.config import ParallelHeadsConfig, RegisterConfig, TrainConfig, TransformerConfig
+from mutor_vision.config import (
+    AlignedStatesConfig,
+    ParallelHeadsConfig,
+    PrivateBlocksConfig,
+    RegisterConfig,
+    TrainConfig,
+    TransformerConfig,
+)
 from mutor_vision.settings import from_dict, to_dict
 from mutor_vision.training.cost import GIB
 
@@ -40,6 +47,8 @@ VARIANTS = {
     "recomputed, 64 registers": {"registers": RegisterConfig("2d", 64), "activation_checkpointing": True},
     "micro_batch a quarter": {"micro_batch": 4},
     "3 parallel heads": {"parallel_heads": ParallelHeadsConfig(3)},
+    "private blocks": {"private_blocks": PrivateBlocksConfig(0.1)},
+    "aligned states": {"aligned_states": AlignedStatesConfig(2.0)},
 }
 
 

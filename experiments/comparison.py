@@ -41,7 +41,8 @@ def relative_compute(config: TrainConfig) -> float:
 
 def recounted(run: dict) -> float:
     """relative_compute of a run as it is counted today; run['relative_compute'] was counted when the run was made."""
-    model, registers = from_dict(TransformerConfig, run["model"]), from_dict(RegisterConfig, run["registers"])
+    model = from_dict(TransformerConfig, run["model"])
+    registers = from_dict(RegisterConfig, run["registers"], format=3)  # as old as the oldest results
     heads = ParallelHeadsConfig(run["parallel_heads"])
     return relative_compute(TrainConfig(model=model, registers=registers, parallel_heads=heads))
 

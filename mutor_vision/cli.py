@@ -180,6 +180,7 @@ COMMANDS = {
     "sweep": "the guidance scale of the lowest FID (eval/cfg_sweep.py)",
     "info": "say what a run, checkpoint or token set is",
     "merge": "a base and its LoRA adapter -> a plain run",
+    "export": "a run -> a folder that diffusers loads, with a model card",
     "convert": "LlamaGen's checkpoints and codes in, our checkpoints out",
 }
 

@@ -9,8 +9,16 @@ checked by the training loops.
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from mutor_vision.auxiliary_config import AuxiliaryConfig, ParallelHeadsConfig, RegisterConfig
+from mutor_vision.auxiliary_config import (
+    AlignedStatesConfig,
+    AuxiliaryConfig,
+    EncoderStatesConfig,
+    ParallelHeadsConfig,
+    PrivateBlocksConfig,
+    RegisterConfig,
+)
 from mutor_vision.errors import UserError
+from mutor_vision.schedule import schedule_units
 from mutor_vision.settings import Settings
 
 
@@ -172,6 +180,11 @@ class TransformerConfig(Settings):
         """8/3 of the width rounded up to a multiple of 256, as LlamaGen does."""
         return -(-int(8 * self.dim / 3) // 256) * 256
 
+    @property
+    def block_parameters(self) -> int:
+        """Of the matrices of one block."""
+        return 4 * self.dim**2 + 3 * self.dim * self.ffn_dim
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("layers heads dim rope_base")
@@ -192,6 +205,9 @@ class TrainConfig(Settings):
     model: TransformerConfig = field(default_factory=TransformerConfig)
     registers: RegisterConfig = field(default_factory=RegisterConfig)
     parallel_heads: ParallelHeadsConfig = field(default_factory=ParallelHeadsConfig)
+    private_blocks: PrivateBlocksConfig = field(default_factory=PrivateBlocksConfig)
+    aligned_states: AlignedStatesConfig = field(default_factory=AlignedStatesConfig)
+    encoder_states: EncoderStatesConfig = field(default_factory=EncoderStatesConfig)
     codes: str = ""  # token set made by tokenizers/encode.py
     val_codes: str = ""  # held-out token set; '' = hold out `val_fraction` of `codes`
     init: str = ""  # run or checkpoint to start from, which decides the model's sizes; '' = random weights
@@ -202,6 +218,7 @@ class TrainConfig(Settings):
     val_images: int = 10_000  # at most this many held-out images are scored
     steps: int = 360_000  # optimizer steps
     batch_size: int = 1024  # images per step over all processes
+    epoch_images: int = 0  # images in an epoch, for weight schedules that count them; 0 = those of the token set
     micro_batch: int = 0  # images per forward pass and process, 0 = all; less = gradient accumulation
     activation_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more work
     parallel: str = "ddp"  # ddp = every process holds all weights | fsdp = each holds its share of every tensor
@@ -239,7 +256,18 @@ class TrainConfig(Settings):
             "eval_images": 5000,
         },
         2: {"parallel_heads.weight": 0.5, "parallel_heads.weight_schedule": "constant", "lora_inputs": "all"},
-        3: {"max_skipped": 0},
+        3: {
+            "max_skipped": 0, "epoch_images": 0, "registers.offsets": "",
+            "private_blocks.weight": 0.0, "private_blocks.weight_schedule": "constant",
+            "private_blocks.offsets": "below", "private_blocks.blocks": 2, "private_blocks.edge": "wrap",
+            "aligned_states.weight": 0.0, "aligned_states.weight_schedule": "constant",
+            "aligned_states.offsets": "same right below", "aligned_states.depth": 2 / 3,
+            "aligned_states.projector_width": 0, "aligned_states.decay": 0.9999, "aligned_states.reduction": "sum",
+            "aligned_states.edge": "wrap", "aligned_states.class_slot": True, "encoder_states.weight": 0.0,
+            "encoder_states.weight_schedule": "constant", "encoder_states.offsets": "same",
+            "encoder_states.depth": 2 / 3, "encoder_states.projector_width": 0, "encoder_states.reduction": "sum",
+            "encoder_states.edge": "wrap", "encoder_states.network": "", "encoder_states.features_width": 0,
+        },
     }  # fmt: skip
 
     @property
@@ -247,6 +275,16 @@ class TrainConfig(Settings):
         """Field -> settings of each auxiliary loss, on or off, in the order of the fields."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, AuxiliaryConfig)}
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether a loss needs the token set's features."""
+        return any(own.active and own.reads_features for own in self.auxiliaries.values())
+
+    @property
+    def counts_epochs(self) -> bool:
+        """Whether a loss's weight depends on the epoch."""
+        return any(own.active and "e" in schedule_units(own.weight_schedule) for own in self.auxiliaries.values())
 
     @classmethod
     def _migrated(cls, given: dict[str, Any], format: int) -> dict[str, Any]:
@@ -262,7 +300,7 @@ class TrainConfig(Settings):
         self._require_positive("steps batch_size lr lora_alpha sample_classes eval_images")
         self._require_not_negative(
             "max_skipped micro_batch lora_rank weight_decay clip warmup_steps min_lr val_images log_every val_every "
-            "sample_every eval_every save_every"
+            "sample_every eval_every save_every epoch_images"
         )
         self._require_betas()
         self._require_share("label_dropout val_fraction ema_decay")
@@ -280,15 +318,16 @@ class TrainConfig(Settings):
         if self.lora_rank and not self.init:
             raise UserError(f"lora_rank is {self.lora_rank} and init is ''; an adapter needs --init RUN to be trained "
                             "on")  # fmt: skip
-        if self.parallel_heads.active and self.lora_rank:
-            raise UserError(f"parallel_heads.count is {self.parallel_heads.count}, expected 1 (none) with lora_rank: "
-                            "an adapter leaves the rest of the model as it is")  # fmt: skip
+        on = {name: own for name, own in self.auxiliaries.items() if own.active}
+        if self.lora_rank and (own := [name for name in on if on[name].has_weights]):
+            raise UserError(f"{own[0]} has weights of its own and lora_rank is {self.lora_rank}; an adapter leaves the "
+                            "rest of the model as it is: switch one of them off")  # fmt: skip
         if self.parallel_heads.active and not self.registers.active and self.registers.weight != RegisterConfig.weight:
             raise UserError(f"registers.weight is {self.registers.weight} and there are no registers; the weight of "
                             "parallel heads is parallel_heads.weight")  # fmt: skip
-        shares = [own.weight for own in (self.registers, self.parallel_heads) if own.active]
-        if sum(shares) > 1:
-            raise UserError(f"registers.weight and parallel_heads.weight are {' and '.join(map(str, shares))}, "
-                            "expected at most 1 together: the next token has the rest")  # fmt: skip
+        shares = {f"{name}.weight": own.weight for name, own in on.items() if own.is_share}
+        if sum(shares.values()) > 1:
+            raise UserError(f"{' and '.join(shares)} are {' and '.join(map(str, shares.values()))}, expected at most 1 "
+                            "together: the next token has the rest")  # fmt: skip
         if self.eval_every and not self.eval_reference:
             raise UserError("eval_every needs eval_reference, a file of statistics made by eval/reference.py")

@@ -2,7 +2,16 @@
 
 from dataclasses import replace
 
-from mutor_vision.config import RegisterConfig, TokenizerConfig, TokenizerTrainConfig, TrainConfig, TransformerConfig
+from mutor_vision.config import (
+    AlignedStatesConfig,
+    EncoderStatesConfig,
+    PrivateBlocksConfig,
+    RegisterConfig,
+    TokenizerConfig,
+    TokenizerTrainConfig,
+    TrainConfig,
+    TransformerConfig,
+)
 
 _LLAMAGEN_LOSSES = {"l2_weight": 1.0, "lpips_weight": 1.0, "adversarial_weight": 0.5, "adversarial_start": 20_000}
 
@@ -65,6 +74,22 @@ _OBJECTIVES = {
     "mutor-2d-80": RegisterConfig("2d", 80),
 }
 
+# Other losses that look ahead, by their authors' code. They train with LlamaGen's recipe; published FID of size B after
+# 300 epochs at cfg 2.0, second hand or from a README:
+#   aligned-states    4.49   Mirai-E, K = 3
+#   encoder-states    4.34   Mirai-I, DINOv2-B: mutor encode --features timm:vit_base_patch14_dinov2.lvd142m@224
+#   private-blocks    4.50   MTAR, which has token contrast and token drop beside it
+# None was run by this project. Mirai counts its schedule in epochs of 300; shorter trainings take the same shares.
+_MIRAI_E = AlignedStatesConfig(2.0, "0:0,15e:1,80e:0.5")
+_LOOKING_AHEAD = {
+    "aligned-states": {"aligned_states": _MIRAI_E},
+    "encoder-states": {"encoder_states": EncoderStatesConfig(2.0)},
+    "private-blocks": {"private_blocks": PrivateBlocksConfig(0.1)},
+}
+_LOOKING_AHEAD_SHORTLY = _LOOKING_AHEAD | {
+    "aligned-states": {"aligned_states": replace(_MIRAI_E, weight_schedule="0:0,5%:1,27%:0.5")}
+}
+
 # The paper's recipe (arXiv 2505.10518, B.2): batch 1024, constant lr 4e-4, 360,000 steps, centre crop and mirror image,
 # 8 H100. Its scores for size B at cfg 2.0, 50,000 samples, ADM evaluator, one seed, FID / IS at 100K, 200K, 360K steps:
 #   next-token    7.71 / 146.5   6.83 / 158.4   6.18 / 171.5
@@ -96,6 +121,8 @@ def _imagenet256() -> dict[str, TrainConfig]:
             name = f"imagenet256-{size}-{objective}"
             presets[name] = replace(_PAPER, model=model, registers=registers)
             presets[f"{name}-llamagen"] = replace(_LLAMAGEN[size], model=model, registers=registers)
+        for objective, losses in _LOOKING_AHEAD.items():
+            presets[f"imagenet256-{size}-{objective}-llamagen"] = replace(_LLAMAGEN[size], model=model, **losses)
     return presets
 
 
@@ -154,6 +181,11 @@ _DRAFTERS = {
 TRANSFORMERS: dict[str, TrainConfig] = (
     _imagenet256()
     | {f"own-{name}": replace(_OWN, registers=registers) for name, registers in _OBJECTIVES.items()}
+    | {
+        f"{data}-{name}": replace(base, **losses)
+        for data, base in (("own", _OWN), ("tiny-imagenet", _TINY), ("digits", _DIGITS))
+        for name, losses in _LOOKING_AHEAD_SHORTLY.items()
+    }
     | {f"tiny-imagenet-{name}": replace(_TINY, registers=registers) for name, registers in _OBJECTIVES.items()}
     | {f"pictures-{name}": replace(_PICTURES, registers=registers) for name, registers in _PICTURES_OBJECTIVES.items()}
     | {f"digits-{name}": replace(_DIGITS, registers=registers) for name, registers in _DIGITS_OBJECTIVES.items()}

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from mutor_vision.commands.plan import plan
-from mutor_vision.config import RegisterConfig, TrainConfig
+from mutor_vision.config import PrivateBlocksConfig, RegisterConfig, TrainConfig
 from mutor_vision.objectives.auxiliary import Auxiliary, auxiliaries_of
 from mutor_vision.objectives.objective import Objective, total_loss
 from mutor_vision.storage import checkpoint
@@ -93,7 +93,7 @@ def test_taps_are_what_blocks_put_out_and_change_nothing_else(random_model):
     codes = torch.randint(32, (3, 4, 4), generator=torch.Generator().manual_seed(0))
     labels, out = torch.tensor([0, 1, 4]), []
     random_model.blocks[0].register_forward_hook(lambda module, inputs, output: out.append(output))
-    objective = Objective(random_model, [Difference(RegisterConfig(), TrainConfig(model=random_model.config))])
+    objective = Objective(random_model, [Difference(PrivateBlocksConfig(0.5), TrainConfig(model=random_model.config))])
     sequence = objective.sequence(codes, seed=0, sample_index=None)
     sums = objective(labels, sequence)
     plain = Objective(random_model)(labels, sequence)
@@ -105,7 +105,7 @@ def test_taps_are_what_blocks_put_out_and_change_nothing_else(random_model):
 
 
 def test_an_added_loss_leaves_the_next_tokens_weight_alone(random_model):
-    objective = Objective(random_model, [Difference(RegisterConfig(), TrainConfig(model=random_model.config))])
+    objective = Objective(random_model, [Difference(PrivateBlocksConfig(0.5), TrainConfig(model=random_model.config))])
     assert objective.weights(0) == {"next_token": 1.0, "difference": 0.5}
     sums = {"next_token": torch.tensor(6.0), "difference": torch.tensor(8.0)}
     counts = {"next_token": torch.tensor(3), "difference": torch.tensor(4)}

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -7,7 +8,8 @@ from mutor_vision.config import TrainConfig
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
 from mutor_vision.settings import FORMAT
 from mutor_vision.storage import checkpoint
-from mutor_vision.storage.files import write_json
+from mutor_vision.storage.files import sha256, write_json
+from mutor_vision.storage.seal import write_sealed
 
 CONFIG = TrainConfig()
 
@@ -95,6 +97,30 @@ def test_a_manifest_of_another_form_is_damage(tmp_path, content):
     (folder / "MANIFEST.json").write_text(content)
     with pytest.raises(IntegrityError, match="MANIFEST.json"):
         checkpoint.verify(folder)
+
+
+def test_a_checkpoint_has_no_other_files_and_no_other_step(tmp_path):
+    folder = save(tmp_path, 1)
+    (folder / "ema.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(IntegrityError, match="ema.safetensors is not listed in MANIFEST.json"):
+        checkpoint.verify(folder)
+    (folder / "ema.safetensors").unlink()
+    checkpoint.verify(folder)
+    with pytest.raises(IntegrityError, match="is the checkpoint of step 1, renamed"):
+        checkpoint.verify(folder.rename(folder.with_name("step-0000004")))
+
+
+def test_a_manifest_names_no_file_elsewhere(tmp_path):
+    folder = save(tmp_path, 1)
+    outside = tmp_path / "outside"
+    outside.write_text("x")
+    entry = {"bytes": 1, "sha256": sha256(outside)}
+    for files in ({"../../outside": entry}, {str(outside): entry}):
+        manifest = json.loads((folder / "MANIFEST.json").read_text())
+        del manifest["seal"]
+        write_sealed(folder / "MANIFEST.json", {**manifest, "files": manifest["files"] | files})
+        with pytest.raises(IntegrityError, match="outside is missing"):
+            checkpoint.verify(folder)
 
 
 class Ranks:

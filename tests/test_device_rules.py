@@ -16,7 +16,16 @@ from timm.utils import ModelEmaV3
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mutor_vision.config import ParallelHeadsConfig, RegisterConfig, TokenizerConfig, TokenizerTrainConfig, TrainConfig
+from mutor_vision.config import (
+    AlignedStatesConfig,
+    EncoderStatesConfig,
+    ParallelHeadsConfig,
+    PrivateBlocksConfig,
+    RegisterConfig,
+    TokenizerConfig,
+    TokenizerTrainConfig,
+    TrainConfig,
+)
 from mutor_vision.data.order import SampleOrder, read_batch
 from mutor_vision.data.token_set import TokenSet
 from mutor_vision.features import moments
@@ -171,6 +180,9 @@ TRAININGS = {
     "registers": {"registers": RegisterConfig("2d", 5)},
     "registers at every slot": {"registers": RegisterConfig("1d", 16)},
     "parallel heads": {"parallel_heads": ParallelHeadsConfig(3)},
+    "private blocks": {"private_blocks": PrivateBlocksConfig(0.1, offsets="below 1,1", edge="ignore")},
+    "aligned states": {"aligned_states": AlignedStatesConfig(2.0, "0:0,1:1")},
+    "encoder states": {"encoder_states": EncoderStatesConfig(2.0, offsets="same below", features_width=6)},
     "accumulation": {"registers": RegisterConfig("2d", 5), "micro_batch": 3},
     "activation checkpointing": {"registers": RegisterConfig("2d", 5), "activation_checkpointing": True},
     "no clipping": {"clip": 0.0},
@@ -194,7 +206,7 @@ def two_steps(config: TrainConfig):
         lora.add_adapter(model, config.lora_rank, config.lora_alpha, config.lora_inputs)
     ema = ModelEmaV3(model, config.ema_decay)
     with META:
-        objective, runtime = Objective(model, auxiliaries_of(config)), runtime_on(META)
+        objective, runtime = Objective(model, [own.to(META) for own in auxiliaries_of(config)]), runtime_on(META)
     optimizer = build_optimizer(objective, config)
 
     def work() -> torch.Tensor:
@@ -202,7 +214,9 @@ def two_steps(config: TrainConfig):
         skipped = torch.zeros(2, dtype=torch.int64, device=runtime.device)
         for step in range(2):
             batch = read(fake_set(META), META)
+            batch = dataclasses.replace(batch, features=torch.zeros(8, 16, 6, dtype=torch.float16, device=META))
             train_step(objective, objective, optimizer, batch, config, runtime, step=step, sums=sums, skipped=skipped)
+            objective.after_step()
             ema.update(model, step=step + 1)
         return sums
 

@@ -1,10 +1,12 @@
 """The pages: links lead somewhere, messages that they explain are printed somewhere, and they build as a site."""
 
+import json
 import re
 import subprocess
 import sys
 
 import pytest
+from faults import report
 
 OF_OTHERS = {"CUDA out of memory"}  # messages of PyTorch
 
@@ -48,3 +50,16 @@ def test_the_site_builds_without_a_warning(root, tmp_path):
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Transformer" in (tmp_path / "api.html").read_text()
+
+
+def test_the_page_of_promises_is_made_of_what_the_tests_found(root):
+    scores = json.loads(report.SCORES.read_text())
+    assert (root / "docs" / "reliability.md").read_text() == report.page(scores)
+    for title, (_, test) in report.PROMISES.items():
+        assert title not in scores or (root / "tests" / test).is_file(), test
+
+
+def test_a_promise_that_is_not_listed_is_told():
+    assert report.collected(['{"promise": "x", "what": "a", "held": 1, "tried": 2}'] * 2) == {"x": {"a": [2, 4]}}
+    with pytest.raises(SystemExit, match="'x' is no promise"):
+        report.page({"x": {"a": [2, 4]}})

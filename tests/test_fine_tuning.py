@@ -13,8 +13,8 @@ from mutor_vision.model import base as fine_tuning
 from mutor_vision.model import lora
 from mutor_vision.model.transformer import Transformer
 from mutor_vision.storage import checkpoint
-from mutor_vision.storage.files import write_json
 from mutor_vision.storage.run_log import read_log
+from mutor_vision.storage.seal import write_sealed
 from mutor_vision.training.loop import train
 
 SIZES = TransformerConfig(2, 2, 32, 32, 5, (4, 4))
@@ -31,7 +31,7 @@ def write_base(run, config=SIZES, drop_register_row=False, tokenizer_sha256=None
         weights["token_embedding.weight"] = weights["token_embedding.weight"][:-1].clone()
     checkpoint.save(run, 0, "transformer", TrainConfig(model=config, ema_decay=0.0), {"model": weights}, {}, keep=2)
     if tokenizer_sha256:
-        write_json(run / "token_set.json", {"tokenizer_sha256": tokenizer_sha256, "class_names": []})
+        write_sealed(run / "token_set.json", {"tokenizer_sha256": tokenizer_sha256, "class_names": []})
     return run
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 
 import pytest
+from faults.score import record
 
 from mutor_vision import runtime
 from mutor_vision.cli import run_command
@@ -45,6 +46,7 @@ def test_a_rank_that_hangs_is_named_with_the_step(lost):
     said = "rank 1 of the 2 processes ended or hangs, at step 4"
     assert f"error [rank 0]: {said}" in out and "Traceback" not in out and "gloo" not in out
     assert status["state"] == "failed" and said in status["reason"]
+    record("A process that ends or hangs is named", "SIGSTOP of one of two", 1, 1)
 
 
 def test_a_rank_that_ended_is_named_by_those_that_wait(monkeypatch, forked, train_config, tmp_path):
@@ -59,6 +61,7 @@ def test_a_rank_that_ended_is_named_by_those_that_wait(monkeypatch, forked, trai
 
     done = forked(lambda: run_command(two), ranks=2)
     assert done.code == 1 and "rank 1 of the 2 processes ended or hangs" in done.out and "Traceback" not in done.out
+    record("A process that ends or hangs is named", "the end of one of two", 1, 1)
 
 
 @pytest.mark.parametrize("happens, code", [(lambda: os.kill(os.getpid(), signal.SIGKILL), -9), (fail, 1)])

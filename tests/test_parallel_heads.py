@@ -92,7 +92,7 @@ def test_a_run_resumes_with_its_heads_and_its_transformer_is_a_plain_one(tmp_pat
     "settings, named",
     [
         (["parallel_heads=0"], "parallel_heads.count is 0"),
-        (["parallel_heads=2", "init=run", "lora_rank=2"], "parallel_heads.count is 2, expected 1"),
+        (["parallel_heads=2", "init=run", "lora_rank=2"], "parallel_heads has weights of its own and lora_rank is 2"),
         (["parallel_heads=2", "registers.weight=0.3"], "no registers; the weight of parallel heads"),
         (["parallel_heads=2", "registers.kind=2d", "registers.count=4", "registers.weight=0.6"], "are 0.6 and 0.5"),
     ],

@@ -218,6 +218,22 @@ def test_the_command_writes_its_figures(tmp_path, command):
     assert json.loads(out.read_text())["micro_batch"] == 32
 
 
+def test_each_loss_has_its_line(command):
+    """What it adds, its parameters, its teacher; they sum to what all of them together cost."""
+    config = override(
+        TRANSFORMERS["imagenet256-B-aligned-states-llamagen"], ["private_blocks.weight=0.1", "registers.kind=2d",
+        "registers.count=80"],
+    )  # fmt: skip
+    values = plan("", config, "h100", 8, 0.4)
+    losses, alone = values["losses"], plan("", TRANSFORMERS["imagenet256-B-next-token"], "h100", 8, 0.4)
+    assert list(losses) == ["registers", "private_blocks", "aligned_states"]
+    added = values["flops_per_image"]["training"] - alone["flops_per_image"]["training"]
+    assert sum(loss["training"] for loss in losses.values()) == added
+    assert losses["registers"]["parameters"] == 0
+    lines = [line for line in table(values).splitlines() if line.startswith("  aligned states")]
+    assert len(lines) == 1 and "92,022,528 parameters in training only; teacher 29.8, forward only" in lines[0]
+
+
 def test_the_bytes_of_a_token_set_are_those_on_disk(token_set_path, train_config):
     """But for the headers of its four arrays."""
     model = dataclasses.replace(train_config.model, vocab_size=32, num_classes=5, grid=(4, 4))

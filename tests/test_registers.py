@@ -160,3 +160,78 @@ def test_more_registers_than_slots_are_refused():
 def test_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         RegisterConfig(**settings)
+
+
+def test_a_list_of_offsets_is_drawn_from_as_its_shares_say():
+    """right and below as a pair of MuToR's, and a distribution over three offsets."""
+    config = RegisterConfig("2d", 1, offsets="right below")
+    assert offset_pairs(config).tolist() == [[1, 2], [2, 1]]
+    assert raster_offset(offset_pairs(config), 16).tolist() == [1, 16], "the next token, and the token below"
+    config = RegisterConfig("2d", 1, offsets="right:1 below:2.5 2,-1:0.5")
+    _, pairs = place_registers(config, (16, 16), seed=0, sample_index=np.arange(20_000))
+    counts = Counter(map(tuple, (pairs[:, 0] - 1).tolist()))
+    assert set(counts) == {(0, 1), (1, 0), (2, -1)}
+    for offset, share in (((0, 1), 0.25), ((1, 0), 0.625), ((2, -1), 0.125)):
+        assert abs(counts[offset] - 20_000 * share) < 6 * (20_000 * share) ** 0.5
+
+
+def test_equal_shares_draw_as_no_shares_do():
+    plain, shared_out = (RegisterConfig("2d", 5, offsets=text) for text in ("right below", "right:3 below:3"))
+    drawn = [place_registers(each, (4, 4), seed=0, sample_index=np.arange(50)) for each in (plain, shared_out)]
+    assert all((one == other).all() for one, other in zip(*drawn, strict=True))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"kind": "2d", "offsets": "same right"}, "has been read"),
+        ({"kind": "1d", "offsets": "right"}, "only 2d registers"),
+        ({"kind": "2d", "offsets": "right", "next_token": False}, "says nothing beside it"),
+        ({"kind": "2d", "offsets": "up"}, "registers.offsets has 'up'"),
+    ],
+)
+def test_offsets_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        RegisterConfig(count=4, **settings)
+
+
+def test_offsets_that_point_back_on_this_grid_are_refused():
+    with pytest.raises(
+        UserError, match="registers.offsets '1,-4' points at or before the token itself on a grid 4 wide"
+    ):
+        sequence_of(RegisterConfig("2d", 4, offsets="1,-4"))
+
+
+def test_the_loss_of_each_offset_is_that_of_its_registers(random_model):
+    """A walk over the registers of a batch; together they are the whole."""
+    import torch.nn.functional as F
+
+    from mutor_vision.config import TrainConfig
+    from mutor_vision.objectives.objective import Objective
+    from mutor_vision.objectives.register_loss import RegisterLoss
+
+    own = RegisterConfig("2d", 9, offsets="right below 1,1", offset_per="register", edge="ignore", placement="all")
+    auxiliary = RegisterLoss(own, TrainConfig(model=random_model.config, registers=own))
+    objective = Objective(random_model, [auxiliary]).on_held_out(random_model)
+    assert objective.names == ["next_token", "register", "register 0,1", "register 1,0", "register 1,1"]
+    generator = torch.Generator().manual_seed(0)
+    codes, labels = torch.randint(32, (3, 4, 4), generator=generator), torch.tensor([0, 1, 4])
+    sequence = objective.sequence(codes, seed=0, sample_index=INDEX)
+    sums, counts = objective(labels, sequence), objective.counts(sequence)
+    logits = random_model(sequence.tokens, labels, sequence.positions, sequence.pattern)
+    placed, pairs = place_registers(own, (4, 4), seed=0, sample_index=INDEX)
+    expected, found = Counter(), Counter()
+    for image in range(3):
+        for register in range(9):
+            row, column = divmod(placed[image, register] - 1, 4) if placed[image, register] else (0, -1)
+            rows, columns = pairs[image, register] - 1
+            if row + rows < 4 and 0 <= column + columns < 4:
+                name = f"register {rows},{columns}"
+                target = codes[image, row + rows, column + columns]
+                expected[name] += F.cross_entropy(logits[image, 16 + register], target).item()
+                found[name] += 1
+    assert set(expected) == set(objective.names[2:])
+    for name in expected:
+        assert sums[name].item() == pytest.approx(expected[name], rel=1e-4) and counts[name] == found[name]
+    assert counts["register"] == found.total() and sums["register"].item() == pytest.approx(expected.total(), rel=1e-4)
+    assert objective.weights(0) == {"next_token": 0.5, "register": 0.5} | dict.fromkeys(expected, 0.0)

@@ -10,6 +10,7 @@ import pytest
 
 from mutor_vision.config import ParallelHeadsConfig, RegisterConfig, TransformerConfig
 from mutor_vision.errors import MismatchError
+from mutor_vision.settings import from_dict
 from mutor_vision.storage.files import read_json, write_json
 
 
@@ -76,7 +77,8 @@ def test_every_committed_run_is_declared_and_says_how_to_repeat_it(root, experim
     for path in (root / "experiments/results").glob("*-seed-*.json"):
         found, run = read_json(path), declared[path.stem]
         assert (found["method"], found["seed"], found["steps"]) == (run.method, run.config.seed, run.config.steps)
-        assert found["registers"] == dataclasses.asdict(run.config.registers) and path.stem in found["command"]
+        assert from_dict(RegisterConfig, found["registers"], format=3) == run.config.registers
+        assert path.stem in found["command"]
         assert path.stat().st_size < 20_000
 
 

@@ -16,7 +16,8 @@ from mutor_vision.sampling.load import load
 from mutor_vision.sampling.static import StaticSteps
 from mutor_vision.sampling.stream import label_plan
 from mutor_vision.storage import checkpoint
-from mutor_vision.storage.files import read_json, write_json
+from mutor_vision.storage.files import read_json
+from mutor_vision.storage.seal import write_sealed
 
 ALONE = Runtime(0, 1, torch.device("cpu"), None)
 
@@ -113,7 +114,8 @@ def test_classes_are_chosen_by_names_with_commas_and_one_by_one(mutor, trained_r
     shutil.copytree(trained_run, tmp_path / "run")
     token_set = read_json(tmp_path / "run" / "token_set.json")
     token_set["class_names"] = ["tench, Tinca tinca", " padded ", "3", "new\nline \udcff\x1b[31m", "dog"]
-    write_json(tmp_path / "run" / "token_set.json", token_set)
+    del token_set["seal"]
+    write_sealed(tmp_path / "run" / "token_set.json", token_set)
     seen = []
     for arguments in (
         ["--classes", "tench, Tinca tinca"], ["--classes", "tench,padded"], ["--classes", "3"], ["--class", "3"],

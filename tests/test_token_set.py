@@ -7,6 +7,7 @@ import torch
 
 from mutor_vision.data.token_set import TokenSet, code_dtype, load_array, save_array
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
+from mutor_vision.storage.seal import write_sealed
 from mutor_vision.tokenizer.model import load_tokenizer, tokenizer_identity
 
 
@@ -18,7 +19,8 @@ def path(token_set_path, tmp_path):
 
 def edit_manifest(path, **values):
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**manifest, **values}))
+    del manifest["seal"]
+    write_sealed(path / "manifest.json", {**manifest, **values})
 
 
 def test_facts_come_from_the_manifest(path):
@@ -57,8 +59,29 @@ def test_what_is_no_token_set_is_refused(path, tmp_path):
         TokenSet.open(tmp_path / "none")
     with pytest.raises(UserError, match="no manifest.json"):
         TokenSet.open(path / "tokenizer")
-    edit_manifest(path, format=2)
-    with pytest.raises(MismatchError, match="format 2, this version reads 1"):
+    (path / "manifest.json").write_text('{"format": 3}')
+    with pytest.raises(MismatchError, match="format 3, this version reads up to 2"):
+        TokenSet.open(path)
+
+
+@pytest.mark.parametrize("name", ["../codes-00000.npy", "/etc/passwd", "codes-00001.npy", ""])
+def test_a_manifest_names_no_file_elsewhere(path, name):
+    shards = json.loads((path / "manifest.json").read_text())["shards"]
+    shards[0]["file"] = name
+    edit_manifest(path, shards=shards)
+    with pytest.raises(IntegrityError, match="expected codes-00000.npy and labels-00000.npy; it is refused"):
+        TokenSet.open(path)
+
+
+def test_a_manifest_or_tokenizer_that_was_changed_is_refused(path):
+    manifest = path / "manifest.json"
+    before = manifest.read_text()
+    manifest.write_text(before.replace("center-flip", "center-flap"))
+    with pytest.raises(IntegrityError, match="was changed after it was written"):
+        TokenSet.open(path)
+    manifest.write_text(before)
+    shutil.rmtree(path / "tokenizer")
+    with pytest.raises(UserError, match="tokenizer does not exist"):
         TokenSet.open(path)
 
 

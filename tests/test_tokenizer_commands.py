@@ -590,8 +590,10 @@ def test_reconstruct_scores_and_shows(command, pictures, tiny_tokenizer_path, tm
     assert 0 < scores["psnr"] < 40 and -1 <= scores["ssim"] <= 1 and 1 <= scores["perplexity"] <= 32
     assert scores["protocol"]["tokenizer_sha256"] == tokenizer_identity(tiny_tokenizer_path)
     assert Image.open(tmp_path / "out" / "grid.png").width > 8 * 128
-    names = [[p.name for p in sorted((tmp_path / "out" / f).iterdir())] for f in ("originals", "reconstructions")]
+    folders = [tmp_path / "out" / name for name in ("originals", "reconstructions")]
+    names = [sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png")) for folder in folders]
     assert len(names[0]) == 5 and names[0] == names[1]
+    assert {name.split("/")[0] for name in names[0]} <= {path.name for path in pictures.iterdir()}
     assert Image.open(tmp_path / "out" / "originals" / names[0][0]).size == (16, 16)
 
 
@@ -604,8 +606,8 @@ def test_a_second_set_of_reconstructions_takes_the_place_of_the_first(command, p
         Image.new("RGB", (20, 20), (80 * number, 9, 9)).save(few / f"{number}.png")
     assert command("reconstruct.py", data=few.parent, **arguments)[0] == 0
     for name in ("originals", "reconstructions"):
-        assert sorted(os.listdir(tmp_path / "out" / name)) == [f"{number:08d}.png" for number in range(3)]
-    assert Image.open(tmp_path / "out" / "originals" / "00000002.png").getpixel((5, 5)) == (160, 9, 9)
+        assert sorted(os.listdir(tmp_path / "out" / name / "a")) == [f"{number:08d}.png" for number in range(3)]
+    assert Image.open(tmp_path / "out" / "originals" / "a" / "00000002.png").getpixel((5, 5)) == (160, 9, 9)
     before = contents(tmp_path / "out")
     spoil(shutil.copy(pictures / "class0" / "00.png", few / "zz.png"))
     assert command("reconstruct.py", data=few.parent, **arguments)[0] == 3

@@ -39,21 +39,18 @@ def _describe_token_set(path: Path) -> str:
 
 
 def _describe_model(path: Path) -> str:
-    from safetensors import safe_open
-
-    values = read_json(path / "config.json")
+    values = read_json(path / "config.json", {"kind": str, "mutor_vision": str, "config": dict})
     lines = [f"{values['kind']} {path}, written by mutor_vision {values['mutor_vision']}"]
     status = path / "status.json"
     if status.is_file():
-        state = read_json(status)
+        state = read_json(status, {"state": str, "step": int, "reason": str})
         lines.append(f"  {state['state']} at step {state['step']}{': ' + state['reason'] if state['reason'] else ''}")
     try:
         folder = checkpoint.resolve(path)
     except UserError as error:
         return "\n".join([*lines, f"  no weights: {error}"])
     for name in checkpoint.weight_names(folder):
-        with safe_open(folder / f"{name}.safetensors", "pt") as file:
-            shapes = [file.get_slice(key).get_shape() for key in file.keys()]
+        shapes = [tensor.shape for tensor in checkpoint.read_weights(folder, name).values()]  # mapped, not read
         count = sum(_product(shape) for shape in shapes)
         lines.append(f"  {folder.name}/{name}.safetensors: {count:,} numbers in {len(shapes)} tensors")
     lines.append("  settings:")

@@ -20,7 +20,6 @@ from mutor_vision.training.cost import (
     RESERVED,
     Accelerator,
     autocast,
-    auxiliary_cost,
     flops,
     memory,
     parameters,
@@ -61,7 +60,7 @@ def plan(name: str, config: TrainConfig, gpu: str, gpus: int, mfu: float) -> dic
         "preset": name, "gpu": gpu, "gpus": gpus, "parallel": config.parallel,
         "precision": "bfloat16" if autocast(config, on_cpu) else "float32",
         "parameters": {**dataclasses.asdict(count := parameters(config.model)), "total": count.total},
-        "inputs": inputs, "extra_blocks": auxiliary_cost(config).blocks,
+        "inputs": inputs, "losses": {name: _cost_of(name, config) for name, own in losses.items() if own.active},
         "flops_per_image": {
             **dataclasses.asdict(needed), "forward": needed.forward, "training": needed.training,
             "with_recomputation": computed, "relative_to_next_token": needed.training / next_token.training,
@@ -76,6 +75,18 @@ def plan(name: str, config: TrainConfig, gpu: str, gpus: int, mfu: float) -> dic
             "seconds": images / images_per_second, "gpu_hours": gpus * images / images_per_second / 3600,
         },
     }  # fmt: skip
+
+
+def _cost_of(name: str, config: TrainConfig) -> dict[str, int]:
+    """What one loss adds to an image's FLOPs, its teacher's among them, and how many parameters."""
+    model, without = config.model, dataclasses.replace(config, **{name: type(getattr(config, name))()})
+    more = getattr(config, name).cost(model)
+    of_blocks = more.blocks * (model.block_parameters + 2 * model.dim)
+    return {
+        "training": flops(config).training - flops(without).training,
+        "teacher": flops(config).teachers - flops(without).teachers,
+        "parameters": of_blocks + more.parameters + more.teacher_parameters,
+    }
 
 
 def data(config: TrainConfig, images: int, views: int) -> dict:
@@ -108,8 +119,10 @@ def table(values: dict) -> str:
          f"forward {work['forward'] / 1e9:,.1f}, backward twice that; "
          f"{work['relative_to_next_token']:.2f} x next-token prediction"),
     ]  # fmt: skip
-    if values["extra_blocks"]:
-        lines.append(("extra blocks", f"{values['extra_blocks']}", "of auxiliary losses, in training only"))
+    for name, loss in values["losses"].items():
+        of_its_own = f"{loss['parameters']:,} parameters in training only" if loss["parameters"] else ""
+        of_its_own += f"; teacher {loss['teacher'] / 1e9:,.1f}, forward only" if loss["teacher"] else ""
+        lines.append((f"  {name.replace('_', ' ')}", f"{loss['training'] / 1e9:+,.1f}", of_its_own))
     if work["with_recomputation"] > work["training"]:
         lines.append(("  with recomputation", f"{work['with_recomputation'] / 1e9:,.1f}", "activation checkpointing"))
     lines.append((f"memory of each, at {values['micro_batch']} images a forward pass",))

@@ -3,7 +3,7 @@
     mutor reconstruct --tokenizer runs/vq --data val/ --out runs/vq/val
 
 writes grid.png and metrics.json. With --save-images the centre crops and their reconstructions are written as PNG,
-for reconstruction FID: python eval/fid.py --samples OUT/reconstructions --reference OUT/originals
+in a folder for each class, for reconstruction FID: mutor fid --samples OUT/reconstructions --reference OUT/originals
 Run again with the same --out, a new set takes the old one's place when it is complete.
 """
 
@@ -20,6 +20,7 @@ from mutor_vision import runtime
 from mutor_vision.data.folder import batched, check_apart
 from mutor_vision.data.images import center, save_png, to_pil
 from mutor_vision.data.reading import Views, open_source, read_batches
+from mutor_vision.data.source import Source
 from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import permutation
 from mutor_vision.storage.files import write_json, written_folder
@@ -67,7 +68,7 @@ def main(arguments: argparse.Namespace) -> None:
     with ExitStack() as sets:
         if arguments.save_images:
             folders = [sets.enter_context(written_folder(out / name)) for name in SAVED]
-            batches = saved(batches, chosen, tokenizer, folders, reconstruct)
+            batches = saved(batches, chosen, folder, tokenizer, folders, reconstruct)
         scores = score_reconstructions(tokenizer, batches, where)
 
     shown = torch.cat([views[i] for i in order[: arguments.grid].tolist()])
@@ -92,22 +93,28 @@ def main(arguments: argparse.Namespace) -> None:
 def check_replaceable(out: Path) -> None:
     """Raise UserError when a folder that would be replaced holds anything that this command did not write."""
     for folder in (out / name for name in SAVED):
-        others = (
-            [path.name for path in folder.iterdir() if not re.fullmatch(r"\d{8}\.png", path.name)]
-            if folder.is_dir()
-            else []
-        )
+        found = [path for path in folder.rglob("*") if not path.is_dir()] if folder.is_dir() else []
+        others = [path.name for path in found if not re.fullmatch(r"\d{8}\.png", path.name)]
         if others or (folder.exists() and not folder.is_dir()):
             raise UserError(f"{folder} holds something else ({', '.join(others[:3])}); give another --out")
 
 
-def saved(batches, chosen, tokenizer, folders, reconstruct):
-    """Pass the batches on, after writing each image and its reconstruction as PNG into the two folders."""
+def saved(batches, chosen, source: Source, tokenizer, folders, reconstruct):
+    """Pass the batches on, after writing each image and its reconstruction as PNG into the two folders, by class."""
     numbers = iter(chosen)
     for images in batches:
         images = images.flatten(0, 1)
         for original, copy in zip(images, reconstruct(tokenizer, images)[0], strict=True):
-            name = f"{next(numbers):08d}.png"
+            number = next(numbers)
             for picture, folder in zip((original, copy), folders, strict=True):
-                to_pil(picture).save(folder / name)
+                path = folder / _class_folder(source, number) / f"{number:08d}.png"
+                path.parent.mkdir(exist_ok=True)
+                to_pil(picture).save(path)
         yield images
+
+
+def _class_folder(source: Source, number: int) -> str:
+    """The class's name; its id where the name cannot be a folder's, as that of a source without folders."""
+    label = source.labels[number]
+    name = source.class_names[label]
+    return name if name == Path(name).name and name not in (".", "..") else f"class {label}"

@@ -18,6 +18,7 @@ from mutor_vision.errors import UserError
 from mutor_vision.names import match_class, parse_classes
 from mutor_vision.progress import progress
 from mutor_vision.runtime import finish, start
+from mutor_vision.sampling.completion import Completing
 from mutor_vision.sampling.load import LoadedModel, load
 from mutor_vision.sampling.stream import default_batch_size, label_plan, sample_in_order, sample_stream, spread_classes
 from mutor_vision.storage.files import read_json, written
@@ -34,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-images", "--num", type=int, dest="num", help="make a set of N images, not a grid")
     parser.add_argument("--labels", default="balanced", help="classes of a set: balanced (default) or random")
     parser.add_argument("--out", required=True, help="grid: FILE.png; set: FILE.npz, or a folder of PNGs")
+    parser.add_argument("--image", help="complete this image from its first rows of codes; a grid with it in front")
+    parser.add_argument("--keep-rows", type=int, default=0, help="of --image: rows of codes to keep, 0 = half")
     parser.add_argument("--adapter", default="", help="LoRA run trained on the model; its classes then count")
     parser.add_argument("--resize", type=int, default=0, help="pixels (LlamaGen: 256 for 384 models), 0 = as decoded")
     parser.add_argument("--seed", type=int, default=0)
@@ -56,6 +59,10 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError(f"--resize is {arguments.resize}, expected pixels, or 0 for images as decoded")
     if not 0 <= arguments.seed < 2**63:
         raise UserError(f"--seed is {arguments.seed}, expected 0 to 2^63 - 1")
+    if arguments.keep_rows and not arguments.image:
+        raise UserError("--keep-rows needs --image FILE, the image whose rows are kept")
+    if arguments.image and (arguments.num is not None or arguments.resize):
+        raise UserError("--image makes a grid of images as decoded; drop --num and --resize")
     if arguments.num is not None:
         if arguments.num < 1:
             raise UserError(f"--num is {arguments.num}, expected 1 or more")
@@ -90,14 +97,34 @@ def _write_grid(loaded, settings, arguments, out: Path, batch_size: int) -> None
     classes += [match_class(name, loaded.class_names) for name in arguments.named]
     classes = classes or spread_classes(num_classes, 8)
     labels = torch.tensor(classes).repeat_interleave(arguments.per_class)
+    original = None
+    if arguments.image:
+        loaded, original = _completing(loaded, arguments.image, arguments.keep_rows)
     stream = sample_in_order(loaded, labels, settings, arguments.seed, min(batch_size, len(labels)))
-    parts = list(_progress(stream, len(labels), loaded))
+    pixels, columns = torch.cat(list(_progress(stream, len(labels), loaded))), arguments.per_class
+    if original is not None:
+        rows = pixels.unflatten(0, (len(classes), columns))
+        pixels, columns = torch.cat([original.expand(len(classes), 1, -1, -1, -1), rows], 1).flatten(0, 1), columns + 1
     if loaded.runtime.is_main:
         names = [loaded.class_names[c] for c in classes]
-        images.save_png(images.grid(torch.cat(parts), arguments.per_class, names), out)
+        images.save_png(images.grid(pixels, columns, names), out)
         identity = loaded.identity
         print(f"{out}: {len(labels)} images of {len(classes)} classes from {identity['run']}/{identity['checkpoint']} "
               f"({identity['weights']} weights), cfg {settings.cfg_scale:g}, seed {arguments.seed}")  # fmt: skip
+
+
+def _completing(loaded: LoadedModel, path: str, rows: int) -> tuple[LoadedModel, Tensor]:
+    """The model that completes an image from its first rows of codes, and that image, cropped, uint8 (3, H, W)."""
+    height, sides = loaded.config.model.grid[0], loaded.image_size
+    if sides[0] != sides[1]:
+        raise UserError(f"the model draws images of {sides[1]}x{sides[0]} pixels; --image needs square ones")
+    rows = rows or height // 2
+    if not 1 <= rows < height:
+        raise UserError(f"--keep-rows is {rows}, expected 1 to {height - 1}: the model draws {height} rows of codes")
+    original = images.to_tensor(images.center_crop(images.read_image(path), sides[0]))
+    codes = loaded.tokenizer.encode(images.to_float(original[None]).to(loaded.runtime.device))
+    completing = Completing(loaded.transformer, codes[0, :rows].flatten())
+    return dataclasses.replace(loaded, transformer=completing), original
 
 
 def _write_set(loaded, settings, arguments, out: Path, batch_size: int) -> None:

@@ -51,5 +51,5 @@ def main(arguments: argparse.Namespace) -> None:
     if config.steps >= LONG and not arguments.skip_preflight and not (out / "config.json").exists():
         check_out_folder(out)
         preflight(config, out, start(config.precision))
-    train(config, out)
+    train(config, out, arguments.track)
     finish()

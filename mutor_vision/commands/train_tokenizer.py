@@ -34,5 +34,5 @@ def main(arguments: argparse.Namespace) -> None:
 
     from mutor_vision.tokenizer.train import train_tokenizer
 
-    train_tokenizer(config, arguments.out)
+    train_tokenizer(config, arguments.out, arguments.track)
     runtime.finish()

@@ -46,7 +46,7 @@ def pixel_bytes(file: BinaryIO, *, header: bool = False) -> BinaryIO:
 def looks_complete(file: BinaryIO) -> bool:
     """Whether an open PNG, JPEG or WEBP has all its bytes, found without decoding it. False for every other format,
     because there only decoding can tell."""
-    start, size = _start(file), os.fstat(file.fileno()).st_size
+    start, size = _start(file), file.seek(0, os.SEEK_END)
     if start == _PNG:
         return any(kind == b"IEND" and begin + length <= size for kind, begin, length in _png_chunks(file))
     if start[:4] == b"RIFF":

@@ -3,6 +3,7 @@
 Legend: B batch, H x W pixels. uint8 images are (B, 3, H, W) in 0..255, float images the same in [-1, 1].
 """
 
+import io
 import math
 import os
 import stat
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -44,8 +46,9 @@ class Header:
     lossy: bool  # whether its compression may have changed pixels
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """A file -> an RGB Pillow image of its pixels as they are stored.
+def read_image(path: str | Path, content: bytes | None = None) -> Image.Image:
+    """A file -> an RGB Pillow image of its pixels as they are stored. content: its bytes, where it
+    is no file of its own but a part of one; path then names it.
 
     Greyscale, bilevel, palette, CMYK (Pillow's plain formula) and YCbCr files are converted; transparency is
     composited on white. Metadata is ignored (EXIF orientation, colour profiles, gamma), as ADM, LlamaGen and
@@ -55,7 +58,7 @@ def read_image(path: str | Path) -> Image.Image:
     Raises ImageError naming the file when it is truncated, not an image, animated, of several pages, over
     MAX_ASPECT or MAX_PIXELS, or has more than 8 bits a channel, floats or LAB colours."""
     assert not ImageFile.LOAD_TRUNCATED_IMAGES, "grey-filled images must never enter a data set"
-    with _opened(path) as image:
+    with _opened(path, content) as image:
         image.load()
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
@@ -63,28 +66,28 @@ def read_image(path: str | Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def check_image(path: str | Path) -> Header:
+def check_image(path: str | Path, content: bytes | None = None) -> Header:
     """Raise ImageError for a file that read_image refuses, without decoding most files: of JPEG, PNG and WEBP only the
     header and the end are read. Files that look cut short, and rarer formats, are decoded. So damage in the middle of
-    a file is not found here, but when training or encoding decodes it."""
-    with _opened(path, header=True) as image:
+    a file is not found here, but when training or encoding decodes it. content: as of read_image."""
+    with _opened(path, content, header=True) as image:
         compression = image.info.get("compression") if image.format == "TIFF" else ""
         header = Header(image.format, image.mode, image.size, image.format in _LOSSY or compression in _LOSSY_TIFF)
-    with open(path, "rb") as file:
+    with _file(path, content) as file:
         complete = looks_complete(file)
     if not complete:
-        read_image(path)
+        read_image(path, content)
     return header
 
 
 @contextmanager
-def _opened(path: str | Path, header: bool = False) -> Iterator[Image.Image]:
+def _opened(path: str | Path, content: bytes | None = None, header: bool = False) -> Iterator[Image.Image]:
     """The file without its metadata, opened by Pillow. Each of Pillow's many exceptions becomes an ImageError."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+        if content is None and not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
             raise _refused(path, "not a regular file; remove it")
         with (
-            open(path, "rb") as file,
+            _file(path, content) as file,
             Image.open(pixel_bytes(file, header=header), formats=FORMATS) as image,
         ):
             _check_kind(path, image)
@@ -100,9 +103,14 @@ def _opened(path: str | Path, header: bool = False) -> Iterator[Image.Image]:
             raise _refused(path, f"cannot be read ({error.strerror}); mend its rights or its disk") from None
         reason = " ".join(str(error).split())[:160]
         if isinstance(error, UnidentifiedImageError):
-            with open(path, "rb") as file:
-                reason = f"it begins with {file.read(16)!r}" if os.path.getsize(path) else "it is empty"
+            with _file(path, content) as file:
+                start = file.read(16)
+            reason = f"it begins with {start!r}" if start else "it is empty"
         raise _refused(path, f"not a complete image ({reason}); replace or remove it") from None
+
+
+def _file(path: str | Path, content: bytes | None) -> BinaryIO:
+    return open(path, "rb") if content is None else io.BytesIO(content)
 
 
 def _check_kind(path: str | Path, image: Image.Image) -> None:

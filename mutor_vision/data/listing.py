@@ -54,8 +54,8 @@ def list_images(root: str | Path) -> Listing:
             raise DataError(f"{printable(folder)} is a link to a folder that contains it; remove it")
         for entry in _entries(folder):
             ending = os.path.splitext(entry.name)[1].lower()
-            if left_behind := _left_behind(entry.name):
-                ignored[left_behind] += 1
+            if found := left_behind(entry.name):
+                ignored[found] += 1
             elif _is_folder(entry):
                 waiting.append((entry.path, f"{relative}{entry.name}/", (*above, here)))
             elif ending not in EXTENSIONS:
@@ -64,14 +64,14 @@ def list_images(root: str | Path) -> Listing:
                 raise DataError(f"{printable(entry.path)} is not a regular file; remove it")
             else:
                 paths.append(relative + entry.name)
-    return Listing(sorted(paths, key=os.path.split), _most_first(left_out), _most_first(ignored))
+    return Listing(sorted(paths, key=os.path.split), most_first(left_out), most_first(ignored))
 
 
 def list_folders(root: str | Path) -> list[str]:
     """Names of the folders directly in `root`, sorted, without those that systems leave behind."""
     root = Path(root)
     _check_root(root)
-    entries = [entry for entry in _entries(os.fspath(root)) if not _left_behind(entry.name)]
+    entries = [entry for entry in _entries(os.fspath(root)) if not left_behind(entry.name)]
     return sorted(entry.name for entry in entries if _is_folder(entry))
 
 
@@ -90,14 +90,14 @@ def say_left_out(root: str | Path, listing: Listing) -> None:
     print(f"{printable(str(root))}: {'; '.join(parts)}", flush=True)
 
 
-def _left_behind(name: str) -> str:
+def left_behind(name: str) -> str:
     """The name under which a file that a system left behind is counted; '' for any other file."""
     if name.startswith("."):
         return ".*"
     return name if LEFT_BEHIND.fullmatch(name) else ""
 
 
-def _most_first(counts: Counter) -> dict[str, int]:
+def most_first(counts: Counter) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 

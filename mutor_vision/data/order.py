@@ -1,7 +1,7 @@
 """The order in which training reads a token set. Sample k of a run is image order(seed, k // n)[k % n], so the position
 in the data is the integer k alone: no sampler state has to be saved, and the number of processes may change."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -19,6 +19,16 @@ class Batch:
     codes: Tensor  # (B, h, w) int64
     labels: Tensor  # (B,) int64, num_classes where the class was dropped
     sample_index: np.ndarray  # (B,) int64: k
+    classes: Tensor | None = None  # (B,) int64: labels without dropout
+    features: Tensor | None = None  # (B, N, F) float16, where they are asked for
+
+    def split(self, size: int) -> "list[Batch]":
+        """In parts of at most `size` samples."""
+        columns = {each.name: getattr(self, each.name) for each in fields(self)}
+        return [
+            Batch(**{name: column if column is None else column[i : i + size] for name, column in columns.items()})
+            for i in range(0, len(self.labels), size)
+        ]
 
 
 def split(token_set: TokenSet, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -57,12 +67,17 @@ def read_batch(
     world_size: int,
     label_dropout: float,
     device: torch.device,
+    features: bool = False,
 ) -> Batch:
     """The samples k of step `step` that fall to `rank`: every world_size-th of k in [step * batch_size, + batch_size).
-    View and class dropout of sample k are drawn from (seed, k)."""
+    View and class dropout of sample k are drawn from (seed, k). features: read them, too, on the host."""
     k = np.arange(step * batch_size + rank, (step + 1) * batch_size, world_size)
     images = torch.from_numpy(order.image_of(k))
     views = torch.from_numpy((uniforms(order.seed, "view", k, 1)[:, 0] * token_set.num_views).astype(np.int64))
     dropped = torch.from_numpy(uniforms(order.seed, "class dropout", k, 1)[:, 0] < label_dropout)
-    labels = token_set.labels[images].masked_fill(dropped, len(token_set.class_names))
-    return Batch(to_device(token_set.take(images, views), device), to_device(labels, device), k)
+    classes = token_set.labels[images]
+    labels = classes.masked_fill(dropped, len(token_set.class_names))
+    read = to_device(token_set.take_features(images, views), device) if features else None
+    return Batch(
+        to_device(token_set.take(images, views), device), to_device(labels, device), k, to_device(classes, device), read
+    )

@@ -15,12 +15,17 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mutor_vision.data.folder import ImageFolder
 from mutor_vision.data.images import center_crop, random_crop, to_tensor
+from mutor_vision.data.parquet import ParquetImages
 from mutor_vision.data.source import Source
+from mutor_vision.data.tar import TarImages
 from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import permutation, uniforms
 
 PATIENCE = 600  # seconds that a batch may take to be read
-SOURCES: list[type[Source]] = []  # kinds beside folders, asked in this order whether they claim what a user wrote
+SOURCES: list[type[Source]] = [
+    TarImages,
+    ParquetImages,
+]  # kinds beside folders, asked in this order whether they claim what a user wrote
 _CURE = "use fewer workers, or none (--workers 0, --set workers=0); in a container, more --shm-size"
 
 

@@ -3,9 +3,10 @@
     manifest.json        what it is; written last, so a set that has one is complete
     codes-00000.npy      uint16 (uint32 when V > 65536), (images, views, N), row-major codes; never pickled
     labels-00000.npy     int64 (images,)
+    features-00000.npy   float16 (images, views, N, F), where a network's features were asked for
     tokenizer/           a copy of the tokenizer, so that later commands can decode
 
-Legend: n images, h x w grid, N = h * w, V codebook size.
+Legend: n images, h x w grid, N = h * w, V codebook size, F width of the features.
 """
 
 from pathlib import Path
@@ -15,18 +16,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mutor_vision.errors import IntegrityError, MismatchError, UserError
+from mutor_vision.errors import IntegrityError, UserError
 from mutor_vision.runtime import to_device
-from mutor_vision.storage.files import read_json, sha256, write_json, written
+from mutor_vision.storage import checkpoint
+from mutor_vision.storage.files import check_form, map_array, read_json, sha256, written
+from mutor_vision.storage.seal import read_sealed, write_sealed
 
-FORMAT = 1
+FORMAT = 1  # of the plan; a manifest's own says whether it is sealed (storage/seal.py)
 PLAN = "plan.json"  # the settings of an encoding that has begun; it continues with the same settings only
+# The form of what is read in a manifest; a run's copy of it is asked for FACTS alone.
+FACTS = {"tokenizer_sha256": (str, None), "class_names": [str]}
+_MANIFEST = FACTS | {
+    "tokenizer_sha256": str, "codebook_size": int, "image_size": int, "grid": [int], "views": [str],
+    "shards": [{"file": str, "sha256": str, "labels_file": str, "labels_sha256": str, "images": int}],
+}  # fmt: skip
+_FEATURES = {"features": {"width": int}, "shards": [{"features_file": str, "features_sha256": str}]}
 
 
 class TokenSet:
     """A complete, verified token set. Codes are memory-mapped: they are read when they are taken."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any], shards: list[np.ndarray], labels: Tensor):
+    def __init__(
+        self, path: Path, manifest: dict[str, Any], shards: list[np.ndarray], labels: Tensor, features: list[np.ndarray]
+    ):
         self.path = path
         self.manifest = manifest
         self.grid: tuple[int, int] = tuple(manifest["grid"])  # (h, w) codes
@@ -39,21 +51,24 @@ class TokenSet:
         self.labels = labels  # (n,) int64 in [0, len(class_names))
         self.tokenizer_path = path / "tokenizer"
         self.tokenizer_identity: str = manifest["tokenizer_sha256"]
+        self.features: dict[str, Any] | None = manifest.get("features")  # what made them, and their width; None = none
         self.identity = sha256(path / "manifest.json")  # names the content: the manifest has the hash of every shard
-        self._shards = shards
+        self._shards, self._features = shards, features
         self._resident: Tensor | None = None
         self._starts = np.cumsum([0] + [len(shard) for shard in shards])
 
     @classmethod
     def open(cls, path: str | Path) -> "TokenSet":
         """Open and check everything: sizes, sha256 (1.8 GB/s), code and label ranges. Raises UserError when it is no
-        token set, IntegrityError when it is incomplete or damaged, MismatchError when it has another format."""
+        token set, IntegrityError when it is incomplete or damaged, MismatchError when it is of a later
+        format."""
         path = Path(path)
         manifest = _read_manifest(path)
-        shards, labels = [], []
+        checkpoint.resolve(path / "tokenizer")  # verifies it
+        shards, labels, features = [], [], []
         for shard in manifest["shards"]:
-            for name, expected in ((shard["file"], shard["sha256"]), (shard["labels_file"], shard["labels_sha256"])):
-                _check_file(path / name, expected)
+            for kind in ("", "labels_", "features_") if "features" in manifest else ("", "labels_"):
+                _check_file(path / shard[f"{kind}file"], shard[f"{kind}sha256"])
             codes_shape = (shard["images"], len(manifest["views"]), manifest["grid"][0] * manifest["grid"][1])
             codes = load_array(path / shard["file"], code_dtype(manifest["codebook_size"]), codes_shape)
             label = load_array(path / shard["labels_file"], np.int64, (shard["images"],))
@@ -61,7 +76,10 @@ class TokenSet:
             _check_range(path / shard["labels_file"], "label", label, len(manifest["class_names"]))
             shards.append(codes)
             labels.append(torch.from_numpy(np.array(label)))
-        return cls(path, manifest, shards, torch.cat(labels))
+            if "features" in manifest:
+                shape = (*codes_shape, manifest["features"]["width"])
+                features.append(load_array(path / shard["features_file"], np.float16, shape))
+        return cls(path, manifest, shards, torch.cat(labels), features)
 
     def take(self, indices: Tensor, views: Tensor) -> Tensor:
         """(B,) int64 image numbers and (B,) int64 view numbers, on the CPU -> (B, h, w) int64 codes, on the CPU or
@@ -69,13 +87,20 @@ class TokenSet:
         if self._resident is not None:
             indices, views = (to_device(numbers, self._resident.device) for numbers in (indices, views))
             return self._resident[indices, views].long().unflatten(1, self.grid)
+        return torch.from_numpy(self._read(self._shards, indices, views).astype(np.int64)).unflatten(1, self.grid)
+
+    def take_features(self, indices: Tensor, views: Tensor) -> Tensor:
+        """The same -> (B, N, F) float16 features of the cells in raster order, on the CPU."""
+        return torch.from_numpy(self._read(self._features, indices, views))
+
+    def _read(self, column: list[np.ndarray], indices: Tensor, views: Tensor) -> np.ndarray:
         indices, views = indices.numpy(), views.numpy()
-        codes = np.empty((len(indices), self.grid[0] * self.grid[1]), dtype=np.int64)
+        rows = np.empty((len(indices), *column[0].shape[2:]), dtype=column[0].dtype)
         shard_of = np.searchsorted(self._starts, indices, side="right") - 1
         for number in np.unique(shard_of):
-            rows = shard_of == number
-            codes[rows] = self._shards[number][indices[rows] - self._starts[number], views[rows]]
-        return torch.from_numpy(codes).unflatten(1, self.grid)
+            mine = shard_of == number
+            rows[mine] = column[number][indices[mine] - self._starts[number], views[mine]]
+        return rows
 
     def keep_on(self, device: torch.device) -> None:
         """Copy all codes to `device`, so that batches are indexed there and no step waits for the host."""
@@ -107,6 +132,11 @@ def shard_names(number: int) -> tuple[str, str]:
     return f"codes-{number:05d}.npy", f"labels-{number:05d}.npy"
 
 
+def features_name(number: int) -> str:
+    """File name of shard `number`'s features."""
+    return f"features-{number:05d}.npy"
+
+
 def save_array(path: Path, array: np.ndarray) -> None:
     """Write an .npy atomically (files.written)."""
     with written(path) as partial, open(partial, "wb") as file:
@@ -115,10 +145,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 def load_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     """Memory-map an .npy file. Raises IntegrityError when it is damaged or has another type or shape."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise IntegrityError(f"{path} is not a complete .npy file ({error}); remove it, run encode.py again") from None
+    array = map_array(path)
     if array.dtype != dtype or array.shape != shape:
         raise IntegrityError(
             f"{path} holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}; "
@@ -137,7 +164,16 @@ def write_manifest(path: Path, plan: dict[str, Any], shard_images: list[int]) ->
             "file": codes, "sha256": sha256(path / codes),
             "labels_file": labels, "labels_sha256": sha256(path / labels), "images": images,
         })  # fmt: skip
-    write_json(path / "manifest.json", {**plan, "shards": shards})
+    write_sealed(path / "manifest.json", {**plan, "shards": shards})
+
+
+def write_features(path: Path, identity: dict[str, Any]) -> None:
+    """Make the features, whose files are all written, a column of the complete set `path`. identity: what made them,
+    and their 'width'."""
+    manifest = read_sealed(path / "manifest.json")
+    for number, shard in enumerate(manifest["shards"]):
+        shard |= {"features_file": features_name(number), "features_sha256": sha256(path / features_name(number))}
+    write_sealed(path / "manifest.json", manifest | {"features": identity})
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -146,13 +182,27 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not (path / "manifest.json").is_file():
         if not (path / PLAN).is_file():
             raise UserError(f"{path} has no manifest.json; expected a token set made by tokenizers/encode.py")
-        total = read_json(path / PLAN)["num_shards"]
+        total = read_json(path / PLAN, {"num_shards": int})["num_shards"]
         done = len(list(path.glob("labels-*.npy")))
         raise IntegrityError(f"{path}: token set incomplete: {done} of {total} shards; run encode.py again to continue")
-    manifest = read_json(path / "manifest.json")
-    if manifest.get("format") != FORMAT:
-        raise MismatchError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}; encode again")
+    manifest = read_sealed(path / "manifest.json", _MANIFEST)
+    if "features" in manifest:
+        check_form(path / "manifest.json", manifest, _FEATURES)
+    if len(manifest["grid"]) != 2 or not manifest["shards"]:
+        raise IntegrityError(f"{path / 'manifest.json'} has no grid of two sides, or no shards; restore it")
+    for number, shard in enumerate(manifest["shards"]):
+        if (shard["file"], shard["labels_file"]) != shard_names(number):
+            raise IntegrityError(f"{path / 'manifest.json'} names '{shard['file']}' and '{shard['labels_file']}', "
+                                 f"expected {' and '.join(shard_names(number))}; it is refused")  # fmt: skip
+        if "features" in manifest and shard["features_file"] != features_name(number):
+            raise IntegrityError(f"{path / 'manifest.json'} names '{shard['features_file']}', expected "
+                                 f"{features_name(number)}; it is refused")  # fmt: skip
     return manifest
+
+
+def read_facts(run: Path) -> dict[str, Any]:
+    """FACTS of a run's token_set.json, the copy of the manifest of the set that it learnt. Raises IntegrityError."""
+    return read_sealed(run / "token_set.json", FACTS)
 
 
 def _check_file(path: Path, expected: str) -> None:

@@ -11,16 +11,15 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mutor_vision.errors import IntegrityError
 from mutor_vision.features.extractors import identity_text
 from mutor_vision.features.moments import LAYER_KEYS, Moments
 from mutor_vision.features.sources import in_order
 from mutor_vision.progress import progress
 from mutor_vision.runtime import Runtime, exact_float32, to_device
-from mutor_vision.storage.files import write_json, written
+from mutor_vision.storage.files import read_tensors, write_json, write_tensors
 
 CHUNK = 250  # images: a rank works on one chunk at a time, and a kill loses at most that
 DIGEST_BYTES = 16
@@ -156,7 +155,7 @@ class _Launched:
         if self.event is not None:
             self.event.synchronize()
         if self.path is not None:
-            _save_chunk(self.path, self.found)
+            write_tensors(self.path, self.found)
         return self.found
 
 
@@ -167,7 +166,7 @@ class _Kept:
     path: Path
 
     def tensors(self) -> dict[str, Tensor]:
-        return load_file(self.path)
+        return read_tensors(self.path)
 
 
 def _counted(batches: Iterator[Tensor], bar) -> Iterator[Tensor]:
@@ -202,16 +201,10 @@ def _work_folder(work: Path, source, extractor: nn.Module) -> Path:
 
 
 def _is_whole(path: Path | None, count: int) -> bool:
-    """Whether a file has features of `count` images. Only its header is read. An incomplete file is computed again."""
+    """Whether a file has features of `count` images, as they were written. Another is computed again."""
     if path is None or not path.is_file():
         return False
     try:
-        with safe_open(path, "pt") as file:
-            return all(file.get_slice(name).get_shape()[0] == count for name in file.keys())
-    except (SafetensorError, OSError):
+        return all(len(value) == count for value in read_tensors(path).values())
+    except IntegrityError:
         return False
-
-
-def _save_chunk(path: Path, chunk: dict[str, Tensor]) -> None:
-    with written(path) as partial:
-        save_file({name: value.contiguous() for name, value in chunk.items()}, partial)

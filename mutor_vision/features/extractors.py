@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from mutor_vision.errors import IntegrityError, UserError
 from mutor_vision.storage.checkpoint import load_strictly
-from mutor_vision.storage.files import read_json, sha256, state_sha256
+from mutor_vision.storage.files import sha256, state_sha256
 from mutor_vision.storage.foreign import read_state
+from mutor_vision.storage.seal import read_sealed
 from mutor_vision.storage.timm_networks import short, timm_network
 
 
@@ -111,10 +112,9 @@ def load_trained(folder: Path) -> TimmFeatures:
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise UserError(f"{folder} has no config.json; expected a folder made by eval/train_features.py")
-    config = read_json(config_path)
-    if not isinstance(config, dict) or config.get("kind") != "features" or config.get("format") != 1:
-        kind = config.get("kind") if isinstance(config, dict) else "something else"
-        raise UserError(f"{folder} holds {kind}, expected features of format 1")
+    config = read_sealed(config_path)
+    if config.get("kind") != "features":
+        raise UserError(f"{folder} holds {config.get('kind', 'something else')}, expected features")
     _check_config(config, config_path)
     path = folder / "model.safetensors"
     if not path.is_file() or sha256(path) != config["weights_sha256"]:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mutor_vision.errors import IntegrityError, UserError
@@ -18,7 +16,7 @@ from mutor_vision.features.moments import LAYER_KEYS, Moments, statistics_arrays
 from mutor_vision.features.sources import SourceImages
 from mutor_vision.keyed_random import permutation
 from mutor_vision.runtime import Runtime
-from mutor_vision.storage.files import written
+from mutor_vision.storage.files import read_tensors, write_tensors
 from mutor_vision.storage.npz_writer import NpzImageWriter, write_arrays
 
 SNAPSHOT_EVERY = 40  # chunks of a rank between two snapshots; a kill loses at most these
@@ -108,8 +106,8 @@ def _resume(work: Path | None, source, extractor: nn.Module, runtime: Runtime) -
     if path is None or not path.is_file():
         return state
     try:
-        saved = load_file(path)
-    except (SafetensorError, OSError):
+        saved = read_tensors(path)
+    except IntegrityError:
         return state  # an incomplete snapshot, as a crash of the machine leaves it: begin again
     for layer, moments in state.moments.items():
         for part in ("n", "mean", "scatter"):
@@ -125,8 +123,7 @@ def _save(state: Progress, path: Path) -> None:
     for layer, moments in state.moments.items():
         moments.flush()
         tensors |= {f"{layer}.{part}": getattr(moments, part).cpu() for part in ("n", "mean", "scatter")}
-    with written(path) as partial:
-        save_file(tensors, partial)
+    write_tensors(path, tensors)
 
 
 def _snapshot_path(work: Path, source, extractor: nn.Module, runtime: Runtime) -> Path:

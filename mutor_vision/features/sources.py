@@ -29,6 +29,7 @@ from mutor_vision.data.reading import open_source
 from mutor_vision.errors import DataError, IntegrityError, MismatchError, UserError
 from mutor_vision.features.extractors import resize
 from mutor_vision.features.moments import read_protocol
+from mutor_vision.storage.files import map_array
 from mutor_vision.storage.npz import Npz, check_image_array
 
 READERS = 8  # decoding threads; Pillow releases Python's lock
@@ -259,16 +260,9 @@ def check_labels(labels: np.ndarray, count: int, what: str) -> Tensor:
 
 def read_labels(path: str | Path, count: int) -> Tensor:
     """Class ids from an .npy file (N,)."""
-    try:
-        # Memory-mapped: else numpy would allocate what the header claims, such as terabytes.
-        labels = np.load(path, allow_pickle=False, mmap_mode="r")
-        if not isinstance(labels, np.ndarray):
-            raise ValueError("it is an npz")
-    except FileNotFoundError:
-        raise DataError(f"labels {path} do not exist; expected an .npy file of {count} class ids") from None
-    except Exception as error:  # numpy raises many kinds for a file that is no .npy
-        reason = " ".join(str(error).split())[:100]
-        raise IntegrityError(f"labels {path} are no plain .npy array ({reason}); write them with np.save") from None
+    if not Path(path).exists():
+        raise DataError(f"labels {path} do not exist; expected an .npy file of {count} class ids")
+    labels = map_array(Path(path))
     return check_labels(labels, count, f"labels {path}")
 
 

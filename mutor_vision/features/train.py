@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
 from mutor_vision.errors import DataError, UserError
 from mutor_vision.features.extractors import create_small
 from mutor_vision.progress import progress
-from mutor_vision.storage.files import sha256, write_json, written
+from mutor_vision.storage.files import sha256, write_tensors
+from mutor_vision.storage.seal import write_sealed
 
 MEAN_STD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -81,11 +81,10 @@ def train(
                 if bar.n % 20 == 0:
                     bar.set_postfix(loss=f"{loss.item():.3f}")
     accuracy = _accuracy(model.eval(), held_out_images, held_out_labels, config.batch_size, device)
-    with written(out / "model.safetensors") as partial:
-        save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, partial)
+    write_tensors(out / "model.safetensors", model.state_dict())
     mean, std = MEAN_STD
-    write_json(out / "config.json", {
-        "format": 1, "kind": "features", "architecture": config.architecture,
+    write_sealed(out / "config.json", {
+        "kind": "features", "architecture": config.architecture,
         "architecture_settings": config.settings(), "image_size": images.shape[-1], "mean": mean, "std": std,
         "class_names": class_names, "held_out_accuracy": accuracy, "held_out_images": len(held_out_images),
         "data": data, "images": len(images), "epochs": config.epochs, "seed": config.seed,

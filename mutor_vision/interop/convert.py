@@ -20,6 +20,7 @@ from mutor_vision.storage import foreign as foreign_checkpoint
 from mutor_vision.storage.files import read_json, write_json, written, written_folder
 from mutor_vision.storage.foreign import ForeignCheckpoint
 from mutor_vision.storage.outputs import check_new
+from mutor_vision.storage.seal import write_sealed
 from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer, tokenizer_folder, tokenizer_identity
 
 _SAFETENSORS_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
@@ -68,7 +69,7 @@ def convert_back(
     target = Path(target)
     check_new(target)
     folder = checkpoint.resolve(run)
-    kind = read_json(folder / "config.json").get("kind")
+    kind = read_json(folder / "config.json", dict).get("kind")
     if kind not in ("transformer", "tokenizer"):
         raise MismatchError(
             f"{run} holds a {kind}, expected a transformer or tokenizer; `mutor merge` an adapter first"
@@ -121,8 +122,8 @@ def _write_transformer(foreign, partial, tokenizer, heads, image_size, grid, cla
     _stream(foreign, register, shapes, file)
     config = TrainConfig(model=model, registers=RegisterConfig(), ema_decay=0.0)
     checkpoint.save(partial, 0, "transformer", config, {"model": file}, {"step": 0}, keep=2)
-    write_json(partial / "token_set.json", {
-        "format": 1, "tokenizer_sha256": tokenizer_identity(partial / "tokenizer") if vq else None,
+    write_sealed(partial / "token_set.json", {
+        "tokenizer_sha256": tokenizer_identity(partial / "tokenizer") if vq else None,
         "codebook_size": model.vocab_size, "image_size": grid[0] * downsample, "grid": list(grid), "views": [],
         "class_names": names, "shards": [],
     })  # fmt: skip

@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 
 from mutor_vision.data.token_set import FORMAT, PLAN, TokenSet, code_dtype, save_array, shard_names, write_manifest
-from mutor_vision.errors import DataError, MismatchError, UserError
+from mutor_vision.errors import DataError, IntegrityError, MismatchError, UserError
 from mutor_vision.interop.convert import write_tokenizer_copy
 from mutor_vision.progress import progress
-from mutor_vision.storage.files import read_json, write_json
+from mutor_vision.storage.files import map_array, read_json, write_json
 from mutor_vision.storage.outputs import check_out_folder
 from mutor_vision.tokenizer.encode import VIEW_NAMES
 from mutor_vision.tokenizer.model import tokenizer_identity
 
 SHARD_SIZE = 10_000  # images
+_TOKENIZER = {"config": {"model": {"codebook_size": int, "channels": list}}}
 
 
 def is_codes_folder(path: Path) -> bool:
@@ -42,10 +43,10 @@ def import_codes(
     folders = [_folders(Path(path)) for path in (source, further) if path]
     num_images = _count(folders)
     _begin_tokenizer(out, tokenizer)
-    config = read_json(out / "tokenizer" / "config.json")["config"]["model"]
+    config = read_json(out / "tokenizer" / "config.json", _TOKENIZER)["config"]["model"]
     plan = _plan(folders, num_images, out / "tokenizer", config, class_names)
     if (out / PLAN).is_file():
-        before = read_json(out / PLAN)
+        before = read_json(out / PLAN, dict)
         if changed := [name for name in plan if before.get(name) != plan[name]]:
             raise MismatchError(f"{out} was begun with another {', '.join(changed)}; repeat it, or give a new folder")
     write_json(out / PLAN, plan)
@@ -135,9 +136,9 @@ def _count(folders: list[tuple[Path, Path]]) -> int:
 
 def _load(path: Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a false header allocates nothing
-    except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{path} is not a complete .npy file of numbers ({error}); copy it again") from None
+        return map_array(path)
+    except IntegrityError as error:
+        raise DataError(str(error)) from None
 
 
 def _read(path: Path, shape: tuple[int, ...], limit: int) -> np.ndarray:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from timm.layers import apply_rot_embed, build_rotary_pos_embed
 from torch import Tensor
 
 from mutor_vision.model import fast_paths
@@ -108,10 +106,8 @@ class _MergedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, n, mask):
         if mask is not None:
             mask = mask.to(torch.promote_types(q.dtype, mask.dtype))  # float64 with a float32 mask comes out wrong
-        out = torch.empty_like(rearrange(q, "b h t d -> b t h d"), memory_format=torch.contiguous_format)
-        out = rearrange(
-            out, "b t h d -> b h t d"
-        )  # memory in the order (B, T, H, D): the output projection copies nothing
+        # Memory in the order (B, T, H, D): the output projection copies nothing.
+        out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
         prefix = k[:, :, :n], v[:, :, :n]
         out[:, :, :n], lse = fast_paths.prefix_attention_forward(q[:, :, :n], *prefix, True)
         own_q, own_k, own_v = q[:, :, n:], k[:, :, n:], v[:, :, n:]
@@ -148,10 +144,15 @@ def _is_one_per_slot(pattern: AttentionPattern) -> bool:
 
 def rope_table(grid: tuple[int, int], head_dim: int, base: float) -> Tensor:
     """(h, w) -> float32 (2, h * w + 1, head_dim): sines and cosines of every slot."""
-    sin, cos = build_rotary_pos_embed(list(grid), dim=head_dim, in_pixels=False, temperature=base)
-    return torch.stack([torch.cat([torch.zeros(1, head_dim), part]) for part in (sin, cos)])
+    bands = head_dim // 4  # half of a head turns with the row, half with the column
+    frequencies = 1.0 / base ** (torch.arange(bands).float() / bands)
+    places = torch.cartesian_prod(*(torch.arange(side).float() for side in grid))  # (h * w, 2)
+    angles = (places[:, :, None] * frequencies).flatten(1).repeat_interleave(2, dim=1)
+    return torch.stack([torch.cat([torch.zeros(1, head_dim), part]) for part in (angles.sin(), angles.cos())])
 
 
 def apply_rope(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     """Rotate x (B, H, T, D) by sin, cos (B or 1, 1, T, D) in float32; returns x's dtype."""
-    return apply_rot_embed(x.float(), sin, cos).to(x.dtype)
+    wide = x.float()
+    turned = torch.stack([-wide[..., 1::2], wide[..., ::2]], dim=-1).flatten(-2)  # each pair by a quarter turn
+    return (wide * cos + turned * sin).to(x.dtype)

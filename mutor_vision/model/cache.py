@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from mutor_vision.config import TransformerConfig
@@ -95,8 +94,8 @@ class WindowStep:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As KVCache.attend."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.rows, :, self.slots] = rearrange(k, "r h m d -> r m h d").to(keys.dtype)
-        values[self.rows, :, self.slots] = rearrange(v, "r h m d -> r m h d").to(values.dtype)
+        keys[self.rows, :, self.slots] = k.transpose(1, 2).to(keys.dtype)
+        values[self.rows, :, self.slots] = v.transpose(1, 2).to(values.dtype)
         keys, values = keys[:, :, : self.reach], values[:, :, : self.reach]
         return F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=self.mask)
 

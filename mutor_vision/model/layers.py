@@ -5,8 +5,6 @@ Legend: B batch, T inputs, C width, H heads, D width of a head.
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -32,6 +30,20 @@ class Dropout(nn.Dropout):
             return x
         keep = torch.rand_like(x, dtype=torch.float32) >= self.p
         return (x * keep).mul_(1 / (1 - self.p))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): in training a sample's branch is left out with probability p."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        keep = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - self.p)
+        return x * keep.div_(1 - self.p)
 
 
 class FeedForward(nn.Module):
@@ -73,10 +85,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, sin: Tensor, cos: Tensor, attend) -> Tensor:
         """x (B, T, C), sin and cos of its positions (B or 1, 1, T, D), attend: q, k, v -> output, each (B, H, T, D)."""
-        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         # v is copied: as a view it would keep the buffer of q and k alive until the backward pass.
         q, k, v = apply_rope(q, sin, cos), apply_rope(k, sin, cos), v.contiguous()
-        return self.dropout(self.out(rearrange(attend(q, k, v), "b h t d -> b t (h d)")))
+        return self.dropout(self.out(attend(q, k, v).transpose(1, 2).flatten(2)))
 
 
 class Block(nn.Module):

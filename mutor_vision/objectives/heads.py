@@ -48,6 +48,3 @@ class ParallelHeads(Auxiliary):
             for ahead in self.ahead(states["last"][:, :n], transformer.rope)
         ]
         return torch.stack(terms).sum()
-
-    def share(self, step: int) -> float:
-        return self.weight(step)

@@ -4,7 +4,10 @@ registers.py.
 Legend: B batch, N slots, R registers.
 """
 
+import dataclasses
+
 import numpy as np
+import torch
 from torch import Tensor
 
 from mutor_vision.auxiliary_config import RegisterConfig
@@ -12,8 +15,9 @@ from mutor_vision.config import TrainConfig
 from mutor_vision.model.transformer import Transformer
 from mutor_vision.objectives.auxiliary import Auxiliary
 from mutor_vision.objectives.cross_entropy import linear_cross_entropy
-from mutor_vision.objectives.registers import add_registers, place_registers
+from mutor_vision.objectives.registers import add_registers, offset_pairs, place_registers
 from mutor_vision.objectives.sequence import TrainingSequence
+from mutor_vision.runtime import to_device
 
 
 class RegisterLoss(Auxiliary):
@@ -22,6 +26,7 @@ class RegisterLoss(Auxiliary):
     def __init__(self, own: RegisterConfig, config: TrainConfig):
         super().__init__(own, config)
         self.register_token = config.model.vocab_size
+        self.part_names = [f"{d_h - 1},{d_w - 1}" for d_h, d_w in offset_pairs(own).tolist()] if own.active else []
         place_registers(own, config.model.grid, seed=0, sample_index=np.zeros(1, dtype=np.int64))  # does the grid do?
 
     def extend(self, sequence, codes, *, seed, sample_index, step) -> TrainingSequence:
@@ -33,11 +38,15 @@ class RegisterLoss(Auxiliary):
     def count(self, sequence: TrainingSequence) -> int:
         return sequence.num_register_targets
 
+    def part(self, sequence: TrainingSequence, name: str) -> TrainingSequence:
+        """The registers of one offset, which is named as mutor_vision/offsets.py counts."""
+        pair = [int(number) + 1 for number in name.split(",")]
+        rows = np.flatnonzero((sequence.offsets == pair).all(axis=1))
+        kept = sequence.with_target[to_device(torch.from_numpy(rows), sequence.with_target.device)]
+        return dataclasses.replace(sequence, with_target=kept, offsets=sequence.offsets[rows])
+
     def forward(self, states: dict[str, Tensor], sequence: TrainingSequence, transformer: Transformer) -> Tensor:
         """The unembedding sees only the registers that have a target."""
         n, rows = sequence.num_regular, sequence.with_target
         registers, targets = states["last"][:, n:].flatten(0, 1)[rows], sequence.targets[:, n:].flatten()[rows]
         return linear_cross_entropy(registers, transformer.head.weight, targets)
-
-    def share(self, step: int) -> float:
-        return self.weight(step)

@@ -9,10 +9,13 @@ x_t in raster order, and slot t predicts x_(t+1). A register placed at slot t wi
     has the position of slot t+d-1, which would normally predict x_(t+d)
 
 In two dimensions the offset is a pair (d_h, d_w), where (1, 1) is the cell of x_t itself and
-d = (d_h - 1) * w + (d_w - 1). One dimension is the row of pairs (1, 2), (1, 3), ...
+d = (d_h - 1) * w + (d_w - 1); in mutor_vision/offsets.py, for all losses, pairs count from 0. One dimension is the row
+of pairs (1, 2), (1, 3), ...
 
 Legend: B batch, N slots, R registers, V codebook size.
 """
+
+import dataclasses
 
 import numpy as np
 import torch
@@ -23,11 +26,14 @@ from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import uniforms
 from mutor_vision.model.attention import AttentionPattern
 from mutor_vision.objectives.sequence import NO_TARGET, TrainingSequence
+from mutor_vision.offsets import parse_offsets
 from mutor_vision.runtime import to_device
 
 
 def offset_pairs(config: RegisterConfig) -> np.ndarray:
-    """(K, 2) int64: the pairs (d_h, d_w) that an offset is drawn from, each equally likely."""
+    """(K, 2) int64: the pairs (d_h, d_w) that an offset is drawn from, each as likely as `offset_shares` says."""
+    if config.offsets:
+        return np.array([(r + 1, c + 1) for r, c in parse_offsets(config.offsets, "registers.offsets")])
     if config.kind == "1d":
         pairs = [(1, d + 1) for d in range(1, config.max_offset + 1)]
     else:
@@ -36,6 +42,12 @@ def offset_pairs(config: RegisterConfig) -> np.ndarray:
     if not config.next_token:
         pairs.remove((1, 2))
     return np.array(pairs, dtype=np.int64)
+
+
+def offset_shares(config: RegisterConfig) -> np.ndarray | None:
+    """(K,) how likely each pair is, with sum 1; None = all equally."""
+    shares = np.array(list(parse_offsets(config.offsets, "registers.offsets").values()))
+    return None if len(set(shares.tolist())) < 2 else shares / shares.sum()
 
 
 def raster_offset(pairs: np.ndarray, width: int) -> np.ndarray:
@@ -82,13 +94,14 @@ def with_registers(
     target_index = _to(np.minimum(target_index, n - 1), codes.device)
     register_targets = raster.gather(1, target_index).masked_fill(~_to(valid, codes.device), NO_TARGET)
     registers = raster.new_full(placed.shape, register_token)
-    return TrainingSequence(
+    return dataclasses.replace(
+        sequence,
         tokens=torch.cat([sequence.tokens, registers], dim=1),
         positions=torch.cat([sequence.positions.expand(batch, -1), target_index], dim=1),
         pattern=AttentionPattern(n, _to(placed, codes.device), config.self_attention),
         targets=torch.cat([sequence.targets, register_targets], dim=1),
-        num_regular=n,
         with_target=_to(np.flatnonzero(valid), codes.device),  # by numpy: nonzero() on a GPU would synchronise
+        offsets=pairs[valid],
     )
 
 
@@ -117,15 +130,20 @@ def place_registers(
         )
     choices = offset_pairs(config)
     if raster_offset(choices, grid[1]).min() < 1:
+        setting = f"offsets '{config.offsets}'" if config.offsets else f"min_offset_w {config.min_offset_w}"
         raise UserError(
-            f"registers.min_offset_w {config.min_offset_w} points at or before the token itself on a grid "
-            f"{grid[1]} wide; use {2 - grid[1]} or more"
+            f"registers.{setting} points at or before the token itself on a grid {grid[1]} wide; use {2 - grid[1]} "
+            "columns or more"
         )
     if config.offset_per == "batch":
         draws = uniforms(seed, "register offset", np.array([step]), 1).repeat(len(sample_index), axis=0)
     else:
         draws = uniforms(seed, "register offset", sample_index, n if config.offset_per == "register" else 1)
-    pairs = np.broadcast_to(choices[(draws * len(choices)).astype(np.int64)], (len(sample_index), n, 2))
+    if (shares := offset_shares(config)) is None:
+        drawn = (draws * len(choices)).astype(np.int64)
+    else:
+        drawn = np.minimum(np.searchsorted(shares.cumsum(), draws, side="right"), len(choices) - 1)
+    pairs = np.broadcast_to(choices[drawn], (len(sample_index), n, 2))
 
     order = uniforms(seed, "register slot", sample_index, n)
     if config.placement == "valid":

@@ -6,7 +6,6 @@ Legend: B images, R rows (B, or 2 B with the null class's stream), N = h * w tok
 from collections.abc import Callable
 
 import torch
-from einops import repeat
 from torch import Tensor
 
 from mutor_vision.model.cache import KVCache
@@ -72,4 +71,4 @@ def streams(model: Transformer, labels: Tensor, num_guided: int) -> Tensor:
 
 def both_streams(x: Tensor) -> Tensor:
     """(B, ...) -> (2 B, ...): the same inputs for the class's stream and the null class's."""
-    return repeat(x, "b ... -> (streams b) ...", streams=2)
+    return torch.cat([x, x])

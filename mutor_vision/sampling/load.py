@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mutor_vision.config import TrainConfig
-from mutor_vision.errors import UserError
+from mutor_vision.data.token_set import read_facts
+from mutor_vision.errors import MismatchError, UserError
 from mutor_vision.model.prepare import prepare
 from mutor_vision.model.transformer import Transformer
 from mutor_vision.runtime import Runtime
@@ -14,8 +15,8 @@ from mutor_vision.sampling.forecast import Either, Forecast, most_drafts
 from mutor_vision.sampling.generate import Decoder
 from mutor_vision.sampling.static import StaticSteps
 from mutor_vision.storage import checkpoint
-from mutor_vision.storage.files import read_json, sha256
-from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer
+from mutor_vision.storage.files import sha256
+from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer, tokenizer_identity
 
 COMPILE = ("auto", "on", "off")
 DECODE = ("auto", "plain", "forecast")
@@ -65,11 +66,11 @@ class LoadedModel:
 
 def load(
     path: str | Path, runtime: Runtime, weights: str = "best", adapter: str | Path = "", quantize: str = "none",
-    decoding: Decoding = Decoding(),
+    decoding: Decoding = Decoding(), pack: bool = True,
 ) -> LoadedModel:  # fmt: skip
     """A run or one of its checkpoints -> LoadedModel. weights: 'model', 'ema', or 'best' (EMA where there is one).
     adapter: a LoRA run trained on it, whose classes, tokenizer and `weights` then count. quantize: 'none' or 'int8',
-    see prepare.prepare."""
+    see prepare.prepare. pack: prepared for drawing; False keeps the trained matrices, to be saved again."""
     if adapter:
         from mutor_vision.model.lora import load_merged
 
@@ -86,7 +87,11 @@ def load(
     for name in ("tokenizer", "token_set.json"):
         if not (root / name).exists():
             raise UserError(f"{root} has no {name}; give a run of train/imagenet.py, or `mutor convert --tokenizer` it")
-    token_set = read_json(root / "token_set.json")
+    token_set = read_facts(root)
+    tokenizer = load_tokenizer(root / "tokenizer")
+    if (found := tokenizer_identity(tokenizer)) != token_set["tokenizer_sha256"]:
+        raise MismatchError(f"{root / 'tokenizer'} is tokenizer {found[:12]}, the model learnt the codes of "
+                            f"{str(token_set['tokenizer_sha256'])[:12]}; restore that of its token set")  # fmt: skip
     identity = {
         "run": root.name,
         "checkpoint": folder.name,
@@ -99,8 +104,8 @@ def load(
     transformer = transformer.to(runtime.device).eval().requires_grad_(False)
     decoder, described = _decoder(decoding, config, runtime)
     return LoadedModel(
-        transformer=prepare(transformer, runtime.autocast_dtype, quantize),
-        tokenizer=load_tokenizer(root / "tokenizer", runtime.device),
+        transformer=prepare(transformer, runtime.autocast_dtype, quantize) if pack else transformer,
+        tokenizer=tokenizer.to(runtime.device),
         config=config,
         class_names=token_set["class_names"],
         runtime=runtime,
@@ -141,7 +146,7 @@ def training_model(transformer: Transformer, run: Path, config: TrainConfig, run
         transformer=transformer.eval(),
         tokenizer=load_tokenizer(run / "tokenizer", runtime.device),
         config=config,
-        class_names=read_json(run / "token_set.json")["class_names"],
+        class_names=read_facts(run)["class_names"],
         runtime=runtime,
         identity={},
     )

@@ -185,7 +185,7 @@ def settings_in_training(config: TrainConfig) -> SampleSettings:
     return SampleSettings(cfg_scale=config.sample_cfg_scale if config.label_dropout else 1.0)
 
 
-def save_training_grid(transformer: Transformer, run: Path, step: int, config: TrainConfig, runtime: Runtime) -> None:
+def save_training_grid(transformer: Transformer, run: Path, step: int, config: TrainConfig, runtime: Runtime) -> Path:
     """samples/step-<step>.png of a run in training: classes spread over all, the same seeds every time. Call on one
     rank."""
     loaded = training_model(transformer, run, config, dataclasses.replace(runtime, rank=0, world_size=1))
@@ -194,7 +194,9 @@ def save_training_grid(transformer: Transformer, run: Path, step: int, config: T
     labels = torch.tensor(classes).repeat_interleave(columns)
     batches = list(sample_in_order(loaded, labels, settings_in_training(config), 0, default_batch_size(loaded)))
     names = [loaded.class_names[c] for c in classes]
-    images.save_png(images.grid(torch.cat(batches), columns, names), run / "samples" / f"step-{step:07d}.png")
+    path = run / "samples" / f"step-{step:07d}.png"
+    images.save_png(images.grid(torch.cat(batches), columns, names), path)
+    return path
 
 
 def spread_classes(num_classes: int, count: int) -> list[int]:

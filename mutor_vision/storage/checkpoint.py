@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import mutor_vision
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
 from mutor_vision.runtime import Runtime
 from mutor_vision.settings import FORMAT, from_dict, to_dict
-from mutor_vision.storage.files import flush, read_json, sha256, write_json, written_folder
+from mutor_vision.storage import seal
+from mutor_vision.storage.files import flush, read_json, read_tensors, write_json, written_folder
+from mutor_vision.storage.foreign import read_pickle
 
 OPTIMIZER = "optimizer"  # folder of a checkpoint: the shards of a sharded training's moments
 _STEP = re.compile(r"^step-(\d{7})$")
@@ -54,8 +56,8 @@ def _read_kind(folder: Path, kind: str) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} has no config.json; expected a {kind} run, or one of its checkpoints")
-    values = read_json(path)
-    if not isinstance(values, dict) or "kind" not in values:
+    values = read_json(path, dict)
+    if "kind" not in values:
         raise UserError(f"{path} names no kind of model; expected a {kind} run, or one of its checkpoints")
     if values["kind"] != kind:
         raise MismatchError(f"{folder} holds a {values['kind']}, expected a {kind}")
@@ -122,9 +124,7 @@ def save(
     paths = sorted(path for path in partial.rglob("*") if path.is_file())
     for path in paths:
         shutil.copymode(partial / "config.json", path)  # safetensors writes files that only the owner may read
-    files = {path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-             for path in paths}  # fmt: skip
-    write_json(partial / "MANIFEST.json", {"format": 1, "step": step, "files": files})
+    seal.write_manifest(partial, step=step)
     for path in partial.rglob("*"):
         flush(path)
     flush(partial)
@@ -177,27 +177,12 @@ def check_finite(
 
 
 def verify(checkpoint: Path) -> None:
-    """Raise IntegrityError, naming the file, unless every file is what MANIFEST.json says."""
-    manifest = checkpoint / "MANIFEST.json"
-    if not manifest.is_file():
-        raise IntegrityError(f"{checkpoint} has no MANIFEST.json; it is not a complete checkpoint")
-    files = read_json(manifest)
-    files = files.get("files") if isinstance(files, dict) else None
-    if not isinstance(files, dict) or not all(isinstance(x, dict) and {"bytes", "sha256"} <= x.keys()
-                                              for x in files.values()):  # fmt: skip
-        raise IntegrityError(f"{manifest} lists no files with their bytes and sha256; use an older checkpoint")
-    for name, expected in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise IntegrityError(f"{path} is missing; use an older checkpoint")
-        if path.stat().st_size != expected["bytes"]:
-            raise IntegrityError(f"{path} has {path.stat().st_size} bytes, expected {expected['bytes']}")
-        try:
-            got = sha256(path)
-        except OSError as error:
-            raise IntegrityError(f"{path} cannot be read ({error.strerror}); use an older checkpoint") from None
-        if got != expected["sha256"]:
-            raise IntegrityError(f"{path} is damaged: sha256 {got[:12]}, expected {str(expected['sha256'])[:12]}")
+    """Raise IntegrityError, naming the file, unless every file, and the folder's step, is what MANIFEST.json says."""
+    if not (checkpoint / seal.MANIFEST).is_file():
+        raise IntegrityError(f"{checkpoint} has no {seal.MANIFEST}; it is not a complete checkpoint")
+    manifest, step = seal.check_manifest(checkpoint), step_of(checkpoint)
+    if step is not None and manifest.get("step") != step:
+        raise IntegrityError(f"{checkpoint} is the checkpoint of step {manifest.get('step')}, renamed; name it so")
 
 
 def newest(run: Path) -> Path | None:
@@ -229,7 +214,7 @@ def resolve(path: str | Path) -> Path:
     if not path.exists():
         raise UserError(f"{path} does not exist; expected a run directory or a checkpoint")
     if (path / "model.safetensors").is_file():
-        if (path / "MANIFEST.json").is_file():
+        if (path / seal.MANIFEST).is_file():
             verify(path)
         return path
     found = newest(path) if path.is_dir() else None
@@ -250,7 +235,7 @@ def read_weights(checkpoint: Path, name: str) -> dict[str, Tensor]:
     path = checkpoint / f"{name}.safetensors"
     if not path.is_file():
         raise UserError(f"{checkpoint} has no '{name}' weights; it has {', '.join(weight_names(checkpoint))}")
-    return load_file(path)
+    return read_tensors(path)
 
 
 def weights_named(checkpoint: Path, name: str) -> str:
@@ -268,7 +253,7 @@ def read_training_state(checkpoint: Path) -> dict:
     path = checkpoint / "training.pt"
     if not path.is_file():
         raise UserError(f"{checkpoint} holds weights only, no training state; it cannot be resumed")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return read_pickle(path)
 
 
 def load_strictly(module: torch.nn.Module, weights: dict[str, Tensor], source: Path | str) -> None:
@@ -286,12 +271,13 @@ def load_strictly(module: torch.nn.Module, weights: dict[str, Tensor], source: P
 
 
 def export(source: Path, target: Path, weights: str = "best") -> None:
-    """Copy a checkpoint's configuration and one set of weights to target/ as a model that stands on its own."""
+    """Copy a checkpoint's configuration and one set of weights to target/ as a model that stands on its own, sealed."""
     checkpoint = resolve(source)
     with written_folder(target) as partial:
         shutil.copy2(checkpoint / "config.json", partial / "config.json")
         name = weights_named(checkpoint, weights)
         shutil.copy2(checkpoint / f"{name}.safetensors", partial / "model.safetensors")
+        seal.write_manifest(partial)
 
 
 def _steps(run: Path) -> dict[int, Path]:

@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mutor_vision.errors import IntegrityError
@@ -67,11 +70,91 @@ def write_json(path: str | Path, value: Any) -> None:
         file.write("\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, form: Any = None) -> Any:
+    """What a JSON file holds. Raises IntegrityError when it cannot be read or does not have the form.
+
+    form: a type (int, float, str, dict, list; whole numbers are floats, too), [form] for a list of it, {str: form} for
+    an object with any names, {"name": form, ...} for one with at least these names, a tuple for one of several."""
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise IntegrityError(f"{path} is not complete JSON ({error}); restore it or make it anew") from None
+        value = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise IntegrityError(f"{path} cannot be read ({error.strerror}); restore it or make it anew") from None
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise IntegrityError(f"{path} is not complete JSON ({reason}); restore it or make it anew") from None
+    if form is not None:
+        check_form(path, value, form)
+    return value
+
+
+def check_form(path: Path, value: Any, form: Any, where: str = "") -> None:
+    """Raise IntegrityError unless a value read from `path` has the form that read_json describes."""
+    if isinstance(form, dict) and isinstance(value, dict):
+        named = {name: form[str] for name in value} if str in form else form
+        for name, inner in named.items():
+            if name not in value:
+                raise IntegrityError(f"{path} lacks '{where}{name}'; restore it or make it anew")
+            check_form(path, value[name], inner, f"{where}{name}.")
+    elif isinstance(form, list) and isinstance(value, list):
+        for number, each in enumerate(value):
+            check_form(path, each, form[0], f"{where}{number}.")
+    elif not _is_a(value, form):
+        what = f"'{where[:-1]}' is" if where else "holds"
+        expected = _form_text(form)
+        raise IntegrityError(f"{path}: {what} {str(value)[:60]}, expected {expected}; restore it or make it anew")
+
+
+def _is_a(value: Any, form: Any) -> bool:
+    if isinstance(form, tuple):
+        return any(_is_a(value, each) for each in form)
+    if form is None or not isinstance(form, type):
+        return form is None and value is None
+    if isinstance(value, bool):  # which Python counts among whole numbers
+        return form is bool
+    return isinstance(value, (int, float) if form is float else form)
+
+
+def _form_text(form: Any) -> str:
+    if isinstance(form, tuple):
+        return " or ".join(map(_form_text, form))
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    kind = form if isinstance(form, type) else type(form)
+    return {dict: "an object", list: "a list"}.get(kind) or names[kind]
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A .safetensors file with a hash of its tensors, atomically (written)."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with written(path) as partial:
+        save_file(tensors, partial, {"state_sha256": state_sha256(tensors)})
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file. Raises IntegrityError when it is damaged, as far as it can tell: of one that
+    write_tensors wrote, always."""
+    try:
+        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            expected = (file.metadata() or {}).get("state_sha256")
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise IntegrityError(f"{path} is no complete safetensors file ({reason}); restore it or make it anew") from None
+    if expected and state_sha256(tensors) != expected:
+        raise IntegrityError(f"{path} is damaged: its tensors are not those that were written; make it anew")
+    return tensors
+
+
+def map_array(path: Path) -> np.ndarray:
+    """The array of an .npy file, mapped into memory, so that a header that claims terabytes allocates nothing. Raises
+    IntegrityError when it is no complete file of plain numbers."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an npz")
+    except Exception as error:  # numpy reads the header as a Python expression, which can fail in many ways
+        reason = " ".join(str(error).split())[:100]
+        raise IntegrityError(f"{path} is not a complete .npy file of numbers ({reason}); make it again") from None
+    return array
 
 
 def sha256(path: Path) -> str:

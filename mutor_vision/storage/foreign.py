@@ -6,8 +6,6 @@ Opening a file reads names and shapes only. Values are read one tensor at a time
 optimizer state in the same file has to fit into memory."""
 
 import argparse
-import json
-import pickle
 import re
 import zipfile
 from dataclasses import dataclass
@@ -15,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
+from mutor_vision.storage.files import read_json, read_tensors
 
 # Entries of a file that may hold its weights: those of LlamaGen, DDP, DeepSpeed, Lightning, timm, BasicSR, Fabric.
 ENTRIES = (
@@ -85,7 +82,7 @@ def read(path: str | Path, weights: str = "") -> ForeignCheckpoint:
     else:
         with open(path, "rb") as file:
             _check_start(path, file.read(512))
-        content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+        content = read_tensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     tensors, layout, weights = _choose(path, content, weights)
     arguments = content.get("args")
     arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
@@ -95,26 +92,15 @@ def read(path: str | Path, weights: str = "") -> ForeignCheckpoint:
     return ForeignCheckpoint(path, tensors, layout + taken_off, arguments)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise IntegrityError(f"{path} is no complete safetensors file ({_short(error)}); download it again") from None
-
-
 def _read_parts(index: Path) -> dict[str, Tensor]:
-    try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        inside = all(Path(name).name == name for name in names)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise IntegrityError(f"{index} is no index of safetensors files; download it again") from None
-    if not inside:
+    names = sorted(set(read_json(index, {"weight_map": {str: str}})["weight_map"].values()))
+    if not all(Path(name).name == name for name in names):
         raise IntegrityError(f"{index} names files outside of its folder; it is refused")
     tensors = {}
     for path in (index.parent / name for name in names):
         if not path.is_file():
             raise IntegrityError(f"{path}, which {index.name} names, does not exist; download it")
-        part = _read_safetensors(path)
+        part = read_tensors(path)
         if twice := sorted(tensors.keys() & part.keys()):
             raise MismatchError(f"{path}: '{twice[0]}' stands in another part as well; it is ambiguous")
         tensors |= part
@@ -278,6 +264,18 @@ def _short(error: Exception) -> str:
     return text if len(text) <= 160 else f"{text[:160]}..."
 
 
+def read_pickle(path: Path) -> Any:
+    """Tensors and plain values of a file of torch.save. Raises IntegrityError for anything else; none of it is run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a malicious file can make the loader raise anything
+        reason = str(error).rpartition("WeightsUnpickler error:")[2]  # cuts torch's advice to turn weights_only off
+        reason = re.split(r"\s*(?:Please|Check the doc)", reason)[0]
+        raise IntegrityError(
+            f"{path} holds no weights that load safely ({_short(ValueError(reason))}); nothing in it was run"
+        ) from None
+
+
 FILE_NAMES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")  # in folders of the hub
 
 
@@ -303,11 +301,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             # The file holds several sets of weights. The message proposes a flag that callers of this do not have.
             raise IntegrityError(f"{str(error).partition(';')[0]}; save the one to use alone") from None
         return {name: content.load(name) for name in content.tensors}
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # as torch before 1.6 wrote it
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise IntegrityError(f"{path} holds no weights that load safely ({reason}); expected a state dict") from None
+    state = read_pickle(path)  # as torch before 1.6 wrote it
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise IntegrityError(f"{path} is not a plain state dict of tensors; extract it and save it as .safetensors")
     for name, value in state.items():

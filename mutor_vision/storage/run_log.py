@@ -1,9 +1,12 @@
-"""The log of a training run: log.jsonl, status.json, and TensorBoard when it is installed."""
+"""The log of a training run: log.jsonl, status.json, and the trackers that show it elsewhere."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mutor_vision.storage.files import write_json, written
+from mutor_vision.storage.trackers import open_trackers
 
 
 class RunLog:
@@ -13,8 +16,10 @@ class RunLog:
     log.jsonl has each step once.
     """
 
-    def __init__(self, run: Path, step: int, steps: int, *, active: bool):
-        self.run, self.steps, self.active, self.tensorboard = run, steps, active, None
+    def __init__(self, run: Path, step: int, steps: int, *, active: bool, trackers: Sequence[str] = (),
+                 config: dict[str, Any] | None = None):  # fmt: skip
+        """trackers: of trackers.TRACKERS, beside TensorBoard. config: what they show of the run's settings."""
+        self.run, self.steps, self.active, self.trackers = run, steps, active, []
         if not active:
             return
         path = run / "log.jsonl"
@@ -23,20 +28,20 @@ class RunLog:
         with written(path) as partial:
             partial.write_text("".join(line + "\n" for line in kept))
         self.file = open(path, "a", buffering=1)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            return
-        self.tensorboard = SummaryWriter(run / "tensorboard", purge_step=step + 1)
+        self.trackers = open_trackers(trackers, run, step, config or {})
 
     def write(self, step: int, **values: float) -> None:
         """One line of numbers at an optimizer step."""
         if not self.active:
             return
         self.file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.tensorboard:
-            for name, value in values.items():
-                self.tensorboard.add_scalar(name, value, step)
+        for tracker in self.trackers:
+            tracker.numbers(step, values)
+
+    def picture(self, step: int, path: Path) -> None:
+        """A picture of the run, such as samples/step-0000100.png; log.jsonl has none."""
+        for tracker in self.trackers:
+            tracker.picture(step, path.parent.name, path)
 
     def status(self, state: str, step: int, reason: str = "") -> None:
         """status.json: 'running', 'done', 'failed' or 'preempted', at which of how many steps and why."""
@@ -52,8 +57,8 @@ class RunLog:
     def close(self) -> None:
         if self.active:
             self.file.close()
-            if self.tensorboard:
-                self.tensorboard.close()
+            for tracker in self.trackers:
+                tracker.close()
 
 
 def read_log(run: Path) -> list[dict]:

@@ -48,6 +48,7 @@ PRECISIONS = ("float32", "bfloat16")
 # Entries of a plan that follow from the images. The others are settings.
 _OF_IMAGES = ("num_images", "num_shards", "files_sha256", "files_of_classes", "files_of_shards", "images_per_class",
               "left_out", "ignored", "skipped", "repaired")  # fmt: skip
+_PLAN = {"num_images": int, "num_shards": int, "files_sha256": str}
 _COMPARED = 32  # crops that are also encoded in float32, to measure how many codes another precision changes
 
 
@@ -92,7 +93,7 @@ def encode_folder(
     if skip_bad < 0:
         raise UserError(f"skip_bad is {skip_bad}, expected 0 or more")
     source = open_source(data)
-    begun = read_json(out / PLAN) if (out / PLAN).is_file() else {}
+    begun = read_json(out / PLAN, _PLAN) if (out / PLAN).is_file() else {}
     suspects = recall_bad(out) + list(begun.get("skipped", {}))
     source = without_bad(source, out, skip_bad, verify, suspects, runtime)
     tokenizer = load_tokenizer(tokenizer_path, runtime.device, settings.weights)
@@ -232,7 +233,7 @@ def _begin(
     error = None
     if runtime.is_main:
         try:
-            begun = read_json(out / PLAN) if (out / PLAN).is_file() else {}
+            begun = read_json(out / PLAN, _PLAN) if (out / PLAN).is_file() else {}
             if not begun and out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
                 raise UserError(f"{out} is not empty and no token set; give a new folder")
             stale, repaired = _compare(out, begun, plan)

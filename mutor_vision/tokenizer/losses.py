@@ -14,19 +14,18 @@ the heads are lpips/weights/v0.1/vgg.pth of github.com/richzhang/PerceptualSimil
     torch.save({**vgg16, **heads}, "lpips-vgg16.pt")
 """
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mutor_vision.config import TokenizerTrainConfig
-from mutor_vision.errors import IntegrityError, MismatchError, UserError
+from mutor_vision.errors import MismatchError, UserError
 from mutor_vision.storage import checkpoint
+from mutor_vision.storage.foreign import read_state
 from mutor_vision.tokenizer.model import Reconstruction
 from mutor_vision.tokenizer.perceptual import TimmDistance
 
@@ -119,7 +118,9 @@ class LPIPS(nn.Module):
         # ImageNet's channel means and deviations, moved from [0, 1] to [-1, 1].
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
-        tensors = _read_tensors(Path(weights))
+        if not Path(weights).is_file():
+            raise UserError(f"lpips_weights is '{weights}', which is no file; see mutor_vision/tokenizer/losses.py")
+        tensors = read_state(weights)
         ours = {name: value for name, value in tensors.items() if name.startswith("features.")}
         for number in range(len(self.heads)):
             if (name := f"lin{number}.model.1.weight") not in tensors:
@@ -140,19 +141,3 @@ class LPIPS(nn.Module):
                 of_images, of_others = unit.chunk(2)
                 distance = distance + ((of_images - of_others).square() * heads[number]).sum(dim=1).mean(dim=(1, 2))
         return distance
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"lpips_weights is '{path}', which is no file; see mutor_vision/tokenizer/losses.py")
-    try:
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0][:120]
-        raise IntegrityError(f"{path} cannot be read as tensors ({reason}); make it anew") from None
-    if not isinstance(tensors, dict):
-        raise MismatchError(f"{path} holds a {type(tensors).__name__}, expected a dict of tensors")
-    return tensors

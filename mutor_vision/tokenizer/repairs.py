@@ -17,13 +17,13 @@ from mutor_vision.storage.files import read_json, write_json, written
 def record_bad(out: Path, source: Source, error: ImageError, rank: int = 0) -> None:
     """Add the images of `source` that an error is about to the record in `out`."""
     path = out / f"bad-images-{rank}.json"
-    known = read_json(path) if path.is_file() else []
+    known = read_json(path, [str]) if path.is_file() else []
     write_json(path, sorted({*known, *source.names_of(error)}))
 
 
 def recall_bad(out: Path) -> list[str]:
     """The recorded images of all ranks, as Source.names_of names them."""
-    return sorted({bad for path in out.glob("bad-images-*.json") for bad in read_json(path)})
+    return sorted({bad for path in out.glob("bad-images-*.json") for bad in read_json(path, [str])})
 
 
 def forget_bad(out: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,11 @@ from mutor_vision.preemption import Preemption
 from mutor_vision.progress import progress
 from mutor_vision.runtime import Runtime, blamed, start
 from mutor_vision.schedule import check_warmup, due, learning_rate
-from mutor_vision.settings import differences
-from mutor_vision.storage import checkpoint
+from mutor_vision.settings import differences, to_dict
+from mutor_vision.storage import checkpoint, lock
 from mutor_vision.storage.outputs import check_out_folder
 from mutor_vision.storage.run_log import RunLog
+from mutor_vision.storage.trackers import check_trackers
 from mutor_vision.tokenizer import losses
 from mutor_vision.tokenizer.model import VQTokenizer
 from mutor_vision.tokenizer.quantizer import count_codes, quantizer_named, usage
@@ -39,14 +41,15 @@ MAY_CHANGE = {
 }  # fmt: skip
 
 
-def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
+def train_tokenizer(config: TokenizerTrainConfig, out: str | Path, trackers: Sequence[str] = ()) -> Path:
     """Train in the run directory `out` to config.steps, continuing from its newest checkpoint if it has one; returns
     the last checkpoint. On the CPU a continued run equals an uninterrupted one bit for bit; a run whose learning rate
-    ends at `steps` is therefore not continued to another number of steps.
+    ends at `steps` is therefore not continued to another number of steps. trackers: see RunLog.
 
     Raises UserError for wrong settings, DataError for images that cannot be read, and MismatchError when the run was
     begun with other settings or images."""
     runtime = start(config.precision)
+    check_trackers(trackers)
     check_warmup(config.steps, config.warmup_steps)
     quantizer_named(config.model.quantizer).check_training(config)
     if config.batch_size % runtime.world_size:
@@ -91,6 +94,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
 
     # Begin, or continue.
     first_step = 0
+    lock.hold(out, runtime)  # not before: what is no run of ours gets no file
     if newest is not None:
         repaired = state.get("repaired", [])
         if state["files"] != files:
@@ -118,7 +122,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
     runtime.barrier()  # rank 0 writes to the run directory only after every rank has looked for a checkpoint in it
     if runtime.is_main:
         checkpoint.write_config(out, "tokenizer", config)
-    log = RunLog(out, first_step, config.steps, active=runtime.is_main)
+    log = RunLog(out, first_step, config.steps, active=runtime.is_main, trackers=trackers, config=to_dict(config))
     log.status("running", first_step)
     preemption = Preemption(runtime)
     runtime.barrier()
@@ -218,7 +222,9 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path) -> Path:
                 chosen = indices[permutation(config.seed, "examples", 0, len(indices))[:16]]
                 originals = torch.cat([views[i] for i in chosen]).to(device)
                 copies, _ = reconstruct(weights.get("ema", model), originals)
-                save_png(side_by_side(originals, copies), out / "samples" / f"step-{step:07d}.png")
+                path = out / "samples" / f"step-{step:07d}.png"
+                save_png(side_by_side(originals, copies), path)
+                log.picture(step, path)
             if saved:
                 state = {"step": step, "files": files, "idle_steps": idle_steps, "optimizer": optimizer.state_dict(),
                          "images_of_classes": images_of_classes, "repaired": repaired,

@@ -5,9 +5,10 @@ FLOPs. A product of (m, k) and (k, n) counts 2 m n k. Counted are the linear lay
 two products of attention over the pairs that are computed: N (N + 1) / 2 of the causal inputs, and N + 1 for each input
 that an auxiliary loss adds, for which the product with all N causal inputs is computed and those after its slot are
 masked (with one at every slot a CPU skips half of that). A block that an auxiliary loss has of its own counts like one
-over the causal inputs, and its targets count the unembedding. The backward pass counts twice the forward pass. Not
-counted are norms, rotary embedding, softmax, dropout, losses and the optimizer, which together are some 1 % of it.
-Activation checkpointing runs each block's forward pass once more. The experiments count with the same function.
+over the causal inputs, and its targets count the unembedding. The backward pass counts twice the forward pass; a
+teacher's blocks have none. Not counted are norms, rotary embedding, softmax, dropout, losses and the optimizer, which
+together are some 1 % of it. Activation checkpointing runs each block's forward pass once more. The experiments count
+with the same function.
 
 Memory. Weights, gradients, AdamW's two moments and EMA are float32, with autocast too. Activations are what autograd
 keeps of one micro-batch for the backward pass, tensor by tensor (`saved_per_layer`), and what the peak needs on top of
@@ -66,7 +67,7 @@ class Parameters:
 def parameters(model: TransformerConfig) -> Parameters:
     c = model.dim
     return Parameters(
-        blocks=model.layers * (4 * c * c + 3 * c * model.ffn_dim),
+        blocks=model.layers * model.block_parameters,
         head=c * model.vocab_size,
         embeddings=c * (model.vocab_size + 1 + model.num_classes + 1),
         norms=c * (2 * model.layers + 1),
@@ -80,15 +81,18 @@ class Flops:
     blocks: int  # linear layers
     attention: int
     head: int
+    own_layers: int  # of auxiliary losses, beside their blocks
+    teachers: int  # of auxiliary losses, without a backward pass
 
     @property
     def forward(self) -> int:
-        return self.blocks + self.attention + self.head
+        """Of what has a backward pass."""
+        return self.blocks + self.attention + self.head + self.own_layers
 
     @property
     def training(self) -> int:
         """Forward and backward."""
-        return 3 * self.forward
+        return 3 * self.forward + self.teachers
 
 
 def auxiliary_cost(config: TrainConfig) -> AuxiliaryCost:
@@ -103,9 +107,11 @@ def flops(config: TrainConfig) -> Flops:
     causal = n * (n + 1) // 2
     pairs = model.layers * (causal + more.inputs * (n + 1)) + more.blocks * causal
     return Flops(
-        blocks=2 * ((n + more.inputs) * count.blocks + more.blocks * n * (count.blocks // model.layers)),
+        blocks=2 * ((n + more.inputs) * count.blocks + more.blocks * n * model.block_parameters),
         attention=2 * (2 * model.dim * pairs),
         head=2 * (n + more.targets) * count.head,
+        own_layers=more.products,
+        teachers=more.teacher_blocks * (2 * n * model.block_parameters + 2 * (2 * model.dim * causal)),
     )
 
 
@@ -157,14 +163,14 @@ def memory(config: TrainConfig, gpus: int, micro_batch: int, on_cpu: bool = Fals
 
     model, count, sharded = config.model, parameters(config.model), config.parallel == "fsdp" and gpus > 1
     more, width = auxiliary_cost(config), 2 if autocast(config, on_cpu) else 4
-    own = more.blocks * (count.blocks // model.layers + 3 * model.dim)  # parameters of an auxiliary loss's own blocks
+    own = more.blocks * (model.block_parameters + 3 * model.dim) + more.parameters  # of auxiliary losses
     share = 4 / (gpus if sharded else 1)
     state = share * (count.total + own)
     inputs = model.num_tokens + more.inputs
     gathered, cast_weights = 0.0, 2.0 * (count.blocks + count.head + own) if width == 2 else 0.0
     if sharded:  # weights of a block and of the one being fetched; gradients as computed and, to be summed, in float32
-        block, rest = count.blocks / model.layers, count.total - count.blocks + own
-        gathered = 2 * width * block + 4 * rest + max((width + 4) * block, 8 * rest)
+        block, rest = model.block_parameters, count.total - count.blocks + own
+        gathered = 2 * width * block + 4 * (rest + more.teacher_parameters) + max((width + 4) * block, 8 * rest)
         cast_weights = 2.0 * count.head if width == 2 else 0.0
     compiled = config.compile == "on" or (config.compile == "auto" and not on_cpu)
     layer = sum(saved_per_layer(config, more.inputs, width, on_cpu, compiled).values())
@@ -172,6 +178,7 @@ def memory(config: TrainConfig, gpus: int, micro_batch: int, on_cpu: bool = Fals
     kept = model.layers * (residual if config.activation_checkpointing else layer)
     kept += inputs * model.dim * (model.token_dropout > 0)  # its mask
     kept += more.blocks * sum(saved_per_layer(config, 0, width, on_cpu, False).values())
+    kept += width * more.kept + 4 * more.kept_wide
     if r := more.inputs:  # rotary rows, and the mask that all layers share
         kept += 2 * 4 * inputs * model.head_dim + (4 * r * model.num_tokens if on_cpu and r < model.num_tokens else 0)
     # The loss: the last norm's input, output and gradient, and a copy of the added inputs that have a target; logits
@@ -182,7 +189,7 @@ def memory(config: TrainConfig, gpus: int, micro_batch: int, on_cpu: bool = Fals
     # A block's backward pass: gradients of two tensors in the feed-forward and of the residual stream.
     in_block = 2 * width * inputs * model.ffn_dim + 2 * residual + layer * config.activation_checkpointing
     return Memory(
-        weights=state,
+        weights=state + share * more.teacher_parameters,
         gradients=state,
         moments=2 * state,
         ema=share * count.total if config.ema_decay else 0.0,

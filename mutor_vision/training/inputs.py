@@ -8,13 +8,12 @@ import torch
 
 from mutor_vision.config import TrainConfig
 from mutor_vision.data.order import SampleOrder, split
-from mutor_vision.data.token_set import TokenSet
+from mutor_vision.data.token_set import TokenSet, read_facts
 from mutor_vision.errors import MismatchError, UserError
 from mutor_vision.keyed_random import choose
 from mutor_vision.model.base import Base, open_base, with_sizes_of_base
 from mutor_vision.runtime import Runtime
 from mutor_vision.schedule import check_warmup
-from mutor_vision.storage.files import read_json
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,8 @@ def open_inputs(config: TrainConfig, runtime: Runtime) -> Inputs:
     val_set = TokenSet.open(config.val_codes) if config.val_codes else token_set
     train_images, held_out = split(token_set, 0.0 if config.val_codes else config.val_fraction)
     held_out = np.arange(val_set.num_images) if config.val_codes else held_out
+    if not config.epoch_images and config.counts_epochs:
+        config = dataclasses.replace(config, epoch_images=len(train_images))
     val_images = held_out[choose(0, "validation images", len(held_out), config.val_images)]
     check(config, token_set, val_set, len(train_images), runtime)
     base = open_base(config.init) if config.init else None
@@ -65,7 +66,8 @@ def resolve(config: TrainConfig, token_set: TokenSet) -> TrainConfig:
                 f"model.{name} is {current}, but the token set {config.codes} has {value}; "
                 f"encode with another tokenizer or set model.{name}={value}"
             )
-    return dataclasses.replace(config, model=model)
+    features = {name: own.of_features(token_set.features) for name, own in config.auxiliaries.items()}
+    return dataclasses.replace(config, model=model, **features)
 
 
 def check(config: TrainConfig, token_set: TokenSet, val_set: TokenSet, num_images: int, runtime: Runtime) -> None:
@@ -91,7 +93,7 @@ def check_tokenizer(base: Base, token_set: TokenSet) -> None:
     """Raise MismatchError when the base is known to have learnt the codes of another tokenizer."""
     for root in (base.folder, base.folder.parent.parent):
         if (root / "token_set.json").is_file():
-            known = read_json(root / "token_set.json")["tokenizer_sha256"]
+            known = read_facts(root)["tokenizer_sha256"]
             if known and known != token_set.tokenizer_identity:
                 raise MismatchError(
                     f"{base.folder} was trained on codes of tokenizer {known[:12]}, {token_set.path} holds those of "

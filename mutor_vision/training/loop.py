@@ -2,6 +2,7 @@
 objective that State builds from the configuration, and in nothing here."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,8 +14,10 @@ from mutor_vision.preemption import Preemption
 from mutor_vision.progress import progress
 from mutor_vision.runtime import blamed, start
 from mutor_vision.schedule import due
+from mutor_vision.settings import to_dict
 from mutor_vision.storage.outputs import check_out_folder
 from mutor_vision.storage.run_log import RunLog
+from mutor_vision.storage.trackers import check_trackers
 from mutor_vision.training import sharding
 from mutor_vision.training.inputs import Inputs, keep_on_device, open_inputs
 from mutor_vision.training.resume import resume
@@ -23,9 +26,11 @@ from mutor_vision.training.step import means_of, train_step, zero_sums
 from mutor_vision.training.validate import validate
 
 
-def train(config: TrainConfig, out: Path) -> None:
+def train(config: TrainConfig, out: Path, trackers: Sequence[str] = ()) -> None:
     """Train config.model on config.codes and keep everything in the run directory `out`. Running it again with the
-    same configuration continues from the newest checkpoint, on CPU to the last bit as if it had never stopped."""
+    same configuration continues from the newest checkpoint, on CPU to the last bit as if it had never stopped.
+    trackers: see RunLog."""
+    check_trackers(trackers)
     runtime = start(config.precision)
     check_out_folder(out)
     inputs = open_inputs(config, runtime)
@@ -37,7 +42,7 @@ def train(config: TrainConfig, out: Path) -> None:
     state = State(config, inputs.base, runtime)
     found = resume(out, inputs, state)
     state.parallelize(found)
-    log = RunLog(out, state.step, config.steps, active=runtime.is_main)
+    log = RunLog(out, state.step, config.steps, active=runtime.is_main, trackers=trackers, config=to_dict(config))
     keep_on_device(inputs.token_set, runtime)
     if runtime.is_main:
         print(_beginning(inputs, state), flush=True)
@@ -55,7 +60,7 @@ def train(config: TrainConfig, out: Path) -> None:
             torch.manual_seed(derived_seed(config.seed, "dropout", state.step, runtime.rank))
             batch = read_batch(inputs.token_set, inputs.order, step=state.step, batch_size=config.batch_size,
                                rank=runtime.rank, world_size=runtime.world_size, label_dropout=config.label_dropout,
-                               device=runtime.device)  # fmt: skip
+                               device=runtime.device, features=config.reads_features)  # fmt: skip
             gradient_norm, lr = train_step(state.parallel, state.objective, state.optimizer, batch, config, runtime,
                                            step=state.step, sums=sums, skipped=state.skipped)  # fmt: skip
             step, stopping = state.advance(), preemption.asked()
@@ -77,14 +82,17 @@ def train(config: TrainConfig, out: Path) -> None:
             if len(inputs.val_images) and due(step, config.val_every, config.steps):
                 scores = _held_out(inputs, state)
                 log.write(step, **scores)
-                say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+                say(
+                    f"step {step}: "
+                    + ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if " " not in name)
+                )
             if sampled:
                 whole = state.best()
                 if runtime.is_main:
                     from mutor_vision.sampling.stream import save_training_grid
 
                     with state.uncompiled():
-                        save_training_grid(whole, out, step, config, runtime)
+                        log.picture(step, save_training_grid(whole, out, step, config, runtime))
                     state.model.train()
             if measured:
                 with state.uncompiled():

@@ -86,6 +86,7 @@ def _overfit(inputs: Inputs, runtime: Runtime) -> tuple[float, list[float], floa
     batch = read_batch(
         inputs.token_set, inputs.order, step=0, batch_size=config.batch_size, rank=runtime.rank,
         world_size=runtime.world_size, label_dropout=config.label_dropout, device=runtime.device,
+        features=config.reads_features,
     )  # fmt: skip
     means, seconds, begun = [], [], time.perf_counter()
     while len(means) <= STEPS and (len(means) < 4 or not _late(begun, runtime)):

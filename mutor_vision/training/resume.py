@@ -6,8 +6,9 @@ from pathlib import Path
 
 from mutor_vision.errors import MismatchError
 from mutor_vision.model.base import RECORD
+from mutor_vision.schedule import schedule_units
 from mutor_vision.settings import differences
-from mutor_vision.storage import checkpoint
+from mutor_vision.storage import checkpoint, lock
 from mutor_vision.storage.files import read_json, sha256, write_json
 from mutor_vision.training.inputs import Inputs
 from mutor_vision.training.state import State
@@ -27,12 +28,14 @@ def resume(out: Path, inputs: Inputs, state: State) -> Path | None:
     checkpoint.open_run raises."""
     config, base, runtime = state.config, inputs.base, state.runtime
     found = checkpoint.open_run(out, state.kind)
+    lock.hold(out, runtime)  # not before: what is no run of ours gets no file
     record = base.record() if base else None
     if found is not None:
-        # A schedule other than constant ends at `steps`, so another number of steps is another run.
-        active = [own for own in config.auxiliaries.values() if own.active]
-        schedules = [config.schedule, *(own.weight_schedule for own in active)]
-        allowed = RESUMABLE - (set() if set(schedules) == {"constant"} else {"steps"})
+        # A schedule that ends at a share of `steps` makes another run of another number of them.
+        weights = [own.weight_schedule for own in config.auxiliaries.values() if own.active]
+        fixed = config.schedule != "constant" or any("%" in schedule_units(schedule) for schedule in weights)
+        allowed = RESUMABLE - ({"steps"} if fixed else set())
+        checkpoint.resolve(out / "tokenizer")  # verifies it: found now, not when the trained model is to sample
         before = checkpoint.read_config(found, state.kind, type(config))
         changed = [d for d in differences(before, config) if d.split(":")[0] not in allowed]
         if sha256(out / "token_set.json") != inputs.token_set.identity:

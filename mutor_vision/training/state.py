@@ -83,8 +83,9 @@ class State:
             self.processes_before = sharding.load_optimizer(self.optimizer, self.trained, found, self.runtime)
 
     def advance(self) -> int:
-        """The optimizer has taken a step: update the EMA; returns the number of steps taken."""
+        """The optimizer has taken a step: update the EMA and teachers; returns the number of steps taken."""
         self.step += 1
+        self.objective.after_step()
         if self.ema:
             self.ema.update(self.model, step=self.step)
         return self.step

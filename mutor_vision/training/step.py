@@ -21,12 +21,12 @@ def train_step(
     this rank's sums of losses, and their numbers of targets, are added. skipped (2,): steps that changed nothing
     because a gradient was not finite, in all and in a row, are counted. Returns the norm of the gradients before
     clipping, a scalar on the device, and the learning rate."""
-    size = forward_batch(config, runtime)
-    parts = [slice(i, i + size) for i in range(0, len(batch.labels), size)]
+    parts = batch.split(forward_batch(config, runtime))
     sequences = [
-        objective.sequence(batch.codes[part], seed=config.seed, sample_index=batch.sample_index[part], step=step)
+        objective.sequence(part.codes, seed=config.seed, sample_index=part.sample_index, step=step,
+                           labels=part.classes, features=part.features)
         for part in parts
-    ]
+    ]  # fmt: skip
     # Ranks have different numbers of targets: the counts are summed before anything is divided by them.
     counts = torch.tensor([list(objective.counts(sequence).values()) for sequence in sequences]).sum(0)
     counts = runtime.all_reduce(to_device(counts, runtime.device))
@@ -35,7 +35,7 @@ def train_step(
     for part, sequence in zip(parts, sequences, strict=True):
         with sharding.gradients_of(parallel, last_part=part is parts[-1]):
             with runtime.autocast():
-                terms = parallel(batch.labels[part], sequence)
+                terms = parallel(part.labels, sequence)
             loss = total_loss(terms, counted, weights)
             (loss * runtime.world_size).backward()  # data parallelism averages over processes
         losses += torch.stack(list(terms.values())).detach()
@@ -66,7 +66,8 @@ def zero_sums(objective: Objective, runtime: Runtime) -> Tensor:
 
 
 def means_of(sums: Tensor, weights: dict[str, float]) -> dict[str, float]:
-    """sums as in `zero_sums`, over all ranks, and the weight of each loss -> 'loss', and each loss's mean. Waits for
-    the device."""
-    means = {name: total / max(1.0, count) for name, total, count in zip(weights, *sums.tolist(), strict=True)}
+    """sums as in `zero_sums`, over all ranks, and the weight of each loss -> 'loss', and each loss's mean, without
+    losses of no weight and no targets. Waits for the device."""
+    means = {name: total / max(1.0, count) for name, total, count in zip(weights, *sums.tolist(), strict=True)
+             if count or weights[name]}  # fmt: skip
     return {"loss": sum(weights[name] * means[name] for name in means), **means}

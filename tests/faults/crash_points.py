@@ -93,7 +93,7 @@ def tree(folder: Path) -> dict[str, str]:
     files, and how pickle numbers what training.pt holds, which a continued run does otherwise."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_dir() or "tensorboard" in path.parts:
+        if path.is_dir() or "tensorboard" in path.parts or path.name == ".lock":
             continue
         content = path.read_bytes()
         if path.name == "log.jsonl":
@@ -103,7 +103,7 @@ def tree(folder: Path) -> dict[str, str]:
             content = _plain(torch.load(path, weights_only=True)).encode()
         elif path.name == "MANIFEST.json":
             manifest = json.loads(content)
-            del manifest["files"]["training.pt"]
+            del manifest["files"]["training.pt"], manifest["seal"]  # the seal is over the rest
             content = json.dumps(manifest).encode()
         found[path.relative_to(folder).as_posix()] = hashlib.sha256(content).hexdigest()
     return found

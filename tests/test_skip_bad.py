@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from faults.score import record
 from PIL import Image
 
 from mutor_vision.data.folder import ImageFolder
@@ -63,7 +64,9 @@ def test_skipped_images_are_in_the_manifest_and_all_others_in_the_set(encode, pi
     manifest = TokenSet.open(tmp_path / "set").manifest
     assert list(manifest["skipped"]) == ["class0/04.png", "class1/09.png"]
     assert manifest["skipped"]["class0/04.png"].startswith("not a complete image (it begins with b'no image'")
-    assert manifest["num_images"] + len(manifest["skipped"]) == 14 and manifest["images_per_class"] == [6, 6]
+    accounted = manifest["num_images"] + len(manifest["skipped"])
+    record("Every image is accounted for", "mutor encode", accounted, 14)
+    assert accounted == 14 and manifest["images_per_class"] == [6, 6]
     for name in manifest["skipped"]:
         (pictures / name).unlink()
     assert encode(out="removed").code == 0
@@ -140,3 +143,4 @@ def test_tokenizer_training_skips_and_records_them_and_goes_on(command, pictures
     state = checkpoint.read_training_state(checkpoint.newest(tmp_path / "run"))
     assert state["step"] == 4 and state["files"].endswith(" 12") and len(state["skipped"]) == 2
     assert state["repaired"] == []
+    record("Every image is accounted for", "mutor train-tokenizer", 12 + len(state["skipped"]), 14)
