@@ -7,8 +7,8 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile
 # What computes with the transformer, and so may take a fast path: test_layout.py compares this list with the imports.
 PLAIN := $(addprefix tests/test_,$(addsuffix .py,adding_an_objective aligned_states completion device_rules \
     drafter drafts encoder_states eval export fine_tuning forecast generate llamagen look_ahead_grid looking_ahead \
-    made_before mutor nonfinite offsets parallel_heads plan preflight private_blocks registers sample sharding \
-    show tokenizer_commands trackers train_loop transformer))
+    made_before mutor nonfinite offsets other_processes parallel_heads plan preflight private_blocks registers \
+    resume sample sharding show tokenizer_commands trackers train_loop transformer))
 
 # Every case of the tests of promises (docs/reliability.md): crash points, damage, changed bytes, killed jobs.
 FAULTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,crash_points preemption nonfinite resume damage fuzz catalogue \

@@ -32,7 +32,7 @@ def run_command(main: Callable[[], None]) -> None:
             stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = _unbreakable(sys.stdout, sys.__stdout__), _unbreakable(sys.stderr, sys.__stderr__)
     try:
-        _recorded(_disk_told(main))()
+        _recorded(_peers_told(_disk_told(main)))()
     except UserError as error:
         if os.environ.get("MUTOR_DEBUG") == "1":
             raise
@@ -83,6 +83,25 @@ def _disk_told(main: Callable[[], None]) -> Callable[[], None]:
             raise UserError(
                 f"results cannot be written: {reason}{where}; make space or mend the disk, then repeat the command"
             ) from error
+
+    return run
+
+
+def _peers_told(main: Callable[[], None]) -> Callable[[], None]:
+    """main, in which the end of another process of the job is one line that names it."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return main  # without importing torch
+
+    def run() -> None:
+        try:
+            main()
+        except RuntimeError as raised:
+            from mutor_vision.runtime import blamed
+
+            error = blamed(raised)
+            if error is not raised:
+                raise error from None
+            raise
 
     return run
 

@@ -100,6 +100,8 @@ class TokenizerTrainConfig(Settings):
     seed: int = 0
     precision: str = "auto"  # auto | float32 | bfloat16
     workers: int = 2  # image-reading processes per rank, 0 = in the main process
+    skip_bad: int = 0  # images of `data` that cannot be used and are left out, at most; checkpoints list them
+    verify: bool = False  # decode every image before the first step; otherwise headers are looked at
     log_every: int = 50  # steps, 0 = never
     val_every: int = 1000  # steps, 0 = never
     sample_every: int = 1000  # steps between grids of reconstructions, 0 = never
@@ -116,6 +118,8 @@ class TokenizerTrainConfig(Settings):
             "perceptual_stages": [0, 1, 2, 3],
             "discriminator_width": 64,
             "discriminator_layers": 3,
+            "skip_bad": 0,
+            "verify": False,
         },
     }
 
@@ -124,7 +128,7 @@ class TokenizerTrainConfig(Settings):
         self._require_positive("steps batch_size lr")
         self._require_not_negative(
             "l1_weight l2_weight lpips_weight perceptual_weight codebook_weight commitment_weight entropy_weight "
-            "adversarial_weight clip "
+            "adversarial_weight clip skip_bad "
             "workers dead_code_steps quantize_after adversarial_start warmup_steps val_images log_every val_every "
             "sample_every save_every"
         )

@@ -15,7 +15,10 @@ class DataError(UserError):
 
 
 class ImageError(DataError):
-    """Image files that cannot be used; `paths` are they, so that their repair can be told from other images."""
+    """Image files that cannot be used; `paths` are they, so that their repair can be told from other images. `lines`: a
+    message for each, where the error's own shows the first of many."""
+
+    lines: tuple[str, ...] = ()
 
     def __init__(self, message: str, *paths: object):
         super().__init__(message)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from mutor_vision.errors import UserError
-from mutor_vision.runtime import Runtime
+from mutor_vision.runtime import Runtime, patience
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
@@ -33,7 +33,7 @@ class Preemption:
         # the group is one of gloo, and no step waits for a GPU.
         self._group = None
         if runtime.world_size > 1 and dist.get_backend() != "gloo":
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=patience())
 
     def end(self) -> None:
         """Signals do again what they did before."""

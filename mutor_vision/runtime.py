@@ -3,6 +3,8 @@ torch.distributed are `sharding`, for the transformer, and the tokenizer's train
 DistributedDataParallel."""
 
 import os
+import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +17,16 @@ from mutor_vision.errors import UserError
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+TIMEOUT = "MUTOR_TIMEOUT"  # environment variable: seconds that a process waits for another one
+ANSWER = 5  # seconds in which the others have to say that they wait, too
+# What gloo says when another process ended, or does not answer. nccl's errors are of a class of their own.
+_OF_PEERS = re.compile(r"Timed out waiting|timeout caused pair closure|Connection (closed|reset)|Broken pipe")
+
+
+class PeerError(UserError):
+    """Another process of the job ended, or does not answer."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -110,11 +122,47 @@ def start(precision: str = "auto", device: str = "auto") -> Runtime:
         raise UserError(f"{world_size} processes on one MPS device; start one process, or use --device cpu")
     where = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=patience())
     # Cards before Ampere emulate bfloat16, slower than they compute in float32.
     has_bfloat16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.bfloat16 if precision == "bfloat16" or (precision == "auto" and has_bfloat16) else None
     return Runtime(rank=rank, world_size=world_size, device=where, autocast_dtype=dtype)
+
+
+def patience() -> timedelta:
+    """How long a process waits for another one before it says which, and ends: TIMEOUT, or half an hour."""
+    text = os.environ.get(TIMEOUT, "1800")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise UserError(f"{TIMEOUT} is '{text}', expected seconds above 0 (1800 by default)")
+    return timedelta(seconds=seconds)
+
+
+def blamed(error: BaseException, where: str = "") -> BaseException:
+    """An error of a collective, whose text knows of addresses alone -> a PeerError that names the ranks; any other
+    error as it is. where: such as 'step 7'. Whoever waits for a rank says so to the others; the ranks that say nothing
+    for ANSWER seconds are the cause. Meanwhile torchrun sees the one that ended first, and shows it as root cause."""
+    known = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _OF_PEERS.search(str(error)))
+    if not known or not dist.is_initialized() or dist.get_world_size() == 1:
+        return error
+    ranks, silent = dist.get_world_size(), []
+    try:
+        store, key = dist.distributed_c10d._get_default_store(), "mutor_vision/waits/{}".format
+        store.set(key(dist.get_rank()), "1")
+        until = time.monotonic() + ANSWER
+        while (silent := [rank for rank in range(ranks) if not store.check([key(rank)])]) and time.monotonic() < until:
+            time.sleep(0.1)
+    except RuntimeError:  # the machine that kept the store is gone
+        pass
+    who = f"rank {', '.join(map(str, silent))}" if silent else "one"
+    return PeerError(
+        f"{who} of the {ranks} processes ended or hangs{where and f', at {where}'}; its own message, or torchrun's "
+        f"summary, says why. The same command goes on; {TIMEOUT}=SECONDS makes them wait for longer than "
+        f"{patience().total_seconds():g} s"
+    )
 
 
 def finish() -> None:

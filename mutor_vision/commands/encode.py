@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shard-size", type=int, default=10_000, help="images per file (default 10000)")
     parser.add_argument("--workers", type=int, default=2, help="image-reading processes per rank (default 2)")
+    parser.add_argument("--skip-bad", type=int, default=0, metavar="N", help="leave out up to N images that cannot be "
+                        "used, and list them in the manifest (default 0: stop)")  # fmt: skip
+    parser.add_argument("--verify", action="store_true", help="decode every image first, not its header alone")
     parser.add_argument("--features", default="", help="timm:NAME[@SIZE]: also keep this network's features of each "
                         "cell, for training with encoder_states; 2 bytes a number")  # fmt: skip
     parser.add_argument("--features-weights", default="", help="file of its weights; default: timm's, downloaded")
@@ -38,7 +41,8 @@ def main(arguments: argparse.Namespace) -> None:
         shard_size=arguments.shard_size, weights=arguments.weights, precision=arguments.precision,
     )  # fmt: skip
     where = runtime.start()
-    tokens = encode_folder(arguments.tokenizer, arguments.data, arguments.out, settings, where, arguments.workers)
+    tokens = encode_folder(arguments.tokenizer, arguments.data, arguments.out, settings, where, arguments.workers,
+                           arguments.skip_bad, arguments.verify)  # fmt: skip
     if arguments.features:
         from mutor_vision.tokenizer.features import encode_features
 

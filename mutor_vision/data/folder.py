@@ -6,9 +6,10 @@ import hashlib
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from PIL import Image
 
@@ -20,6 +21,7 @@ from mutor_vision.names import printable
 from mutor_vision.progress import progress
 
 READERS = 8  # threads that read image headers
+T = TypeVar("T")
 OUTSIDE = "images outside of the class folders"
 
 
@@ -51,12 +53,20 @@ class Files(Source):
     def check(self, numbers: Sequence[int]) -> list[Header]:
         return check_images([self.root / self.paths[number] for number in numbers])
 
+    def bad(self, numbers: Sequence[int], decode: bool) -> dict[int, ImageError]:
+        found = _looked_at(_decoded if decode else check_image, [self.root / self.paths[number] for number in numbers])
+        return {number: it for number, it in zip(numbers, found, strict=True) if isinstance(it, ImageError)}
+
     def shown(self, number: int) -> str:
         return printable(str(self.root / self.paths[number]))
 
     def names_of(self, error: ImageError) -> list[str]:
         inside = (Path(path) for path in error.paths if Path(path).is_relative_to(self.root))
         return [path.relative_to(self.root).as_posix() for path in inside]
+
+    def numbers_of(self, names: Sequence[str]) -> list[int]:
+        wanted = set(names)
+        return [number for number, path in enumerate(self.paths) if path in wanted]
 
     def stamp(self) -> bytes:
         states = ((path, (self.root / path).stat()) for path in self.paths)
@@ -156,25 +166,32 @@ def _size(path: Path) -> int:
 def check_images(paths: Sequence[Path]) -> list[Header]:
     """images.check_image of every path, in threads (0.1 to 0.3 ms a file on a fast disk). Raises one ImageError that
     names all files that cannot be used."""
-    headers, errors = [], []
+    found = _looked_at(check_image, paths)
+    raise_all([it for it in found if isinstance(it, ImageError)], len(paths))
+    return found
 
-    def look(part: Sequence[Path]) -> list[Header | ImageError]:
-        return [_header_or_error(path) for path in part]
+
+def _looked_at(look: Callable[[Path], T], paths: Sequence[Path]) -> list[T | ImageError]:
+    """What `look` gives or raises for each path, in threads."""
+
+    def of_part(part: Sequence[Path]) -> list[T | ImageError]:
+        return [_or_error(look, path) for path in part]
 
     with ThreadPoolExecutor(READERS) as pool:
-        parts = progress(pool.map(look, batched(paths, 200)), desc="looking at images", total=-(-len(paths) // 200),
+        parts = progress(pool.map(of_part, batched(paths, 200)), desc="looking at images", total=-(-len(paths) // 200),
                          delay=5, leave=False)  # fmt: skip
-        for found in (found for part in parts for found in part):
-            (errors if isinstance(found, ImageError) else headers).append(found)
-    raise_all(errors, len(paths))
-    return headers
+        return [found for part in parts for found in part]
 
 
-def _header_or_error(path: Path) -> Header | ImageError:
+def _or_error(look: Callable[[Path], T], path: Path) -> T | ImageError:
     try:
-        return check_image(path)
+        return look(path)
     except ImageError as error:
         return error
+
+
+def _decoded(path: Path) -> None:
+    read_image(path)
 
 
 def check_apart(data: str | Path, out: str | Path) -> None:

@@ -6,13 +6,14 @@ read a folder.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
 
 from mutor_vision.data.images import Header
 from mutor_vision.errors import ImageError
+from mutor_vision.names import printable
 
 SHOWN = 10  # bad images that one message names
 
@@ -27,6 +28,7 @@ class Source(ABC):
     name = "images"  # what manifests and protocols call it
     kind = "images"  # what protocols say that it is: 'folder', ...
     left_out: dict[str, int] = {}  # what in it was not taken for an image, for manifests: ending -> how many
+    skipped: dict[str, str] = {}  # images that cannot be used and are not counted (Without): name -> why
     ignored: dict[str, int] = {}  # what in it a system left behind: name -> how often
 
     @classmethod
@@ -70,6 +72,17 @@ class Source(ABC):
         raise_all(errors, len(numbers))
         return headers
 
+    def bad(self, numbers: Sequence[int], decode: bool) -> dict[int, ImageError]:
+        """Number -> what is wrong, of those of these images that cannot be used. decode: also those whose header is
+        fine; this default always does."""
+        found = {}
+        for number in numbers:
+            try:
+                self.open(number)
+            except ImageError as error:
+                found[number] = error
+        return found
+
     def shown(self, number: int) -> str:
         """What messages call an image."""
         return f"image {number} of {self.name}"
@@ -78,9 +91,51 @@ class Source(ABC):
         """'CLASS/...' of the images of this source that an error is about, so that their repair can be recognised."""
         return list(error.paths)
 
+    def numbers_of(self, names: Sequence[str]) -> list[int]:
+        """The images that `names_of` calls so, as far as they are here; a superset of them, where that is simpler."""
+        return list(range(len(self))) if names else []
+
     def stamp(self) -> bytes:
         """Bytes that change whenever an image may have changed here. Cached features are named after them."""
         return self.fingerprint().encode()
+
+
+class Without(Source):
+    """A source without some of its images. dropped: their numbers in it -> why. Raises ImageError when a class has no
+    image left."""
+
+    def __init__(self, source: Source, dropped: Mapping[int, ImageError]):
+        self.source, self.name, self.kind = source, source.name, source.kind
+        self.left_out, self.ignored, self.class_names = source.left_out, source.ignored, source.class_names
+        self.skipped = {(source.names_of(error) or [source.shown(number)])[0]:
+                        str(error).removeprefix(f"{source.shown(number)}: ")
+                        for number, error in sorted(dropped.items())}  # fmt: skip
+        self.numbers = [number for number in range(len(source)) if number not in dropped]
+        self.labels = None if source.labels is None else [source.labels[number] for number in self.numbers]
+        if self.labels is not None and 0 in self.counts():
+            empty = self.class_names[self.counts().index(0)]
+            raise ImageError(f"no image of class '{printable(empty)}' can be used; mend one, or remove the class")
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def open(self, number: int) -> Image.Image:
+        return self.source.open(self.numbers[number])
+
+    def fingerprint(self, numbers: Sequence[int] | None = None) -> str:
+        return self.source.fingerprint([self.numbers[i] for i in (range(len(self)) if numbers is None else numbers)])
+
+    def check(self, numbers: Sequence[int]) -> list[Header]:
+        return self.source.check([self.numbers[number] for number in numbers])
+
+    def shown(self, number: int) -> str:
+        return self.source.shown(self.numbers[number])
+
+    def names_of(self, error: ImageError) -> list[str]:
+        return self.source.names_of(error)
+
+    def stamp(self) -> bytes:
+        return self.source.stamp() + repr(self.numbers).encode()
 
 
 def raise_all(errors: Sequence[ImageError], looked_at: int) -> None:
@@ -92,4 +147,6 @@ def raise_all(errors: Sequence[ImageError], looked_at: int) -> None:
     shown = "; ".join(str(error) for error in errors[:SHOWN])
     more = f"; and {len(errors) - SHOWN:,} more" if len(errors) > SHOWN else ""
     bad = [path for error in errors for path in error.paths]
-    raise ImageError(f"{len(errors):,} of {looked_at:,} images cannot be used: {shown}{more}", *bad)
+    together = ImageError(f"{len(errors):,} of {looked_at:,} images cannot be used: {shown}{more}", *bad)
+    together.lines = tuple(map(str, errors))
+    raise together

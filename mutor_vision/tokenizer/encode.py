@@ -36,7 +36,7 @@ from mutor_vision.storage import checkpoint
 from mutor_vision.storage.files import read_json, write_json
 from mutor_vision.storage.outputs import check_out_folder
 from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer, tokenizer_folder, tokenizer_identity
-from mutor_vision.tokenizer.repairs import forget_bad, only_repaired, recall_bad, record_bad
+from mutor_vision.tokenizer.repairs import forget_bad, listed, only_repaired, recall_bad, record_bad, without_bad
 
 _CORNERS = ["top-left", "top-right", "bottom-left", "bottom-right", "center"]
 VIEW_NAMES = {
@@ -47,7 +47,7 @@ VIEW_NAMES = {
 PRECISIONS = ("float32", "bfloat16")
 # Entries of a plan that follow from the images. The others are settings.
 _OF_IMAGES = ("num_images", "num_shards", "files_sha256", "files_of_classes", "files_of_shards", "images_per_class",
-              "left_out", "ignored", "repaired")  # fmt: skip
+              "left_out", "ignored", "skipped", "repaired")  # fmt: skip
 _PLAN = {"num_images": int, "num_shards": int, "files_sha256": str}
 _COMPARED = 32  # crops that are also encoded in float32, to measure how many codes another precision changes
 
@@ -75,7 +75,7 @@ class EncodeSettings:
 
 def encode_folder(
     tokenizer_path: str | Path, data: str | Path, out: str | Path, settings: EncodeSettings, runtime: Runtime,
-    workers: int = 2,
+    workers: int = 2, skip_bad: int = 0, verify: bool = False,
 ) -> TokenSet:  # fmt: skip
     """Encode every image of `data` (a folder, or another source that reading.open_source knows) into the token set
     `out`, and return it opened and verified.
@@ -84,12 +84,18 @@ def encode_folder(
     (else MismatchError), except for bad images that were replaced or removed since: finished shards with unchanged
     images are kept, and the manifest lists the repaired images.
 
-    Every image is checked before the first is encoded (Source.check); one ImageError names all that cannot be used.
+    Every image is checked before the first is encoded (Source.check; verify: decoded); one ImageError names all that
+    cannot be used. Up to skip_bad of them are left out instead, and stand in the manifest with the reason.
     Damage that only shows in decoding raises ImageError at that image; finished shards stay, no manifest is written."""
     out = Path(out)
     check_apart(data, out)
     check_out_folder(out)
+    if skip_bad < 0:
+        raise UserError(f"skip_bad is {skip_bad}, expected 0 or more")
     source = open_source(data)
+    begun = read_json(out / PLAN, _PLAN) if (out / PLAN).is_file() else {}
+    suspects = recall_bad(out) + list(begun.get("skipped", {}))
+    source = without_bad(source, out, skip_bad, verify, suspects, runtime)
     tokenizer = load_tokenizer(tokenizer_path, runtime.device, settings.weights)
     plan = _plan(tokenizer, source, settings, runtime)
     plan = _begin(out, plan, source, tokenizer_path, settings.weights, runtime)
@@ -207,6 +213,7 @@ def _plan(tokenizer: VQTokenizer, source: Source, settings: EncodeSettings, runt
         "images_per_class": source.counts(),
         "left_out": source.left_out,
         "ignored": source.ignored,
+        "skipped": source.skipped,
         "files_of_classes": source.fingerprints_of_classes(),
     }
     return plan | {"files_of_shards": [source.fingerprint(_images_of(shard, plan))[:16] for shard in range(shards)]}
@@ -256,7 +263,7 @@ def _look_at_images(out: Path, plan: dict[str, Any], source: Source, stale: list
     except ImageError as error:
         if (out / PLAN).is_file():
             record_bad(out, source, error)
-        raise
+        raise listed(error, out) from None
 
 
 def _compare(out: Path, begun: dict[str, Any], plan: dict[str, Any]) -> tuple[list[int], list[str]]:
@@ -272,7 +279,7 @@ def _compare(out: Path, begun: dict[str, Any], plan: dict[str, Any]) -> tuple[li
     if not begun or begun["files_sha256"] == plan["files_sha256"]:
         return [], begun.get("repaired", [])
     finished = [shard for shard in range(begun["num_shards"]) if _is_there(out, shard)]
-    bad, before = recall_bad(out), begun.get("files_of_classes", [])
+    bad, before = sorted({*recall_bad(out), *begun.get("skipped", {})}), begun.get("files_of_classes", [])
     may_continue = only_repaired(bad, before, plan["files_of_classes"], plan["class_names"])
     if finished and ((out / "manifest.json").is_file() or not may_continue):
         raise MismatchError(
@@ -281,7 +288,7 @@ def _compare(out: Path, begun: dict[str, Any], plan: dict[str, Any]) -> tuple[li
         )
     before, now = begun.get("files_of_shards", []), plan["files_of_shards"]
     stale = [shard for shard in finished if shard >= len(now) or before[shard] != now[shard]]
-    return stale, sorted({*begun.get("repaired", []), *bad}) if may_continue else []
+    return stale, sorted({*begun.get("repaired", []), *bad} - {*plan.get("skipped", {})}) if may_continue else []
 
 
 def _short(value: Any) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mutor_vision.data.folder import batched
 from mutor_vision.data.images import views_named
 from mutor_vision.data.reading import Views, open_source, read_batches
+from mutor_vision.data.source import Without
 from mutor_vision.data.token_set import TokenSet, features_name, load_array, save_array, write_features
 from mutor_vision.errors import MismatchError, UserError
 from mutor_vision.progress import progress
@@ -84,6 +85,8 @@ def encode_features(
     Raises MismatchError for other images or other features than those that the set has or has begun."""
     out, source = Path(out), open_source(data)
     tokens = TokenSet.open(out)
+    if skipped := source.bad(source.numbers_of(list(tokens.manifest.get("skipped", {}))), decode=True):
+        source = Without(source, skipped)
     if tokens.manifest["files_sha256"] != source.fingerprint():
         raise MismatchError(f"{out} was made of other images than {data} has; give those that it was made of")
     network = CellFeatures(name, weights, tokens.grid).to(runtime.device)

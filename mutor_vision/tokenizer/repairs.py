@@ -6,9 +6,12 @@ again and images have changed, it continues if the change is limited to the clas
 import unicodedata
 from pathlib import Path
 
-from mutor_vision.data.source import Source
+import torch
+
+from mutor_vision.data.source import SHOWN, Source, Without, raise_all
 from mutor_vision.errors import ImageError
-from mutor_vision.storage.files import read_json, write_json
+from mutor_vision.runtime import Runtime
+from mutor_vision.storage.files import read_json, write_json, written
 
 
 def record_bad(out: Path, source: Source, error: ImageError, rank: int = 0) -> None:
@@ -34,3 +37,38 @@ def only_repaired(bad: list[str], before: list[str], now: list[str], class_names
     return len(before) == len(now) and all(
         old == new or name in touched for old, new, name in zip(before, now, class_names, strict=True)
     )
+
+
+def without_bad(source: Source, out: Path, at_most: int, verify: bool, suspects: list[str], runtime: Runtime) -> Source:
+    """Collective. The source without its images that cannot be used, if there are at most `at_most`; else ImageError.
+
+    Headers of all images are looked at; `verify` decodes all. suspects: images, as Source.names_of names them, that are
+    decoded in any case, because damage in them showed in decoding before."""
+    if not at_most and not verify:
+        return source  # the commands check what they still need
+    dropped, error = {}, None
+    marks = torch.zeros(len(source), dtype=torch.int64, device=runtime.device)
+    if runtime.is_main:
+        dropped = source.bad(range(len(source)), decode=verify) | source.bad(source.numbers_of(suspects), decode=True)
+        marks[list(dropped)] = 1
+        if len(dropped) > at_most:
+            try:
+                raise_all(list(dropped.values()), len(source))
+            except ImageError as raised:
+                error = listed(raised, out)
+        elif dropped:
+            print(f"{len(dropped)} image(s) of {len(source):,} cannot be used and are skipped", flush=True)
+    runtime.raise_together(error)
+    marks = runtime.all_reduce(marks)
+    numbers = marks.nonzero().flatten().tolist()
+    return Without(source, {number: dropped.get(number, ImageError("")) for number in numbers}) if numbers else source
+
+
+def listed(error: ImageError, out: Path) -> ImageError:
+    """The error; where it shows only some of its images, with the name of a file beside `out` that lists all."""
+    if len(error.lines) <= SHOWN:
+        return error
+    path = out.with_name(out.name + ".bad-images.txt")
+    with written(path) as partial:
+        partial.write_text("".join(f"{line}\n" for line in error.lines), encoding="utf-8")
+    return ImageError(f"{error}; all of them: {path}", *error.paths)

@@ -20,7 +20,7 @@ from mutor_vision.errors import ImageError, MismatchError, UserError
 from mutor_vision.keyed_random import permutation, uniforms
 from mutor_vision.preemption import Preemption
 from mutor_vision.progress import progress
-from mutor_vision.runtime import Runtime, start
+from mutor_vision.runtime import Runtime, blamed, start
 from mutor_vision.schedule import check_warmup, due, learning_rate
 from mutor_vision.settings import differences, to_dict
 from mutor_vision.storage import checkpoint, lock
@@ -31,13 +31,13 @@ from mutor_vision.tokenizer import losses
 from mutor_vision.tokenizer.model import VQTokenizer
 from mutor_vision.tokenizer.quantizer import count_codes, quantizer_named, usage
 from mutor_vision.tokenizer.reconstruction import reconstruct, score_reconstructions, side_by_side
-from mutor_vision.tokenizer.repairs import forget_bad, only_repaired, recall_bad, record_bad
+from mutor_vision.tokenizer.repairs import forget_bad, listed, only_repaired, recall_bad, record_bad, without_bad
 
 # Settings that may differ when a run is continued (`steps` only with a constant learning rate). Paths of images may,
 # because the images themselves are compared by fingerprint; the others do not change what a step computes.
 MAY_CHANGE = {
-    "data", "val_data", "val_images", "steps", "workers", "keep", "log_every", "val_every", "sample_every",
-    "save_every",
+    "data", "val_data", "val_images", "skip_bad", "verify", "steps", "workers", "keep", "log_every", "val_every",
+    "sample_every", "save_every",
 }  # fmt: skip
 
 
@@ -61,7 +61,12 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path, trackers: Seq
     # Images. Position k = step * batch_size + i fixes image and crop; there is no other state of the data.
     check_apart(config.data, out)
     check_out_folder(out)
-    source, train_indices, val_source, val_indices = split(config)
+    newest = _continued(config, out)
+    state = checkpoint.read_training_state(newest) if newest else {}
+    source = open_source(config.data)
+    suspects = recall_bad(out) + list(state.get("skipped", {}))
+    source = without_bad(source, out, config.skip_bad, config.verify, suspects, runtime)
+    source, train_indices, val_source, val_indices = split(config, source)
     images_of_classes, repaired = source.fingerprints_of_classes(), []
     check_all_images(out, [(source, train_indices), (val_source, val_indices)], runtime)
     size = config.model.image_size
@@ -88,18 +93,17 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path, trackers: Seq
     weights = {name: module for name, module in weights.items() if module is not None}
 
     # Begin, or continue.
-    first_step, newest = 0, _continued(config, out)
+    first_step = 0
     lock.hold(out, runtime)  # not before: what is no run of ours gets no file
     if newest is not None:
-        state = checkpoint.read_training_state(newest)
         repaired = state.get("repaired", [])
         if state["files"] != files:
-            bad, before = recall_bad(out), state.get("images_of_classes", [])
+            bad, before = suspects, state.get("images_of_classes", [])
             if not only_repaired(bad, before, images_of_classes, source.class_names):
                 raise MismatchError(
                     f"{out} was begun with other images in {config.data}; restore them or give a new --out"
                 )
-            repaired = sorted({*repaired, *bad})
+            repaired = sorted({*repaired, *bad} - {*source.skipped})
             if runtime.is_main:
                 print(f"{out} goes on with {len(bad)} image(s) replaced or removed, as its checkpoints record; if some "
                       "were removed, the order and a held-out share are drawn anew", flush=True)  # fmt: skip
@@ -223,7 +227,8 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path, trackers: Seq
                 log.picture(step, path)
             if saved:
                 state = {"step": step, "files": files, "idle_steps": idle_steps, "optimizer": optimizer.state_dict(),
-                         "images_of_classes": images_of_classes, "repaired": repaired}  # fmt: skip
+                         "images_of_classes": images_of_classes, "repaired": repaired,
+                         "skipped": source.skipped}  # fmt: skip
                 if optimizer_d is not None:
                     state["optimizer_d"] = optimizer_d.state_dict()
                 if runtime.is_main:
@@ -234,10 +239,13 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path, trackers: Seq
             if stopping and step < config.steps:
                 raise preemption.stopped(step)
             clock += time.monotonic() - paused  # images/s counts training alone
-    except BaseException as error:
+    except BaseException as raised:
+        error = blamed(raised, f"step {step}")  # the one in progress
         log.failed(step, error)
         if isinstance(error, ImageError):
             record_bad(out, source, error, runtime.rank)
+        if error is not raised:
+            raise error from None
         raise
     finally:
         preemption.end()
@@ -250,10 +258,9 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path, trackers: Seq
     return out / "checkpoints" / f"step-{step:07d}"
 
 
-def split(config: TokenizerTrainConfig) -> tuple[Source, np.ndarray, Source, np.ndarray]:
-    """(training source, numbers of its images to train on, validation source, numbers of its images to score).
+def split(config: TokenizerTrainConfig, source: Source) -> tuple[Source, np.ndarray, Source, np.ndarray]:
+    """(training source `source`, numbers of its images to train on, validation source, numbers of its images to score).
     Held-out images are chosen by config.seed; without validation the last is empty."""
-    source = open_source(config.data)
     if config.val_data:
         if Path(config.val_data).resolve() == Path(config.data).resolve():
             raise UserError(f"val_data is data ({config.data}); give other images, or val_fraction to hold some out")
@@ -297,6 +304,7 @@ def check_all_images(out: Path, sets: list[tuple[Source, np.ndarray]], runtime: 
             for error in errors:
                 record_bad(out, sets[0][0], error)
     paths = [path for error in errors for path in error.paths]
+    errors = [listed(error, out) for error in errors]
     runtime.raise_together(ImageError("; ".join(map(str, errors)), *paths) if errors else None)
 
 

@@ -12,7 +12,7 @@ from mutor_vision.data.order import read_batch
 from mutor_vision.keyed_random import derived_seed
 from mutor_vision.preemption import Preemption
 from mutor_vision.progress import progress
-from mutor_vision.runtime import start
+from mutor_vision.runtime import blamed, start
 from mutor_vision.schedule import due
 from mutor_vision.settings import to_dict
 from mutor_vision.storage.outputs import check_out_folder
@@ -107,8 +107,11 @@ def train(config: TrainConfig, out: Path, trackers: Sequence[str] = ()) -> None:
             if stopping and step < config.steps:
                 raise preemption.stopped(step)
         log.status("done", state.step)
-    except BaseException as error:
+    except BaseException as raised:
+        error = blamed(raised, f"step {state.step + 1}")
         log.failed(state.step, error)
+        if error is not raised:
+            raise error from None
         raise
     finally:
         preemption.end()
@@ -138,4 +141,8 @@ def _beginning(inputs: Inputs, state: State) -> str:
     ]
     parts += ["compiled"] if state.compiled else []
     parts += [f"continuing after step {state.step}"] if state.step else []
+    model = state.config.model
+    dropout = model.token_dropout or model.residual_dropout or model.ffn_dropout
+    if dropout and state.processes_before not in (0, runtime.world_size):  # a rank seeds its own masks
+        parts += [f"with other draws of dropout, since {state.processes_before} process(es) came before"]
     return ", ".join(parts)

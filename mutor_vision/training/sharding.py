@@ -124,8 +124,9 @@ def save_optimizer(
 
 def load_optimizer(
     optimizer: torch.optim.Optimizer, trained: dict[str, nn.Module], folder: Path, runtime: Runtime
-) -> None:
-    """The optimizer state of a verified checkpoint, whichever way of parallelism and number of processes wrote it."""
+) -> int:
+    """The optimizer state of a verified checkpoint, whichever way of parallelism and number of processes wrote it.
+    Returns that number, 0 where an older version did not record it."""
     state = checkpoint.read_training_state(folder)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if (folder / checkpoint.OPTIMIZER).is_dir():
@@ -137,7 +138,7 @@ def load_optimizer(
         reader = HuggingFaceStorageReader(str(folder / checkpoint.OPTIMIZER))  # safetensors and JSON, no pickle
         with warnings.catch_warnings(action="ignore"):  # it warns of a single process
             load(_moments(optimizer, trained), storage_reader=reader, no_dist=runtime.world_size == 1)
-        return
+        return state.get("processes", 0)
     saved = state["optimizer"]
     for number, parameter in enumerate(parameters):
         if isinstance(parameter, DTensor):
@@ -147,6 +148,7 @@ def load_optimizer(
                     tensor, parameter.device_mesh, parameter.placements, src_data_rank=None
                 )
     optimizer.load_state_dict(saved)
+    return state.get("processes", 0)
 
 
 def _moments(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Module]) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ class State:
 
     def __init__(self, config: TrainConfig, base: Base | None, runtime: Runtime):
         self.config, self.runtime, self.step = config, runtime, 0
+        self.processes_before = 0  # that wrote the checkpoint; 0 = none, or not known
         self.skipped = torch.zeros(2, dtype=torch.int64, device=runtime.device)  # of train_step
         torch.manual_seed(derived_seed(config.seed, "initialisation"))
         self.model = Transformer(config.model)
@@ -79,7 +80,7 @@ class State:
         self.parallel = sharding.parallelize(self.objective, averaged, self.config.parallel, self.runtime)
         self.optimizer = build_optimizer(self.objective, self.config)
         if found:
-            sharding.load_optimizer(self.optimizer, self.trained, found, self.runtime)
+            self.processes_before = sharding.load_optimizer(self.optimizer, self.trained, found, self.runtime)
 
     def advance(self) -> int:
         """The optimizer has taken a step: update the EMA and teachers; returns the number of steps taken."""
@@ -127,7 +128,8 @@ class State:
         weights = {name: sharding.gather(own, self.runtime.is_main) for name, own in self.weights().items()}
         shards = sharding.save_optimizer(self.optimizer, self.trained, out, self.runtime)
         if self.runtime.is_main:
-            state = {"step": self.step} | ({} if shards else {"optimizer": self.optimizer.state_dict()})
+            state = {"step": self.step, "processes": self.runtime.world_size}
+            state |= {} if shards else {"optimizer": self.optimizer.state_dict()}
             checkpoint.save(out, self.step, self.kind, self.config, weights, state, self.config.keep, shards)
 
     def describe(self) -> str:
