@@ -10,12 +10,16 @@ import time
 import numpy as np
 import pytest
 import torch
+from faults.score import everything
 from PIL import Image
 
 from mutor_vision.storage import checkpoint
 from mutor_vision.storage.run_log import read_log
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not everything(), reason="minutes, and network namespaces: make test-slow"),
+]
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 TRAINING = """--preset digits-mutor-2d-15 --set registers.count=5 --set batch_size=8 --set val_every=0
     --set sample_every=0 --set log_every=1 --set model.layers=1 --set model.dim=32""".split()

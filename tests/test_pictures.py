@@ -10,6 +10,8 @@ from PIL import Image
 
 @pytest.mark.slow
 def test_one_command_from_a_folder_to_scores_which_goes_on(tmp_path, monkeypatch, starts_are_forked, capsys):
+    import timm  # noqa: F401
+
     generator = np.random.default_rng(0)
     for split, number in (("train", 18), ("val", 3)):
         for wnid in ("n01443537", "n01917289", "n02165456"):  # the third is not asked for
