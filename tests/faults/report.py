@@ -73,8 +73,8 @@ LIMITS = """
   kernels were not held to it.
 - At another number of processes a run goes on with the same images at each step; dropout draws other noise.
 - Renaming is atomic on local disks and NFS, not on object stores. Locks are those of the file system.
-- The figure of crash points is of the sample that `make test` tries, about ten of a job's 15 to 240 changes of files; all of
-  them were not run to the end yet.
+- The figure of crash points is of the sample that `make test` tries, about ten of a job's 15 to 240 changes of files;
+  all of them were not run to the end yet.
 - A hash shows an accident or an exchange, not who made a file.
 - Loss spikes are logged and not acted upon: what a spike is depends on the run.
 """
