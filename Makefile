@@ -10,9 +10,9 @@ PLAIN := $(addprefix tests/test_,$(addsuffix .py,adding_an_objective aligned_sta
     made_before mutor nonfinite offsets other_processes parallel_heads plan preflight private_blocks registers \
     resume sample sharding show tokenizer_commands trackers train_loop transformer))
 
-# Every case of the tests of promises (docs/reliability.md): crash points, damage, changed bytes, killed jobs.
+# Every case of the tests of promises (docs/reliability.md): crash points, damage, changed bytes, lost processes.
 FAULTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,crash_points preemption nonfinite resume damage fuzz catalogue \
-    hostile lost_process skip_bad killed_jobs multi_node)))
+    lost_process skip_bad multi_node)))
 
 .PHONY: install check test test-slow test-plain test-lowest demo lint
 

@@ -140,7 +140,7 @@ _TINY = TrainConfig(
 )  # fmt: skip
 
 # A dozen classes of Tiny ImageNet at 64 pixels, 8x8 tokens of tiny-imagenet-8x8: experiments/pictures.py, hours on 2
-# CPU cores. A register at 20 of the 64 slots is the paper's 31 %. Figures in docs/pictures.md.
+# CPU cores. A register at 20 of the 64 slots is the paper's 31 %. Not trained to the end yet.
 _PICTURES = TrainConfig(
     model=TransformerConfig(6, 4, 256), batch_size=32, lr=6e-4, steps=6000, warmup_steps=100, schedule="cosine",
     val_images=600, ema_decay=0.999, log_every=50, val_every=500, sample_every=1000, save_every=500,

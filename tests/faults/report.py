@@ -42,18 +42,11 @@ PROMISES = {
     "Bad checkpoints are told": (
         "what was got, what was expected, what to do; its exit code; no traceback", "test_catalogue.py",
     ),
-    "Hostile files are refused": (
-        "nothing in them runs, no name leaves its folder, no claim is believed before it is compared",
-        "test_hostile.py",
-    ),
     "A process that ends or hangs is named": (
         "the others end within the timeout and say which rank, at which step", "test_lost_process.py",
     ),
     "Every image is accounted for": (
         "images put in = images encoded + images left out by name", "test_skip_bad.py",
-    ),
-    "A torchrun job that is killed goes on": (
-        "two processes killed at random moments: the final weights of an uninterrupted job", "test_killed_jobs.py",
     ),
 }  # fmt: skip
 HEAD = """# Reliability: what was broken on purpose, and what held
