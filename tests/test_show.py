@@ -7,6 +7,8 @@ import json
 import math
 import shlex
 import shutil
+import socket
+import struct
 import threading
 
 import numpy as np
@@ -99,6 +101,35 @@ def test_only_this_machines_own_page_is_answered(server):
     for path in ("/../show.py", "/etc/passwd", "//etc/passwd", "/%2e%2e/show.py", "/show.html"):
         assert answered(server, "GET", path)[0] == 404
     assert answered(server, path="/", asked=ASKED)[0] == 404
+
+
+def sent(server, *lines, content=b"", close=False):
+    """The first line of the answer to a request written by hand; close: the page goes away at once."""
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=30) as connection:
+        lines = (
+            "POST /draw HTTP/1.0",
+            f"Host: 127.0.0.1:{server.server_port}",
+            "Content-Type: application/json",
+            *lines,
+        )
+        connection.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + content)
+        if close:  # with a reset, so that the next thing that is written fails
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            return ""
+        return connection.makefile("rb").readline().decode().strip()
+
+
+@pytest.mark.parametrize("length", ["many", "-1", "0", "1e3", "", "999999999"])
+def test_a_length_that_is_none_is_refused(server, capfd, length):
+    assert "404" in sent(server, f"Content-Length: {length}")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_page_that_goes_away_ends_its_drawing_quietly(server, capfd):
+    content = json.dumps(ASKED | {"each": 8}).encode()
+    sent(server, f"Content-Length: {len(content)}", content=content, close=True)
+    assert events(server)[-1]["command"]  # the next is drawn when that one has ended
+    assert capfd.readouterr().err == ""
 
 
 def test_a_class_name_cannot_leave_the_script(trained_run):

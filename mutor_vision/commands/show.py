@@ -9,6 +9,7 @@ It answers to this machine alone; from another one: ssh -L 8000:127.0.0.1:8000 H
 
 import argparse
 import base64
+import contextlib
 import dataclasses
 import io
 import json
@@ -94,6 +95,10 @@ def serve(loaded: dict[str, LoadedModel], port: int) -> ThreadingHTTPServer:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.0"  # an answer ends with its connection
 
+        def handle(self) -> None:
+            with contextlib.suppress(ConnectionError):  # a page that has gone away wants no answer
+                super().handle()
+
         def do_GET(self) -> None:
             if self._is_ours() and self.path == "/":
                 self._begin(200, "text/html; charset=utf-8")
@@ -102,7 +107,8 @@ def serve(loaded: dict[str, LoadedModel], port: int) -> ThreadingHTTPServer:
                 self._begin(404, "text/plain")
 
         def do_POST(self) -> None:
-            length = int(self.headers.get("Content-Length", "0")) if self._is_ours() else 0
+            told = self.headers.get("Content-Length", "") if self._is_ours() else ""
+            length = int(told) if told.isdecimal() else 0
             # Another site's page cannot send this type without asking first, and is never allowed to.
             is_json = self.headers.get_content_type() == "application/json"
             if self.path != "/draw" or not is_json or not 0 < length < 100_000:
@@ -142,7 +148,7 @@ def serve(loaded: dict[str, LoadedModel], port: int) -> ThreadingHTTPServer:
 def draw_all(loaded: dict[str, LoadedModel], asked: dict, send: Callable[[dict], None]) -> None:
     """What a page asked for -> events: {'run', 'images'} while the images grow, {'run', 'images', 'entropy', 'passes'}
     when those of a run are done, {'command'} at the end. Raises UserError, and what reading another structure raises.
-    A page that has gone away ends the drawing with a BrokenPipeError."""
+    A page that has gone away ends the drawing with a ConnectionError."""
     names = next(iter(loaded.values())).class_names
     classes, each = [int(label) for label in asked["classes"]], int(asked["each"])
     if not classes or not all(0 <= label < len(names) for label in classes):
