@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -111,8 +112,6 @@ def tiny_tokenizer_path(tmp_path_factory) -> Path:
 def _write_token_set(path: Path, tokenizer: Path, num_images: int, seed: int) -> Path:
     """Codes that a model can learn: a class has a favourite code, and neighbours are often equal. As in real sets,
     images are listed class by class, and classes have different numbers of them: 20, 4, 12, 8 and 16 of 60."""
-    import numpy as np
-
     from mutor_vision.data.token_set import save_array, shard_names, write_manifest
     from mutor_vision.storage import checkpoint
     from mutor_vision.tokenizer.model import load_tokenizer, tokenizer_identity
@@ -136,6 +135,33 @@ def _write_token_set(path: Path, tokenizer: Path, num_images: int, seed: int) ->
     }  # fmt: skip
     write_manifest(path, plan, sizes)
     return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """A folder of two classes of 7 smooth pictures of about 20 pixels, each of another size."""
+    from PIL import Image
+
+    folder, generator = tmp_path_factory.mktemp("data") / "pictures", np.random.default_rng(0)
+    for number in range(14):
+        path = folder / f"class{number % 2}" / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        small = Image.fromarray(generator.integers(255, size=(4, 4, 3), dtype=np.uint8))
+        small.resize((20 + number, 22), Image.Resampling.BICUBIC).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """A folder of 11 images of noise, each of another size: 4 of one class, 7 of another."""
+    from PIL import Image
+
+    folder, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for number in range(11):
+        path = folder / ("ant" if number < 4 else "bee") / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(generator.integers(256, size=(20, 18 + number, 3), dtype=np.uint8)).save(path)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,10 @@ killed. Here at a sample of its changes of files; `make test-slow` tries all of 
 
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from faults.crash_points import Counted, chosen, tree
 from faults.score import everything, record
-from PIL import Image
 
 from mutor_vision.storage import checkpoint
 
@@ -19,16 +17,6 @@ TOKENIZER = """--preset digits --set model.image_size=16 --set model.channels=4,
     --set model.code_dim=4 --set model.codebook_size=16 --set model.norm_groups=2 --set batch_size=4 --steps 4
     --set schedule=constant --set warmup_steps=0 --set val_every=2 --set sample_every=2 --set save_every=1
     --set log_every=1 --set workers=0 --set val_fraction=0.2""".split()
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for i in range(11):
-        path = folder / ("ant" if i < 4 else "bee") / f"{i}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(generator.integers(256, size=(20, 18 + i, 3), dtype=np.uint8)).save(path)
-    return folder
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from mutor_vision.config import EncoderStatesConfig, RegisterConfig, TrainConfig
 from mutor_vision.data.images import center_crop, mirror, read_image, to_tensor
@@ -24,18 +23,6 @@ from mutor_vision.training.loop import train
 
 VIT = "timm:vit_tiny_patch16_224@64"  # a 4x4 grid, as the codes have
 CNN = "timm:resnet10t@64"  # 2x2
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Two classes of 7 smooth pictures."""
-    folder, generator = tmp_path_factory.mktemp("data") / "pictures", np.random.default_rng(0)
-    for number in range(14):
-        path = folder / f"class{number % 2}" / f"{number:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        small = Image.fromarray(generator.integers(255, size=(4, 4, 3), dtype=np.uint8))
-        small.resize((20 + number, 22), Image.Resampling.BICUBIC).save(path)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,9 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 from faults.score import record
-from PIL import Image
 
 from mutor_vision.storage import checkpoint
 
@@ -23,16 +21,6 @@ TOKENIZER = """--preset digits --set model.image_size=16 --set model.channels=4,
     --set sample_every=0 --set save_every=1000 --set log_every=1 --set val_fraction=0.2 --set schedule=constant
     --set warmup_steps=0 --steps""".split()
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for i in range(11):
-        path = folder / ("ant" if i < 4 else "bee") / f"{i}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(generator.integers(256, size=(20, 18 + i, 3), dtype=np.uint8)).save(path)
-    return folder
 
 
 @pytest.fixture

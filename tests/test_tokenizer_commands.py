@@ -25,18 +25,6 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Two classes of 7 smooth pictures of about 20 pixels."""
-    root, generator = tmp_path_factory.mktemp("data") / "pictures", np.random.default_rng(0)
-    for number in range(14):
-        path = root / f"class{number % 2}" / f"{number:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        small = Image.fromarray(generator.integers(255, size=(4, 4, 3), dtype=np.uint8))
-        small.resize((20 + number, 22), Image.Resampling.BICUBIC).save(path)
-    return root
-
-
 @pytest.fixture
 def command(command):
     """Run tokenizers/NAME with flags -> (exit code, stdout, stderr)."""
