@@ -1,6 +1,7 @@
 """Images -> token set. Shard s belongs to rank s % world_size and no batch crosses a shard boundary, so the files do
 not depend on the number of processes or on interruptions: a second call keeps finished shards and makes the others."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -128,15 +129,19 @@ def _encode_shards(
     with progress(total=total, unit="image", desc=title) as bar:
         stream = _waiting_shown(stream, bar)
         for shard in missing:
-            codes = []
+            count, done = len(_images_of(shard, plan)), 0
+            # At once. A small array for each batch, kept between the large ones that the encoder takes and gives back,
+            # stopped malloc from using their memory again: 0.3 MB an image were lost.
+            codes = np.empty((count, len(plan["views"]), math.prod(plan["grid"])), code_dtype(plan["codebook_size"]))
             for images in islice(stream, len(batches[shard])):
                 parts = rearrange(images, "image view c h w -> (image view) c h w").split(plan["batch_size"])
                 encoded = [_encode(tokenizer, part, plan["precision"], runtime) for part in parts]
                 of_images = rearrange(torch.cat(encoded), "(image view) n -> image view n", image=len(images))
-                codes.append(of_images.cpu().numpy())
+                codes[done : done + len(images)] = of_images.cpu().numpy()
+                done += len(images)
                 bar.update(len(images))
             codes_name, labels_name = shard_names(shard)
-            save_array(out / codes_name, np.concatenate(codes).astype(code_dtype(plan["codebook_size"])))
+            save_array(out / codes_name, codes)
             # Labels last: a shard counts as finished when both files exist.
             labels = [views.source.labels[i] for i in _images_of(shard, plan)]
             save_array(out / labels_name, np.array(labels, dtype=np.int64))

@@ -102,16 +102,17 @@ def encode_features(
             load_array(path, np.float16, (sizes[shard], *shape))
             continue
         batches = list(batched(range(begin, begin + sizes[shard]), batch_size or 8))
-        found = []
+        found, done = np.empty((sizes[shard], *shape), np.float16), 0
         with progress(total=sizes[shard], unit="image", desc=f"features, file {shard}") as bar:
             for images in read_batches(views, batches, workers):
                 with exact_float32(), fixed_convolutions():
                     part = network(images.flatten(0, 1).to(runtime.device)).half().cpu()
                 if not torch.isfinite(part).all():
                     raise UserError(f"features of {name} are not finite in float16; give another network")
-                found.append(part.unflatten(0, (len(images), tokens.num_views)).numpy())
+                found[done : done + len(images)] = part.unflatten(0, (len(images), tokens.num_views)).numpy()
+                done += len(images)
                 bar.update(len(images))
-        save_array(path, np.concatenate(found))
+        save_array(path, found)
     runtime.barrier()
     if runtime.is_main:
         write_features(out, network.identity)
