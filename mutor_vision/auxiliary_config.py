@@ -48,7 +48,7 @@ class AuxiliaryConfig(Settings):
     @property
     def active(self) -> bool:
         """Whether the loss is computed at all."""
-        raise NotImplementedError
+        return self.weight > 0
 
     def cost(self, model: "TransformerConfig") -> AuxiliaryCost:
         """What it adds; nothing when it is off."""
@@ -71,9 +71,7 @@ class RegisterConfig(AuxiliaryConfig):
 
     kind: str = "none"  # none (next-token baseline) | 1d | 2d
     count: int = 0  # registers per image; h * w = one at every slot
-    offsets: str = (
-        ""  # 2d: these, each perhaps with its share of the draws, as offsets.parse_offsets; '' = max_offset's
-    )
+    offsets: str = ""  # 2d: these, each perhaps with its share (offsets.parse_offsets); '' = max_offset's
     max_offset: int = 4  # 1d: d in 1..max_offset; 2d: d_h and d_w in 1..max_offset
     min_offset_w: int = 1  # 2d: smallest d_w; 1 = the paper's quadrant, down to -3 adds neighbours below-left
     weight: float = 0.5  # a in (1 - a) L_next + a L_reg
@@ -169,16 +167,15 @@ class PrivateBlocksConfig(AuxiliaryConfig):
         super().__post_init__()
         self._require_not_negative("blocks")
         self._require_one_of("edge", "wrap", "ignore")
-        _list_of_offsets(self, tokens=True)
+        self.list_of_offsets()
 
-    @property
-    def active(self) -> bool:
-        return self.weight > 0
+    def list_of_offsets(self) -> list[tuple[int, int]]:
+        return _list_of_offsets(self, tokens=True)
 
     def cost(self, model: "TransformerConfig") -> AuxiliaryCost:
         if not self.active:
             return AuxiliaryCost()
-        heads = _list_of_offsets(self, tokens=True)
+        heads = self.list_of_offsets()
         targets = sum(len(look_ahead(offset, model.grid, self.edge)[0]) for offset in heads)
         return AuxiliaryCost(
             blocks=len(heads) * self.blocks, targets=targets, parameters=len(heads) * model.vocab_size * model.dim,
@@ -195,11 +192,7 @@ class AlignmentConfig(AuxiliaryConfig):
         self._require_not_negative("projector_width")
         self._require_one_of("reduction", "sum", "mean")
         self._require_one_of("edge", "wrap", "ignore")
-        _list_of_offsets(self, tokens=False)
-
-    @property
-    def active(self) -> bool:
-        return self.weight > 0
+        self.list_of_offsets()
 
     def list_of_offsets(self) -> list[tuple[int, int]]:
         return _list_of_offsets(self, tokens=False)

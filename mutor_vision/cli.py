@@ -205,7 +205,8 @@ def _main() -> None:
         command = _command(name)
         parsers[name].description = command.__doc__
         _add_arguments(parsers[name], command)
-    _call(command if name in COMMANDS else None, parser.parse_args())
+    arguments = parser.parse_args()
+    _call(command, arguments)
 
 
 def door(name: str, script: str) -> None:

@@ -35,3 +35,8 @@ class MismatchError(UserError):
     """Two things that are each fine and do not belong together."""
 
     exit_code = 5
+
+
+def short(error: Exception, limit: int = 160) -> str:
+    """The text of another library's error, which may be pages long: one line of at most `limit` characters."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFile, ImageFont, UnidentifiedImageError
 from torch import Tensor
 
 from mutor_vision.data.image_bytes import looks_complete, pixel_bytes
-from mutor_vision.errors import ImageError, UserError
+from mutor_vision.errors import ImageError, UserError, short
 from mutor_vision.names import printable
 from mutor_vision.storage.files import written
 
@@ -101,7 +101,7 @@ def _opened(path: str | Path, content: bytes | None = None, header: bool = False
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and its own kinds for damaged files
         if isinstance(error, OSError) and error.errno is not None:
             raise _refused(path, f"cannot be read ({error.strerror}); mend its rights or its disk") from None
-        reason = " ".join(str(error).split())[:160]
+        reason = short(error)
         if isinstance(error, UnidentifiedImageError):
             with _file(path, content) as file:
                 start = file.read(16)

@@ -12,12 +12,12 @@ import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from mutor_vision.data.folder import looked_at
 from mutor_vision.data.images import Header, check_image, read_image
 from mutor_vision.data.listing import Listing, most_first, say_left_out
 from mutor_vision.data.source import Source, raise_all
@@ -64,16 +64,12 @@ class Packed(Source):
         return digest.hexdigest()
 
     def check(self, numbers: Sequence[int]) -> list[Header]:
-        def look(number: int) -> Header | ImageError:
-            try:
-                return check_image(self.shown(number), self.content(*self._places[number].tolist()))
-            except ImageError as error:
-                return error
-
-        with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(look, numbers))
+        found = looked_at(self._header, numbers)
         raise_all([each for each in found if isinstance(each, ImageError)], len(numbers))
         return found
+
+    def _header(self, number: int) -> Header:
+        return check_image(self.shown(number), self.content(*self._places[number].tolist()))
 
     def shown(self, number: int) -> str:
         return f"{self.files[self._places[number, 0]]}: {self.keys[number]}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mutor_vision.data.packed import Packed, matching, names_of_numbers, natural_name
-from mutor_vision.errors import DataError, IntegrityError, UserError
+from mutor_vision.errors import DataError, IntegrityError, UserError, short
 from mutor_vision.names import printable
 
 
@@ -76,7 +76,7 @@ def _opened(path: Path):
     try:
         file = arrow.parquet.ParquetFile(path)
     except (arrow.ArrowException, OSError) as error:
-        raise IntegrityError(f"{path} is no complete parquet file ({_short(error)}); copy it again") from None
+        raise IntegrityError(f"{path} is no complete parquet file ({short(error, 120)}); copy it again") from None
     image = file.schema_arrow.field("image").type if "image" in file.schema_arrow.names else None
     fields = {field.name for field in image} if isinstance(image, arrow.StructType) else set()
     if not {"bytes", "path"} <= fields or "label" not in file.schema_arrow.names:
@@ -90,7 +90,7 @@ def _group(path: Path, file, group: int, columns: list[str]):
     try:
         return file.read_row_group(group, columns=columns)
     except (arrow.ArrowException, OSError) as error:
-        raise IntegrityError(f"{path} is damaged in row group {group} ({_short(error)}); copy it again") from None
+        raise IntegrityError(f"{path} is damaged in row group {group} ({short(error, 120)}); copy it again") from None
 
 
 @functools.lru_cache(maxsize=256)
@@ -113,7 +113,3 @@ def _class_names(schema) -> list[str]:
         return list(map(str, told["info"]["features"]["label"]["names"]))
     except (KeyError, ValueError, TypeError):
         return []
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]

@@ -22,10 +22,8 @@ from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import permutation, uniforms
 
 PATIENCE = 600  # seconds that a batch may take to be read
-SOURCES: list[type[Source]] = [
-    TarImages,
-    ParquetImages,
-]  # kinds beside folders, asked in this order whether they claim what a user wrote
+# Kinds beside folders, asked in this order whether they claim what a user wrote.
+SOURCES: list[type[Source]] = [TarImages, ParquetImages]
 _CURE = "use fewer workers, or none (--workers 0, --set workers=0); in a container, more --shm-size"
 
 

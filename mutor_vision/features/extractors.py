@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mutor_vision.errors import IntegrityError, UserError
+from mutor_vision.errors import IntegrityError, UserError, short
 from mutor_vision.storage.checkpoint import load_strictly
 from mutor_vision.storage.files import sha256, state_sha256
 from mutor_vision.storage.foreign import read_state
 from mutor_vision.storage.seal import read_sealed
-from mutor_vision.storage.timm_networks import short, timm_network
+from mutor_vision.storage.timm_networks import timm_network
 
 
 class TimmFeatures(nn.Module):

@@ -45,10 +45,8 @@ METRICS: dict[str, Metric] = {
         Copies(),
     )
 }
-ALWAYS: tuple[Metric, ...] = (
-    PerClass(),
-    ClassAccuracy(),
-)  # computed whatever is asked for, as far as samples and reference allow
+# Computed whatever is asked for, as far as samples and reference allow.
+ALWAYS: tuple[Metric, ...] = (PerClass(), ClassAccuracy())
 
 
 @dataclass(frozen=True)

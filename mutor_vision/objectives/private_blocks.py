@@ -16,7 +16,7 @@ from mutor_vision.model.transformer import Transformer
 from mutor_vision.objectives.auxiliary import Auxiliary, Places
 from mutor_vision.objectives.cross_entropy import linear_cross_entropy
 from mutor_vision.objectives.sequence import TrainingSequence
-from mutor_vision.offsets import look_ahead, parse_offsets
+from mutor_vision.offsets import look_ahead
 
 
 class PrivateBlocks(Auxiliary):
@@ -27,7 +27,7 @@ class PrivateBlocks(Auxiliary):
 
     def __init__(self, own: PrivateBlocksConfig, config: TrainConfig):
         super().__init__(own, config)
-        model, offsets = config.model, list(parse_offsets(own.offsets, "private_blocks.offsets"))
+        model, offsets = config.model, own.list_of_offsets()
         self.heads = nn.ModuleList(nn.Linear(model.dim, model.vocab_size, bias=False) for _ in offsets)
         self.blocks = nn.ModuleList(
             nn.ModuleList(Block(model, model.drop_path) for _ in range(own.blocks)) for _ in offsets

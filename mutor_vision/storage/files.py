@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mutor_vision.errors import IntegrityError
+from mutor_vision.errors import IntegrityError, short
 
 
 @contextmanager
@@ -137,8 +137,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
             expected = (file.metadata() or {}).get("state_sha256")
     except (SafetensorError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise IntegrityError(f"{path} is no complete safetensors file ({reason}); restore it or make it anew") from None
+        raise IntegrityError(
+            f"{path} is no complete safetensors file ({short(error, 120)}); restore it or make it anew"
+        ) from None
     if expected and state_sha256(tensors) != expected:
         raise IntegrityError(f"{path} is damaged: its tensors are not those that were written; make it anew")
     return tensors
@@ -152,8 +153,9 @@ def map_array(path: Path) -> np.ndarray:
         if not isinstance(array, np.ndarray):
             raise ValueError("it is an npz")
     except Exception as error:  # numpy reads the header as a Python expression, which can fail in many ways
-        reason = " ".join(str(error).split())[:100]
-        raise IntegrityError(f"{path} is not a complete .npy file of numbers ({reason}); make it again") from None
+        raise IntegrityError(
+            f"{path} is not a complete .npy file of numbers ({short(error, 100)}); make it again"
+        ) from None
     return array
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mutor_vision.errors import DataError, IntegrityError, UserError
+from mutor_vision.errors import DataError, IntegrityError, UserError, short
 
 MAX_MEMBERS = 1000
 MAX_HEADER = 10_240  # bytes of an .npy header; numpy itself would read one of any length
@@ -113,7 +113,7 @@ class Npz:
             if "NUMPY" in (first := _first_bytes(self.path)):
                 hint = "it is a bare .npy array: np.savez('FILE.npz', array) makes an npz of it. "
             raise IntegrityError(
-                f"{self.path} is not a complete npz ({_one_line(error)}; it begins with {first}); {hint}"
+                f"{self.path} is not a complete npz ({short(error, 120)}; it begins with {first}); {hint}"
                 "is it complete, or still being written? copy or download it again"
             ) from None
 
@@ -163,7 +163,7 @@ class Npz:
             read = np.lib.format.read_array_header_1_0 if width == 2 else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read(text)
         except Exception as error:  # a malicious header makes Python's parser raise many kinds
-            reason = _one_line(error)
+            reason = short(error, 120)
             raise IntegrityError(f"{self.path}: member {info.filename!r} has a damaged header ({reason})") from None
         if dtype.hasobject:
             raise IntegrityError(
@@ -278,10 +278,6 @@ def _read_exactly(member, size: int) -> bytes:
     if len(data) != size:
         raise EOFError("an array ends early")
     return data
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def _first_bytes(path: Path) -> str:

@@ -33,6 +33,11 @@ def check_out_folder(path: str | Path) -> None:
     _try_to_write(path, path.absolute())
 
 
+def existing(path: Path) -> Path:
+    """The nearest of an absolute path and its parents that exists."""
+    return path if path.exists() else existing(path.parent)
+
+
 def _is_folder(path: Path) -> bool:
     try:  # not Path.is_dir, which since Python 3.14 returns False for every error
         return stat.S_ISDIR(os.stat(path).st_mode)
@@ -46,8 +51,7 @@ def _is_folder(path: Path) -> bool:
 def _try_to_write(path: Path, folder: Path) -> None:
     # Permissions do not show a read-only or full disk, so a temporary file is written where the first file would be.
     try:
-        while not folder.exists():
-            folder = folder.parent
+        folder = existing(folder)
         with tempfile.TemporaryFile(dir=folder, prefix=".mutor-") as file:
             file.write(bytes(4096))
     except OSError as error:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import nn
 
-from mutor_vision.errors import DataError, IntegrityError, UserError
+from mutor_vision.errors import DataError, IntegrityError, UserError, short
 from mutor_vision.storage.checkpoint import load_strictly
 from mutor_vision.storage.downloads import check_cache, ending_downloads, host_answers
 from mutor_vision.storage.files import sha256, state_sha256
@@ -129,8 +129,3 @@ def _create_from_file(name: str, config, sized: dict, weights: str) -> nn.Module
 
 def _in_torch_hub(url: str) -> bool:
     return (Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name).is_file()
-
-
-def short(error: Exception) -> str:
-    """The text of an error of timm or the hub, which may be pages long, on one line."""
-    return " ".join(str(error).split())[:160] or type(error).__name__

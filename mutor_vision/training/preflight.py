@@ -19,6 +19,7 @@ from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import permutation
 from mutor_vision.names import printable
 from mutor_vision.runtime import Runtime
+from mutor_vision.storage.outputs import existing
 from mutor_vision.tokenizer.model import load_tokenizer
 from mutor_vision.training.inputs import Inputs, open_inputs
 from mutor_vision.training.state import State
@@ -42,7 +43,8 @@ def preflight(config: TrainConfig, out: Path, runtime: Runtime) -> None:
     picture = out.with_name(f"{out.name}-preflight.png")
     first, losses, seconds, bytes_kept = _overfit(inputs, runtime)
     needed = bytes_kept * (config.keep + 1)  # one more while the newest is being written
-    free = shutil.disk_usage(_existing(out)).free
+    disk = existing(out.absolute())
+    free = shutil.disk_usage(disk).free
     if runtime.is_main:
         _save_picture(inputs, picture)
         uniform, hours = math.log(config.model.vocab_size), config.steps * seconds / 3600
@@ -68,7 +70,7 @@ def preflight(config: TrainConfig, out: Path, runtime: Runtime) -> None:
                           "--skip-preflight if that is meant")  # fmt: skip
     elif needed > free:
         error = UserError(f"checkpoints need {needed / GIB:.2f} GiB, {free / GIB:.2f} GiB are free at "
-                          f"{_existing(out)}; make space, lower keep, or give another --out")  # fmt: skip
+                          f"{disk}; make space, lower keep, or give another --out")  # fmt: skip
     runtime.raise_together(error)
 
 
@@ -91,17 +93,8 @@ def _overfit(inputs: Inputs, runtime: Runtime) -> tuple[float, list[float], floa
     means, seconds, begun = [], [], time.perf_counter()
     while len(means) <= STEPS and (len(means) < 4 or not _late(begun, runtime)):
         started, sums = time.perf_counter(), zero_sums(state.objective, runtime)
-        train_step(
-            state.parallel,
-            state.objective,
-            state.optimizer,
-            batch,
-            config,
-            runtime,
-            step=0,
-            sums=sums,
-            skipped=state.skipped,
-        )
+        train_step(state.parallel, state.objective, state.optimizer, batch, config, runtime, step=0, sums=sums,
+                   skipped=state.skipped)  # fmt: skip
         means.append(means_of(runtime.all_reduce(sums), state.objective.weights(0)))
         seconds.append(time.perf_counter() - started)
     losses = [each["loss"] for each in means]
@@ -157,8 +150,3 @@ def _memory(runtime: Runtime) -> int:
     if runtime.device.type == "cuda":
         return torch.cuda.max_memory_allocated(runtime.device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    return path if path.exists() else _existing(path.parent)

@@ -93,17 +93,18 @@ class State:
     def skips(self, step: int, say: Callable[[str], None]) -> dict[str, int]:
         """How many steps train_step has skipped since this was last called, for the log; {} for none. Waits for the
         device."""
-        since = int(self.skipped[0])
+        since = self.check_skips(step)
         self.skipped[0] = 0
-        self.check_skips(step)
         if not since:
             return {}
         say(f"step {step}: {since} step(s) skipped, whose gradients were not finite")
         return {"skipped": since}
 
-    def check_skips(self, step: int) -> None:
-        """Raise UserError when more than max_skipped steps in a row were skipped. Waits for the device."""
-        if (row := int(self.skipped[1])) > self.config.max_skipped:
+    def check_skips(self, step: int) -> int:
+        """Raise UserError when more than max_skipped steps in a row were skipped -> how many since `skips` was last
+        called. Waits for the device."""
+        since, row = self.skipped.tolist()
+        if row > self.config.max_skipped:
             raise UserError(
                 f"training diverged: the gradients of the last {row} steps up to {step} were not finite, and changed "
                 f"nothing; go on with a lower lr: --init RUN --out NEW --set lr={self.config.lr / 2:g}"
