@@ -107,10 +107,11 @@ def _peers_told(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def _disk_number(error: BaseException) -> int | None:
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    told = re.search(r"os error (\d+)", str(error))  # safetensors has a kind of its own, and the number in the text
-    return int(told[1]) if told else None
+    # safetensors has a kind of its own, shutil.copytree raises a list of what failed: the number is in their text.
+    told = re.search(r"os error (\d+)|\[Errno (\d+)\]", str(error))
+    return int(told[1] or told[2]) if told else None
 
 
 def _recorded(main: Callable[[], None]) -> Callable[[], None]:

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -105,6 +106,7 @@ def test_torchruns_summary_shows_the_root_cause_in_one_line(tmp_path, monkeypatc
     (OSError(28, os.strerror(28), "runs/x.png"), "No space left on device (runs/x.png); make space"),
     (OSError(30, os.strerror(30)), "Read-only file system; make space or mend the disk"),
     (SafetensorError("I/O error: No space left on device (os error 28)"), "No space left on device; make space"),
+    (shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")]), "No space left on device; make space"),
 ])  # fmt: skip
 def test_a_disk_that_fails_during_the_work_is_one_line(error, line, capsys, monkeypatch):
     monkeypatch.delenv("MUTOR_DEBUG", raising=False)

@@ -1,13 +1,16 @@
-"""A job that is killed at any point is started again by the same command, and leaves what one leaves that was never
-killed. Here at a sample of its changes of files; `make test-slow` tries all of them."""
+"""A job that is killed at any point, or whose disk becomes full, is started again by the same command, and leaves what
+one leaves that was never stopped. Here at a sample of its changes of files; `make test-slow` tries all of them."""
 
+import json
 import shutil
 
 import pytest
 import torch
 from faults.crash_points import Counted, chosen, tree
 from faults.score import everything, record
+from faults.small_disk import enlarged, mounted
 
+from mutor_vision.errors import UserError
 from mutor_vision.storage import checkpoint
 
 SAMPLE = 10  # points of each job
@@ -78,6 +81,64 @@ def test_a_job_that_is_killed_is_started_again(jobs, forked, enter, tmp_path, na
                           f"{differing[:5]}, {again.out[-300:]}")  # fmt: skip
     record("A killed job is started again by the same command", name, len(points) - len(failed), len(points))
     assert not failed, "\n\n".join(failed)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_disk_that_is_full_is_told_and_space_mends_it(jobs, forked, enter, tmp_path, name):
+    """On disks from next to nothing to nearly what the job needs: one line, no wreck, the last checkpoint whole. Then
+    the disk is enlarged, and the same command ends as it would have."""
+    words = [str(word).replace("{out}", str(tmp_path / "disk")) for word in jobs[name]]
+    (tmp_path / "disk").mkdir()
+    done = forked(*words)
+    assert done.code == 0, done.out
+    expected = tree(tmp_path / "disk")
+    needed = sum(4 * -(-path.stat().st_size // 4096) + 4 for path in (tmp_path / "disk").rglob("*"))  # kilobytes
+    shutil.rmtree(tmp_path / "disk")
+    (tmp_path / "disk").mkdir()
+    shares = [1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8]
+    tried, failed, result = 0, [], tmp_path / "result.json"
+    for share in shares if everything() else shares[1::3]:
+        size = max(8, int(share * needed))
+
+        def on_a_small_disk(kilobytes=size):
+            if problem := mounted(tmp_path / "disk", kilobytes):
+                result.write_text(json.dumps({"skipped": problem}))
+                return
+            full = forked(*words)
+            left = [str(path) for path in (tmp_path / "disk").rglob("*.partial")]
+            newest = checkpoint.newest(tmp_path / "disk" / "run") if "training" in name else None
+            if newest:
+                checkpoint.verify(newest)
+            enlarged(tmp_path / "disk", 4 * needed + 10_000)
+            again = forked(*words)
+            found = {"code": full.code, "out": full.out, "left": left, "again": again.code, "then": again.out}
+            result.write_text(json.dumps({**found, "equal": tree(tmp_path / "disk") == expected}))
+
+        ended = forked(on_a_small_disk)
+        assert ended.code == 0, ended.out
+        found = json.loads(result.read_text())
+        if "skipped" in found:
+            pytest.skip(f"a small disk needs root: {found['skipped']}")
+        if found["code"] == 0:
+            continue  # it was large enough
+        tried += 1
+        lines = [line for line in found["out"].splitlines() if line.startswith("error: ")]
+        told = found["code"] == 2 and len(lines) == 1 and "Traceback" not in found["out"]
+        if not told or "space" not in lines[0] or found["left"] or found["again"] or not found["equal"]:
+            failed.append(f"{size} of {needed} kB: {found}"[:1500])
+    record("A full disk is told, and space mends it", name, tried - len(failed), tried)
+    assert tried and not failed, "\n\n".join(failed)
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_begun(tmp_path, train_config, monkeypatch):
+    run, weights = tmp_path / "run", {"model": {"w": torch.ones(300_000)}}
+    checkpoint.save(run, 1, "transformer", train_config, weights, {"step": 1}, keep=2)
+    before = tree(run)
+    usage = shutil.disk_usage(run)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_100_000))
+    with pytest.raises(UserError, match=r"step 2 needs 1\.2 MB, 1\.1 MB are free at .*checkpoints; make space"):
+        checkpoint.save(run, 2, "transformer", train_config, weights, {"step": 2}, keep=2)
+    assert tree(run) == before
 
 
 def test_a_kill_while_saving_loses_at_most_what_is_being_saved(forked, tmp_path, train_config):

@@ -163,20 +163,29 @@ def _write_set(loaded, settings, arguments, out: Path, batch_size: int) -> None:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         runtime.barrier()
-        bar = progress(total=num, unit=" images")
-        for indices, part in sample_stream(loaded, labels, settings, arguments.seed, batch_size):
-            for index, image in zip(indices, part, strict=True):
-                images.to_pil(image).save(partial / f"{index:06d}.png")
-            bar.update(min(len(part) * runtime.world_size, num - bar.n))
-            bar.set_postfix_str(_pace(loaded))
-        bar.close()
-        runtime.barrier()
-        if runtime.is_main:
-            _write_record(out, record, loaded)
-            os.replace(partial, out)
+        try:
+            _write_images(loaded, labels, settings, arguments.seed, batch_size, partial)
+            runtime.barrier()
+            if runtime.is_main:
+                _write_record(out, record, loaded)
+                os.replace(partial, out)
+        except BaseException:
+            if runtime.world_size == 1:  # others may still write to it; the next try removes it then
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
     if runtime.is_main:
         print(f"{out}: {num} images, {arguments.labels} labels, seed {arguments.seed}; how they were made: "
               f"{_record_of(out)}")  # fmt: skip
+
+
+def _write_images(loaded, labels, settings, seed: int, batch_size: int, folder: Path) -> None:
+    """This process's images of a set, each under its number."""
+    with progress(total=len(labels), unit=" images") as bar:
+        for indices, part in sample_stream(loaded, labels, settings, seed, batch_size):
+            for index, image in zip(indices, part, strict=True):
+                images.to_pil(image).save(folder / f"{index:06d}.png")
+            bar.update(min(len(part) * loaded.runtime.world_size, len(labels) - bar.n))
+            bar.set_postfix_str(_pace(loaded))
 
 
 def _record_of(out: Path) -> Path:

@@ -101,15 +101,37 @@ def save(
 
     weights: file stem ('model', 'ema', ...) -> state dict, or the path of a safetensors file, which is moved; state:
     tensors, numbers, strings, lists and dicts; shards: folder of optimizer shards, which is moved.
-    Returns the checkpoint's path.
+    Returns the checkpoint's path. Raises UserError before anything is written when the disk has too little space; after
+    any other error nothing of it is left, and the older checkpoints are.
     """
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in [*folder.glob("step-*.partial"), *folder.glob("step-*.removed")]:
         shutil.rmtree(leftover)
+    needed, free = _bytes(weights) + _bytes(state), shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(f"the checkpoint of step {step} needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free at "
+                        f"{folder}; make space, then repeat the command")  # fmt: skip
     final = folder / f"step-{step:07d}"
     partial = folder / f"{final.name}.partial"
     partial.mkdir()
+    try:
+        _fill(partial, step, kind, config, weights, state, shards)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # on a full disk it is what stands in the way
+        raise
+    if final.exists():  # the same step was saved before but failed verification; replace it
+        _remove(final)
+    partial.rename(final)
+    flush(folder)
+    _prune(run, final, keep)
+    return final
+
+
+def _fill(
+    partial: Path, step: int, kind: str, config: Any, weights: dict[str, dict[str, Tensor] | Path], state: dict,
+    shards: Path | None,
+) -> None:  # fmt: skip
     write_config(partial, kind, config)
     for name, tensors in weights.items():
         if isinstance(tensors, Path):
@@ -128,12 +150,14 @@ def save(
     for path in partial.rglob("*"):
         flush(path)
     flush(partial)
-    if final.exists():  # the same step was saved before but failed verification; replace it
-        _remove(final)
-    partial.rename(final)
-    flush(folder)
-    _prune(run, final, keep)
-    return final
+
+
+def _bytes(value: Any) -> int:
+    """Of the tensors in dicts and lists; what else they hold is small, and a path is there already."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return sum(map(_bytes, inner))
 
 
 def _prune(run: Path, written: Path, keep: int) -> None:

@@ -18,6 +18,10 @@ PROMISES = {
         "SIGKILL before every change of a file, then the same command: the files of a job that was never killed",
         "test_crash_points.py",
     ),
+    "A full disk is told, and space mends it": (
+        "on disks from 8 kB to nearly what the job needs: one line, no wreck, the last checkpoint whole; then, with "
+        "space, the same command ends as it would have", "test_crash_points.py",
+    ),
     "A training that is asked to stop saves first": (
         "SIGTERM, SIGUSR1, Ctrl-C: all save the same step and go on to the bit ([clusters](clusters.md))",
         "test_preemption.py",
