@@ -6,6 +6,7 @@ one) and after blanks at the ends are taken off and runs of blanks made one.
 
 import codecs
 import difflib
+import functools
 import re
 import unicodedata
 from collections.abc import Callable
@@ -18,6 +19,7 @@ _BOMS = (  # the longer first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
 _ID = re.compile(r"[+-]?[0-9]{1,18}")
+_WNID = re.compile(r"n[0-9]{8}")
 # Left-to-right and right-to-left marks and overrides: in a line they would reorder what stands around the name.
 _DIRECTION_MARKS = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
@@ -33,6 +35,26 @@ def printable(name: str, limit: int = 0) -> str:
     characters (0 = any number) are cut."""
     text = "".join(_escaped(character) for character in name)
     return text if not limit or len(text) <= limit else text[: limit - 3] + "..."
+
+
+def in_words(name: str) -> str:
+    """A class that has ImageNet's id for a name, such as n01443537, in WordNet's words: 'goldfish, Carassius auratus'.
+    Any other name, and an id that is none of ImageNet's 21,841, as it is."""
+    return _imagenet().get(name, name) if _WNID.fullmatch(name) else name
+
+
+def title(name: str) -> str:
+    """A class as a picture names it: the first of in_words for ImageNet's ids ('goldfish'), any other name whole."""
+    words = in_words(name)
+    return words if words == name else words.partition(",")[0]
+
+
+@functools.cache
+def _imagenet() -> dict[str, str]:
+    from timm.data import ImageNetInfo  # here: it takes a second
+
+    info = ImageNetInfo("imagenet22k")
+    return {label: info.label_name_to_description(label) for label in info.label_names()}
 
 
 def _escaped(character: str) -> str:
@@ -75,8 +97,8 @@ def parse_classes(text: str, class_names: list[str]) -> list[int]:
     """'207,360', 'tench, Tinca tinca', or 'goldfish,tabby' -> class ids.
 
     A whole number is always an id, also where a class has that name. Else names that hold commas themselves are
-    found first, the longest that fits; what is left between commas is matched as `match_class` does. Raises
-    UserError."""
+    found first, the longest that fits; what is left between commas is matched as `match_class` does. A class of
+    ImageNet's id has its words for a name, too. Raises UserError."""
     if (whole := _find(text, class_names, _FULL)) and not _ID.fullmatch(text.strip()):
         return [_only(text, whole, class_names)]
     parts, classes = text.split(","), []
@@ -109,7 +131,8 @@ def _class_of(text: str, class_names: list[str]) -> int:
         return int(text)
     if found := _find(text, class_names, (*_FULL, *_SYNONYM)):
         return _only(text, found, class_names)
-    known = {same(part): printable(part.strip()) for name in class_names for part in (name, *name.split(","))}
+    names = {each for name in class_names for each in (name, in_words(name))}
+    known = {same(part): printable(part.strip()) for name in sorted(names) for part in (name, *name.split(","))}
     close = difflib.get_close_matches(same(text), known, n=1, cutoff=0.4)
     hint = f"did you mean '{known[close[0]]}'?" if close else f"give ids 0 to {len(class_names) - 1}, or names"
     raise UserError(f"class '{printable(text)}' does not exist; {hint}")
@@ -132,7 +155,9 @@ def _find(text: str, class_names: list[str], ways: tuple[_Way, ...]) -> list[int
         found = [
             number
             for number, name in enumerate(class_names)
-            if wanted and wanted in ({form(part) for part in name.split(",")} if parts else {form(name)})
+            if wanted
+            and wanted
+            in {form(part) for each in {name, in_words(name)} for part in (each.split(",") if parts else [each])}
         ]
         if found:
             return found
@@ -141,6 +166,6 @@ def _find(text: str, class_names: list[str], ways: tuple[_Way, ...]) -> list[int
 
 def _only(text: str, found: list[int], class_names: list[str]) -> int:
     if len(found) > 1:
-        shown = ", ".join(f"{number} ('{printable(class_names[number])}')" for number in found[:4])
+        shown = ", ".join(f"{number} ('{printable(in_words(class_names[number]))}')" for number in found[:4])
         raise UserError(f"'{printable(text.strip())}' names {len(found)} classes: {shown}; give one of these ids")
     return found[0]

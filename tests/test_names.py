@@ -5,7 +5,7 @@ import unicodedata
 import pytest
 
 from mutor_vision.errors import UserError
-from mutor_vision.names import match_class, parse_classes, printable, read_names, same
+from mutor_vision.names import in_words, match_class, parse_classes, printable, read_names, same, title
 
 IMAGENET = [
     "tench, Tinca tinca",
@@ -49,6 +49,22 @@ def test_every_class_can_be_chosen_by_its_very_name():
     for number, name in enumerate(awkward):
         assert match_class(name, awkward) == number
         assert parse_classes(name, awkward) == [number]
+
+
+def test_imagenets_ids_are_known_in_words():
+    """As folders of ImageNet are named. Two of its classes are cranes."""
+    folders = ["n01443537", "n02012849", "n03126707", "n09193705", "n99999999", "tench, Tinca tinca"]
+    for text, classes in (
+        ("goldfish,alp", [0, 3]), ("Goldfish", [0]), ("goldfish, Carassius auratus", [0]),
+        ("Carassius auratus,tench", [0, 5]), ("n01443537,n99999999", [0, 4]),
+    ):  # fmt: skip
+        assert parse_classes(text, folders) == classes
+    with pytest.raises(UserError, match=r"'crane' names 2 classes: 1 \('crane'\), 2 \('crane'\)"):
+        parse_classes("crane", folders)
+    with pytest.raises(UserError, match="did you mean 'goldfish'"):
+        parse_classes("goldfsh", folders)
+    assert [title(name) for name in folders] == ["goldfish", "crane", "crane", "alp", "n99999999", "tench, Tinca tinca"]
+    assert in_words("n01443537") == "goldfish, Carassius auratus" and in_words("n1") == "n1"
 
 
 def test_a_number_is_an_id_in_a_list_and_a_name_by_itself():

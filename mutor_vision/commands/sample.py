@@ -15,7 +15,7 @@ import mutor_vision
 from mutor_vision.commands.flags import add_execution, add_settings, decoding_from, settings_from
 from mutor_vision.data import images
 from mutor_vision.errors import UserError
-from mutor_vision.names import match_class, parse_classes
+from mutor_vision.names import match_class, parse_classes, title
 from mutor_vision.progress import progress
 from mutor_vision.runtime import finish, start
 from mutor_vision.sampling.completion import Completing
@@ -106,7 +106,7 @@ def _write_grid(loaded, settings, arguments, out: Path, batch_size: int) -> None
         rows = pixels.unflatten(0, (len(classes), columns))
         pixels, columns = torch.cat([original.expand(len(classes), 1, -1, -1, -1), rows], 1).flatten(0, 1), columns + 1
     if loaded.runtime.is_main:
-        names = [loaded.class_names[c] for c in classes]
+        names = [title(loaded.class_names[c]) for c in classes]
         images.save_png(images.grid(pixels, columns, names), out)
         identity = loaded.identity
         print(f"{out}: {len(labels)} images of {len(classes)} classes from {identity['run']}/{identity['checkpoint']} "

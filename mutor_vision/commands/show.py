@@ -27,6 +27,7 @@ from torch import Tensor
 
 from mutor_vision.data.images import to_pil
 from mutor_vision.errors import UserError
+from mutor_vision.names import in_words
 from mutor_vision.runtime import start
 from mutor_vision.sampling.decode import Plain
 from mutor_vision.sampling.draw import SampleSettings
@@ -85,7 +86,8 @@ def serve(loaded: dict[str, LoadedModel], port: int) -> ThreadingHTTPServer:
     about = {
         "runs": [{"path": path, "weights": model.identity["weights"], "checkpoint": model.identity["checkpoint"],
                   "guidance": model.config.label_dropout > 0} for path, model in loaded.items()],
-        "classes": first.class_names, "grid": first.config.model.grid, "codes": first.config.model.vocab_size,
+        "classes": [in_words(name) for name in first.class_names], "grid": first.config.model.grid,
+        "codes": first.config.model.vocab_size,
         "most_images": MOST_IMAGES,
     }  # fmt: skip
     # '<' would let a class's name end the script that holds it.

@@ -14,6 +14,7 @@ from mutor_vision.interop import hub_pipeline
 from mutor_vision.interop.hub_pipeline import MutorTransformer
 from mutor_vision.interop.one_file import one_file
 from mutor_vision.model.transformer import Transformer, num_parameters
+from mutor_vision.names import in_words, title
 from mutor_vision.runtime import Runtime
 from mutor_vision.sampling.load import LoadedModel, load
 from mutor_vision.sampling.stream import spread_classes
@@ -65,7 +66,7 @@ def _pipeline(loaded: LoadedModel) -> MutorPipeline:
         config.layers, config.heads, config.dim, config.vocab_size, config.num_classes, config.grid, config.rope_base
     )
     checkpoint.load_strictly(transformer.model, loaded.transformer.state_dict(), loaded.identity["run"])
-    names = dict(enumerate(loaded.class_names))
+    names = dict(enumerate(map(in_words, loaded.class_names)))
     return MutorPipeline(vq_model(loaded.tokenizer), transformer.eval(), names, bool(loaded.config.label_dropout))
 
 
@@ -100,12 +101,13 @@ def _samples(pipeline: MutorPipeline, loaded: LoadedModel):
     scale = 2.0 if loaded.config.label_dropout else 1.0
     drawn = pipeline(classes, COLUMNS, cfg_scale=scale, generator=torch.Generator().manual_seed(0), output_type="pt")
     pixels = (drawn.images * 255).round().to(torch.uint8)
-    return grid(pixels, COLUMNS, [loaded.class_names[number] for number in classes])
+    return grid(pixels, COLUMNS, [title(loaded.class_names[number]) for number in classes])
 
 
 def card(loaded: LoadedModel, name: str, scores: dict | None, licence: str, samples: bool) -> str:
     """The model card, README.md, of a folder called `name`: what the run itself knows, and nothing else."""
-    config, names, identity = loaded.config, loaded.class_names, loaded.identity
+    config, identity = loaded.config, loaded.identity
+    names = [in_words(name) for name in loaded.class_names]
     head = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation",
             "tags": ["mutor-vision", "autoregressive", "class-conditional"]}  # fmt: skip
     head |= {"license": licence} if licence else {}

@@ -13,6 +13,7 @@ from torch import Tensor
 from mutor_vision.data import images
 from mutor_vision.features.extractors import resize
 from mutor_vision.features.sources import in_order
+from mutor_vision.names import in_words
 from mutor_vision.storage.files import written
 
 STRIP_COLUMNS = 8  # pictures of a class in the page
@@ -167,7 +168,7 @@ def _strip_maker(classes: dict, shown: list[int], samples, reference) -> Callabl
         found = [of_samples[index]]
         if of_reference is not None:
             found.append(of_reference[index])
-        facts = [html.escape(classes["names"][index])]
+        facts = [html.escape(in_words(classes["names"][index]))]
         if classes["distance"] is not None and classes["distance"][index] is not None:
             facts.append(f"distance {number(classes['distance'][index])}")
         if classes["class_accuracy"] is not None and classes["class_accuracy"][index] is not None:
@@ -214,7 +215,7 @@ def _strip(pictures: list[Tensor]) -> str:
 
 def _class_table(classes: dict, order) -> str:
     head = ["class", "samples"]
-    columns = [classes["names"], classes["samples"]]
+    columns = [list(map(in_words, classes["names"])), classes["samples"]]
     if classes["distance"] is not None:
         head.append("distance")
         columns.append([number(value) for value in classes["distance"]])

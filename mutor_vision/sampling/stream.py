@@ -20,6 +20,7 @@ from mutor_vision.data import images
 from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import permutation, uniforms
 from mutor_vision.model.transformer import Transformer
+from mutor_vision.names import title
 from mutor_vision.runtime import Runtime, to_device
 from mutor_vision.sampling.draw import SampleSettings
 from mutor_vision.sampling.generate import generate
@@ -193,7 +194,7 @@ def save_training_grid(transformer: Transformer, run: Path, step: int, config: T
     classes = spread_classes(config.model.num_classes, config.sample_classes)
     labels = torch.tensor(classes).repeat_interleave(columns)
     batches = list(sample_in_order(loaded, labels, settings_in_training(config), 0, default_batch_size(loaded)))
-    names = [loaded.class_names[c] for c in classes]
+    names = [title(loaded.class_names[c]) for c in classes]
     path = run / "samples" / f"step-{step:07d}.png"
     images.save_png(images.grid(torch.cat(batches), columns, names), path)
     return path

@@ -17,7 +17,7 @@ from mutor_vision.data.images import grid, save_png, to_uint8
 from mutor_vision.data.order import read_batch
 from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import permutation
-from mutor_vision.names import printable
+from mutor_vision.names import printable, title
 from mutor_vision.runtime import Runtime
 from mutor_vision.storage.outputs import existing
 from mutor_vision.tokenizer.model import load_tokenizer
@@ -127,7 +127,7 @@ def _save_picture(inputs: Inputs, path: Path) -> None:
     codes = tokens.take(images, torch.zeros_like(images)).cpu()
     tokenizer = load_tokenizer(tokens.tokenizer_path)
     pictures = torch.cat([to_uint8(tokenizer.decode(part)) for part in codes.split(1)])
-    save_png(grid(pictures, columns, [tokens.class_names[label] for label in classes]), path)
+    save_png(grid(pictures, columns, [title(tokens.class_names[label]) for label in classes]), path)
 
 
 def _classes(inputs: Inputs) -> str:
