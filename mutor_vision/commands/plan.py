@@ -26,8 +26,8 @@ from mutor_vision.training.cost import (
 )
 
 # Where a preset leaves the codes to the token set: the tokenizer preset that makes them, and a number of classes.
-TOKEN_SETS = {"own": ("vq-16", 1000), "tiny-imagenet": ("tiny-imagenet", 200),
-              "pictures": ("tiny-imagenet-8x8", 12), "digits": ("digits", 10)}  # fmt: skip
+TOKEN_SETS = {"own": ("vq-16", 1000), "tiny-imagenet": ("tiny-imagenet", 200), "pictures": ("tiny-imagenet-8x8", 12),
+              "photographs": ("photographs", 100), "digits": ("digits", 10)}  # fmt: skip
 
 
 def plan(name: str, config: TrainConfig, gpu: str, gpus: int, mfu: float) -> dict:
