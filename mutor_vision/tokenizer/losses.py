@@ -110,6 +110,14 @@ class LPIPS(nn.Module):
         super().__init__()
         from torchvision.models import vgg16
 
+        if not Path(weights).is_file():
+            raise UserError(f"lpips_weights is '{weights}', which is no file; see mutor_vision/tokenizer/losses.py")
+        tensors = read_state(weights)  # before VGG16 is built, which takes 550 MB: the file may be refused
+        ours = {name: value for name, value in tensors.items() if name.startswith("features.")}
+        for number in range(len(self._CHANNELS)):
+            if (name := f"lin{number}.model.1.weight") not in tensors:
+                raise MismatchError(f"{weights} lacks '{name}'; see mutor_vision/tokenizer/losses.py for the format")
+            ours[f"heads.{number}"] = tensors[name]
         self.features = vgg16(weights=None).features[:30]
         for layer in self.features:
             if isinstance(layer, nn.ReLU):
@@ -118,14 +126,6 @@ class LPIPS(nn.Module):
         # ImageNet's channel means and deviations, moved from [0, 1] to [-1, 1].
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
-        if not Path(weights).is_file():
-            raise UserError(f"lpips_weights is '{weights}', which is no file; see mutor_vision/tokenizer/losses.py")
-        tensors = read_state(weights)
-        ours = {name: value for name, value in tensors.items() if name.startswith("features.")}
-        for number in range(len(self.heads)):
-            if (name := f"lin{number}.model.1.weight") not in tensors:
-                raise MismatchError(f"{weights} lacks '{name}'; see mutor_vision/tokenizer/losses.py for the format")
-            ours[f"heads.{number}"] = tensors[name]
         checkpoint.load_strictly(self, ours, weights)
         self.eval().requires_grad_(False)
 
