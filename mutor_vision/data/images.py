@@ -30,6 +30,9 @@ EXTENSIONS = (
     ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
 MAX_PIXELS = 89_000_000  # checked in the header, before anything is decoded; Pillow itself warns from here on
+# A file of more than LARGE pixels has a byte for every PIXELS_OF_A_BYTE or fewer: a photograph has one for 100, and a
+# picture of one colour could take 10 KB on the disk and 1.4 GB to decode.
+LARGE, PIXELS_OF_A_BYTE = 16_000_000, 200
 MAX_ASPECT = 50  # long side over short side; a strip of 10000x1 would be enlarged to gigabytes before it is cropped
 _LOSSY = {"JPEG", "WEBP"}
 _LOSSY_TIFF = {"jpeg", "tiff_jpeg", "webp"}
@@ -91,6 +94,7 @@ def _opened(path: str | Path, content: bytes | None = None, header: bool = False
             Image.open(pixel_bytes(file, header=header), formats=FORMATS) as image,
         ):
             _check_kind(path, image)
+            _check_weight(path, image.size, os.path.getsize(path) if content is None else len(content))
             yield image
     except ImageError:
         raise
@@ -127,6 +131,12 @@ def _check_kind(path: str | Path, image: Image.Image) -> None:
         raise _refused(path, f"a {_bits(image)}-bit {image.format}, expected 8 bits a channel; convert it")
     if image.mode not in _MODES_8_BIT:
         raise _refused(path, f"pixels of kind {image.mode}, expected RGB, CMYK, grey or palette; convert it")
+
+
+def _check_weight(path: str | Path, size: tuple[int, int], stored: int) -> None:
+    pixels = size[0] * size[1]
+    if pixels > max(LARGE, PIXELS_OF_A_BYTE * stored):
+        raise _refused(path, f"{pixels:,} pixels in {stored:,} bytes: no photograph is so small; make it smaller")
 
 
 def _refused(path: str | Path, reason: str) -> ImageError:
