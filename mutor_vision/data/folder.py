@@ -200,7 +200,7 @@ def _decoded(path: Path) -> None:
 def check_apart(data: str | Path, out: str | Path) -> None:
     """Raise UserError when one folder contains the other, because results written among the images would be read as a
     class the next time."""
-    source, target = Path(data).resolve(), Path(out).resolve()
+    source, target = Path(os.path.realpath(data)), Path(os.path.realpath(out))  # resolve fails on a link to itself
     if source == target or source in target.parents or target in source.parents:
         raise UserError(f"output {out} and images {data} lie in one another; give folders apart")
 

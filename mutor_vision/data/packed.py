@@ -24,6 +24,7 @@ from mutor_vision.data.source import Source, raise_all
 from mutor_vision.errors import DataError, ImageError, IntegrityError
 from mutor_vision.names import printable, read_names
 
+MOST_CLASSES = 100_000  # where labels are numbers, of which a single one may say a billion
 CLASSES = "classes.txt"  # beside the files: a class name a line, where labels are numbers
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -109,7 +110,7 @@ def names_of_numbers(folder: Path, labels: Sequence[int], names: Sequence[str] =
     if not names and (folder / CLASSES).is_file():
         names = read_names(folder / CLASSES)
     if not names:
-        names = [str(number) for number in range(max(labels, default=-1) + 1)]
+        names = [str(number) for number in range(min(max(labels, default=-1) + 1, MOST_CLASSES))]
     if outside := [label for label in labels if not 0 <= label < len(names)]:
         raise DataError(
             f"{folder} has the label {outside[0]}, expected 0 to {len(names) - 1}: there are {len(names)} names"

@@ -16,7 +16,7 @@ import numpy as np
 from mutor_vision.data.images import EXTENSIONS
 from mutor_vision.data.listing import left_behind
 from mutor_vision.data.packed import Packed, matching, names_of_numbers, natural_name
-from mutor_vision.errors import DataError, IntegrityError
+from mutor_vision.errors import DataError, IntegrityError, UserError, short
 from mutor_vision.names import printable
 
 LABELS = (".cls", ".json")  # members of a webdataset sample that hold its label
@@ -123,6 +123,8 @@ def _members(path: Path):
                 shown, parts = printable(member.name), PurePosixPath(member.name).parts
                 if member.name.startswith("/") or ".." in parts or "\0" in member.name:
                     raise IntegrityError(f"{path}: member {shown} would lie outside; such an archive is not read")
+                if member.size < 0:  # the next member would be this one, for ever
+                    raise IntegrityError(f"{path}: member {shown} has {member.size} bytes; such an archive is not read")
                 if not (member.isreg() or member.isdir()) or member.issparse():
                     raise IntegrityError(f"{path}: member {shown} is a link, a device or has holes, expected files and "
                                          "folders alone")  # fmt: skip
@@ -130,9 +132,11 @@ def _members(path: Path):
                     yield str(PurePosixPath(member.name)), member.offset_data, member.size
                 before = shown
             end = tar.offset
-    except (tarfile.TarError, EOFError) as error:
+    except UserError:
+        raise
+    except (tarfile.TarError, EOFError, ValueError) as error:  # the last: headers that are no numbers
         hint = "unpack it to .tar" if _compressed(path) else "copy it again"
-        raise IntegrityError(f"{path} is cut or no plain tar archive, at {before} ({error}); {hint}") from None
+        raise IntegrityError(f"{path} is cut or no plain tar archive, at {before} ({short(error)}); {hint}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from None
     # tarfile takes damage, and the end of a file that was cut between two members, for the end of the archive.
