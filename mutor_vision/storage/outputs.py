@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import stat
 import tempfile
 from pathlib import Path
@@ -11,7 +12,7 @@ from mutor_vision.errors import UserError
 
 def check_out_file(path: str | Path) -> None:
     """Raise UserError unless a file can be written at `path`. Nothing is left behind."""
-    path = Path(path)
+    path = _local(path)
     if _is_folder(path):
         raise UserError(f"{path} is a folder, expected the name of a file; give another")
     _try_to_write(path, path.absolute().parent)
@@ -27,10 +28,17 @@ def check_new(path: str | Path) -> None:
 def check_out_folder(path: str | Path) -> None:
     """Raise UserError unless files can be written in a folder at `path`, which may not exist yet. Nothing is left
     behind."""
-    path = Path(path)
+    path = _local(path)
     if not _is_folder(path) and os.path.lexists(path):
         raise UserError(f"{path} is a file, expected a folder; give another")
     _try_to_write(path, path.absolute())
+
+
+def _local(path: str | Path) -> Path:
+    # 's3://bucket/x' would become a folder 's3:' here, and the results would be looked for elsewhere.
+    if found := re.match(r"pipe:|[A-Za-z][\w+.-]+:/", str(path)):
+        raise UserError(f"{path} begins with '{found[0]}', expected a path on this machine's disks; copy results later")
+    return Path(path)
 
 
 def existing(path: Path) -> Path:
