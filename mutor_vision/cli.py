@@ -20,6 +20,7 @@ from mutor_vision.names import printable
 from mutor_vision.progress import QUIET
 from mutor_vision.settings import Config, override, preset
 
+LONGEST = 4000  # characters of an error, in which a file's own names may stand
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # full, over a quota, of small files (FAT), read-only
 
 
@@ -60,7 +61,7 @@ def _one_line(error: UserError) -> str:
     where = f"error [rank {rank}]" if rank and os.environ.get("WORLD_SIZE", "1") != "1" else "error"
     # Line ends alone: runs of blanks may be a part of a file's name.
     text = re.sub(r"\s*[\r\n]\s*", " ", str(error)).strip()
-    return f"{where}: {printable(text)}"
+    return f"{where}: {printable(text, LONGEST)}"
 
 
 def _disk_told(main: Callable[[], None]) -> Callable[[], None]:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from mutor_vision.errors import UserError
+from mutor_vision.names import printable
 from mutor_vision.storage import checkpoint
 from mutor_vision.storage.files import read_json
 
@@ -30,7 +31,7 @@ def _describe_token_set(path: Path) -> str:
     from mutor_vision.data.token_set import TokenSet
 
     codes = TokenSet.open(path)
-    return "\n".join([
+    return _text([
         f"token set {path}, complete and verified",
         f"  {codes.num_images:,} images of {len(codes.class_names)} classes, {codes.image_size} pixels square",
         f"  {codes.grid[0]}x{codes.grid[1]} codes in [0, {codes.codebook_size}), views {', '.join(codes.views)}",
@@ -48,14 +49,19 @@ def _describe_model(path: Path) -> str:
     try:
         folder = checkpoint.resolve(path)
     except UserError as error:
-        return "\n".join([*lines, f"  no weights: {error}"])
+        return _text([*lines, f"  no weights: {error}"])
     for name in checkpoint.weight_names(folder):
         shapes = [tensor.shape for tensor in checkpoint.read_weights(folder, name).values()]  # mapped, not read
         count = sum(_product(shape) for shape in shapes)
         lines.append(f"  {folder.name}/{name}.safetensors: {count:,} numbers in {len(shapes)} tensors")
     lines.append("  settings:")
     lines += [f"    {name} = {value}" for name, value in _flat(values["config"])]
-    return "\n".join(lines)
+    return _text(lines)
+
+
+def _text(lines: list[str]) -> str:
+    # A run may be a stranger's: what it says of itself is text, and no line of its own.
+    return "\n".join(map(printable, lines))
 
 
 def _flat(values: dict, prefix: str = ""):

@@ -14,6 +14,7 @@ from mutor_vision.errors import IntegrityError, MismatchError, UserError
 from mutor_vision.interop import llamagen
 from mutor_vision.keyed_random import derived_seed
 from mutor_vision.model.transformer import Transformer
+from mutor_vision.names import printable
 from mutor_vision.progress import progress
 from mutor_vision.storage import checkpoint
 from mutor_vision.storage import foreign as foreign_checkpoint
@@ -26,6 +27,10 @@ from mutor_vision.tokenizer.model import VQTokenizer, load_tokenizer, tokenizer_
 _SAFETENSORS_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 
+def _print(line: str) -> None:
+    print(printable(line, 1000))  # with names from a stranger's file
+
+
 def convert(
     source: str | Path,
     target: str | Path,
@@ -36,7 +41,7 @@ def convert(
     image_size: int = 0,
     grid: tuple[int, int] | None = None,
     class_names: list[str] | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = _print,
 ) -> None:
     """A LlamaGen transformer, LlamaGen VQ model or taming VQGAN -> the run directory `target`, which must not exist.
 
@@ -62,7 +67,7 @@ def convert(
 
 
 def convert_back(
-    run: str | Path, target: str | Path, weights: str = "best", say: Callable[[str], None] = print
+    run: str | Path, target: str | Path, weights: str = "best", say: Callable[[str], None] = _print
 ) -> None:
     """A run or checkpoint of ours -> a .pt file {'model': state dict} that LlamaGen's own scripts load. Raises
     UserError when `target` exists or `run` is none."""

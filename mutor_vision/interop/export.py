@@ -1,6 +1,8 @@
 """A run -> a folder in the layout of the Hugging Face Hub, which diffusers loads without this package."""
 
+import html
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from mutor_vision.interop import hub_pipeline
 from mutor_vision.interop.hub_pipeline import MutorTransformer
 from mutor_vision.interop.one_file import one_file
 from mutor_vision.model.transformer import Transformer, num_parameters
-from mutor_vision.names import in_words, title
+from mutor_vision.names import in_words, printable, title
 from mutor_vision.runtime import Runtime
 from mutor_vision.sampling.load import LoadedModel, load
 from mutor_vision.sampling.stream import spread_classes
@@ -114,6 +116,7 @@ def card(loaded: LoadedModel, name: str, scores: dict | None, licence: str, samp
     height, width = loaded.image_size
     steps, batch = config.steps, config.batch_size
     auxiliary = [f"`{field}`: {value}" for field, value in config.auxiliaries.items() if value.active]
+    first = json.dumps(names[0], ensure_ascii=printable(names[0]) != names[0])
     scale = "" if config.label_dropout else ", cfg_scale=1"
     lines = [
         "---", json.dumps(head, indent=1), "---", f"# {name}",
@@ -123,17 +126,18 @@ def card(loaded: LoadedModel, name: str, scores: dict | None, licence: str, samp
         *(["![Samples of classes spread over all, none selected, seed 0](samples.png)"] if samples else []),
         "## Use", "```python\nimport torch\nfrom diffusers import DiffusionPipeline\n\n"
         f'pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)\n'
-        f"images = pipeline([{json.dumps(names[0], ensure_ascii=False)}, {len(names) - 1}], num_images_per_class=2"
+        f"images = pipeline([{first}, {len(names) - 1}], num_images_per_class=2"
         f"{scale}, generator=torch.Generator().manual_seed(0)).images\n```",
         "It needs torch and diffusers. diffusers copies the code of this folder, one file, to `HF_HOME` before it runs "
         "it; where the home folder cannot be written, set `HF_HOME` to one that can. "
         "A new generator with seed *s* draws the images of `mutor sample --seed s`.",
         "## Training",
-        f"- data: {len(names):,} classes ({_some(names)}); token set `{Path(config.codes).name or 'unknown'}`",
+        f"- data: {len(names):,} classes ({_plain(_some(names))}); token set "
+        f"{_plain(Path(config.codes).name) or 'unknown'}",
         f"- {steps:,} steps of {batch:,} images, learning rate {config.lr:g} ({config.schedule}), label dropout "
         f"{config.label_dropout:g}, seed {config.seed}",
         f"- objective: next token{'; ' + '; '.join(auxiliary) if auxiliary else ', nothing else'}",
-        f"- weights: `{identity['weights']}` of `{identity['run']}/{identity['checkpoint']}`, sha256 "
+        f"- weights: `{identity['weights']}` of {_plain(identity['run'])}/{identity['checkpoint']}, sha256 "
         f"`{identity['weights_sha256']}`; tokenizer sha256 `{identity['tokenizer_sha256']}`",
         "## Metrics",
         *([f"```json\n{json.dumps(scores, indent=1)}\n```"] if scores else
@@ -146,6 +150,11 @@ def card(loaded: LoadedModel, name: str, scores: dict | None, licence: str, samp
         "terms of the training images.",
     ]  # fmt: skip
     return "\n\n".join(lines).replace("---\n\n{", "---\n{").replace("}\n\n---", "}\n---") + "\n"
+
+
+def _plain(text: str) -> str:
+    """Others' text in Markdown, where a name could be a tag, a link or a heading."""
+    return re.sub(r"([\\`*_\[\]~#])", r"\\\1", html.escape(printable(text), quote=False))
 
 
 def _parameters(transformer: Transformer) -> str:

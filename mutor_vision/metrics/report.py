@@ -13,7 +13,7 @@ from torch import Tensor
 from mutor_vision.data import images
 from mutor_vision.features.extractors import resize
 from mutor_vision.features.sources import in_order
-from mutor_vision.names import in_words
+from mutor_vision.names import in_words, printable
 from mutor_vision.storage.files import written
 
 STRIP_COLUMNS = 8  # pictures of a class in the page
@@ -62,7 +62,7 @@ def markdown(rows: list[tuple[str, ...]]) -> str:
 
 
 def notes(result: dict) -> list[str]:
-    """The warnings, and what was compared, one line each."""
+    """The warnings, and what was compared, one line each: names of files and classes in it cannot begin another."""
     protocol = result["protocol"]
     extractor = protocol["extractor"]
     accuracy = extractor.get("held_out_accuracy")
@@ -83,7 +83,7 @@ def notes(result: dict) -> list[str]:
         lines.append(f"closest samples and reference images, by index from 0 (distance): {', '.join(named)}")
     if any("standard_deviation" in entry for entry in result["metrics"].values()):
         lines.append("± of IS and KID is the deviation over splits or subsets, not an error of the mean")
-    return lines
+    return list(map(printable, lines))
 
 
 def number(value: float | None) -> str:
