@@ -8,6 +8,7 @@ import socket
 import pytest
 import torch
 
+from mutor_vision.errors import UserError
 from mutor_vision.runtime import Runtime
 from mutor_vision.storage import lock
 
@@ -76,7 +77,7 @@ def test_other_ranks_of_a_job_take_no_lock(tmp_path, elsewhere):
 
 def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path):
     (tmp_path / ".lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="is a link, expected a file"):
         lock.hold(tmp_path, ALONE)
     assert not (tmp_path / "precious").exists()
 

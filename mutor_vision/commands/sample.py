@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from mutor_vision.runtime import finish, start
 from mutor_vision.sampling.completion import Completing
 from mutor_vision.sampling.load import LoadedModel, load
 from mutor_vision.sampling.stream import default_batch_size, label_plan, sample_in_order, sample_stream, spread_classes
-from mutor_vision.storage.files import read_json, written
+from mutor_vision.storage.files import clear, read_json, written
 from mutor_vision.storage.outputs import check_out_file
 
 
@@ -160,7 +159,7 @@ def _write_set(loaded, settings, arguments, out: Path, batch_size: int) -> None:
     else:
         partial = out.with_name(f".{out.name}.partial")
         if runtime.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+            clear(partial)
             partial.mkdir(parents=True)
         runtime.barrier()
         try:

@@ -22,10 +22,11 @@ from torch import Tensor
 
 import mutor_vision
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
+from mutor_vision.names import printable
 from mutor_vision.runtime import Runtime
 from mutor_vision.settings import FORMAT, from_dict, to_dict
 from mutor_vision.storage import seal
-from mutor_vision.storage.files import flush, read_json, read_tensors, write_json, written_folder
+from mutor_vision.storage.files import clear, flush, read_json, read_tensors, write_json, written_folder
 from mutor_vision.storage.foreign import read_pickle
 
 OPTIMIZER = "optimizer"  # folder of a checkpoint: the shards of a sharded training's moments
@@ -107,7 +108,7 @@ def save(
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in [*folder.glob("step-*.partial"), *folder.glob("step-*.removed")]:
-        shutil.rmtree(leftover)
+        clear(leftover)
     needed, free = _bytes(weights) + _bytes(state), shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(f"the checkpoint of step {step} needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free at "
@@ -227,7 +228,7 @@ def _verifies(checkpoint: Path) -> bool:
     try:
         verify(checkpoint)
     except IntegrityError as error:
-        print(f"warning: stepping over a damaged checkpoint: {error}", flush=True)
+        print(f"warning: stepping over a damaged checkpoint: {printable(str(error), 1000)}", flush=True)
         return False
     return True
 

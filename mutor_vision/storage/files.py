@@ -25,6 +25,7 @@ def written(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
+    clear(partial)
     try:
         yield partial
         flush(partial)
@@ -34,18 +35,27 @@ def written(path: str | Path) -> Iterator[Path]:
     flush(path.parent)
 
 
+def clear(path: Path) -> None:
+    """Remove what stands at a temporary name: what a killed process left, or a link that someone else has put there and
+    that would lead what is written elsewhere."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        path.unlink()
+
+
 @contextmanager
 def written_folder(folder: str | Path) -> Iterator[Path]:
     """The same for a folder: gives an empty one to fill, which then replaces `folder` as a whole."""
     folder = Path(folder)
     partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
+    clear(partial)
     partial.mkdir(parents=True)
     try:
         yield partial
         for path in (*partial.rglob("*"), partial):
             flush(path)
-        shutil.rmtree(old, ignore_errors=True)
+        clear(old)
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)

@@ -42,6 +42,8 @@ def _hold(out: Path) -> None:
             pass
         os.close(_held.pop(path))
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        raise UserError(f"{path} is a link, expected a file; remove it")
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -7,7 +7,6 @@ or sampled from. Checkpoints hold whole weights in either way, gathered in the f
 weights reads both; FSDP's optimizer state is a folder of safetensors shards, which any number of processes reads.
 """
 
-import shutil
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -21,6 +20,7 @@ from mutor_vision.model.transformer import Transformer
 from mutor_vision.objectives.objective import Objective
 from mutor_vision.runtime import Runtime
 from mutor_vision.storage import checkpoint
+from mutor_vision.storage.files import clear
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -115,7 +115,7 @@ def save_optimizer(
 
     folder = run / "checkpoints" / f".{checkpoint.OPTIMIZER}.partial"
     if runtime.is_main:
-        shutil.rmtree(folder, ignore_errors=True)
+        clear(folder)
         folder.mkdir(parents=True)
     runtime.barrier()
     save(_moments(optimizer, trained), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
@@ -139,15 +139,15 @@ def load_optimizer(
         with warnings.catch_warnings(action="ignore"):  # it warns of a single process
             load(_moments(optimizer, trained), storage_reader=reader, no_dist=runtime.world_size == 1)
         return state.get("processes", 0)
-    saved = state["optimizer"]
     for number, parameter in enumerate(parameters):
         if isinstance(parameter, DTensor):
+            saved = state["optimizer"]
             for name in _MOMENTS:
                 tensor = saved["state"][number][name].to(parameter.device)
                 saved["state"][number][name] = distribute_tensor(
                     tensor, parameter.device_mesh, parameter.placements, src_data_rank=None
                 )
-    optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(state["optimizer"])
     return state.get("processes", 0)
 
 
