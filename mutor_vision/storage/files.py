@@ -159,6 +159,8 @@ def map_array(path: Path) -> np.ndarray:
     """The array of an .npy file, mapped into memory, so that a header that claims terabytes allocates nothing. Raises
     IntegrityError when it is no complete file of plain numbers."""
     try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            raise ValueError("it is no file")
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(array, np.ndarray):
             raise ValueError("it is an npz")
