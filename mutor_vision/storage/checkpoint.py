@@ -26,7 +26,7 @@ from mutor_vision.names import printable
 from mutor_vision.runtime import Runtime
 from mutor_vision.settings import FORMAT, from_dict, to_dict
 from mutor_vision.storage import seal
-from mutor_vision.storage.files import clear, flush, read_json, read_tensors, write_json, written_folder
+from mutor_vision.storage.files import check_form, clear, flush, read_json, read_tensors, write_json, written_folder
 from mutor_vision.storage.foreign import read_pickle
 
 OPTIMIZER = "optimizer"  # folder of a checkpoint: the shards of a sharded training's moments
@@ -278,7 +278,22 @@ def read_training_state(checkpoint: Path) -> dict:
     path = checkpoint / "training.pt"
     if not path.is_file():
         raise UserError(f"{checkpoint} holds weights only, no training state; it cannot be resumed")
-    return read_pickle(path)
+    state = read_pickle(path)
+    check_form(path, state, {"step": int})
+    return state
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, name: str, checkpoint: Path) -> None:
+    """load_state_dict that refuses moments of other parameters. state: of read_training_state; name: its entry. Raises
+    IntegrityError."""
+    try:
+        optimizer.load_state_dict(state[name])
+        fits = all(moment.shape == parameter.shape for parameter, moments in optimizer.state.items()
+                   for moment in moments.values() if isinstance(moment, Tensor) and moment.dim())  # fmt: skip
+    except (LookupError, TypeError, ValueError, AttributeError):  # what torch raises for another structure
+        fits = False
+    if not fits:
+        raise IntegrityError(f"{checkpoint / 'training.pt'} holds no '{name}' of this model; use an older checkpoint")
 
 
 def load_strictly(module: torch.nn.Module, weights: dict[str, Tensor], source: Path | str) -> None:

@@ -8,6 +8,7 @@ optimizer state in the same file has to fit into memory."""
 import argparse
 import re
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ _WRAPPERS = {
 }  # fmt: skip
 # Last parts of names of single numbers that weight averaging (torch, lucidrains, LitEma) and thop save with weights.
 _COUNTERS = {"n_averaged", "num_updates", "initted", "step", "decay", "total_ops", "total_params"}
+MOST_VALUES = 250_000  # of a file, in all its dicts and lists
 _POSITIONS = {"freqs_cis", "causal_mask"}  # tables that can be computed from the sizes; some forks save them
 _CACHE = "kv_cache"  # LlamaGen's sampler adds it to a model
 
@@ -121,6 +123,8 @@ def _read_pickle(path: Path) -> dict[str, Any]:
             ) from None
         reason = str(error).rpartition("WeightsUnpickler error:")[2]  # cuts torch's advice to turn weights_only off
         raise IntegrityError(f"{path} is refused: {_short(ValueError(reason))}; nothing in it was run") from None
+    for _ in _values(path, content):  # counted before anything walks through them
+        pass
     if not isinstance(content, dict):
         raise MismatchError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors")
     return content
@@ -255,7 +259,9 @@ def _check_tensor(path: Path, name: Any, tensor: Any) -> None:
     plain = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_nested or tensor.is_meta)
     if not plain or (isinstance(tensor, FakeTensor) and not hasattr(tensor.untyped_storage(), "_checkpoint_offset")):
         raise MismatchError(f"{path}: '{name}' is sparse, quantised or without data, expected a plain tensor")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+    storage = tensor.untyped_storage()
+    stored = path.stat().st_size - storage._checkpoint_offset if isinstance(tensor, FakeTensor) else storage.nbytes()
+    if max(tensor.numel() * tensor.element_size(), storage.nbytes()) > max(stored, 0):
         raise IntegrityError(f"{path}: '{name}' claims {tensor.numel():,} numbers, more than are stored; it is refused")
 
 
@@ -265,15 +271,36 @@ def _short(error: Exception) -> str:
 
 
 def read_pickle(path: Path) -> Any:
-    """Tensors and plain values of a file of torch.save. Raises IntegrityError for anything else; none of it is run."""
+    """Tensors and plain values of a file of torch.save, however deep in dicts and lists. Raises IntegrityError or
+    MismatchError for anything else; none of it is run."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a malicious file can make the loader raise anything
         reason = str(error).rpartition("WeightsUnpickler error:")[2]  # cuts torch's advice to turn weights_only off
         reason = re.split(r"\s*(?:Please|Check the doc)", reason)[0]
         raise IntegrityError(
             f"{path} holds no weights that load safely ({_short(ValueError(reason))}); nothing in it was run"
         ) from None
+    for name, value in _values(path, content):
+        if isinstance(value, Tensor):
+            _check_tensor(path, name, value)
+    return content
+
+
+def _values(path: Path, content: Any) -> Iterator[tuple[str, Any]]:
+    """Everything in dicts, lists and tuples, with its last name. Raises IntegrityError for more than MOST_VALUES: a
+    list may hold itself, or another one a thousand times, and whoever walks through it would not come to an end."""
+    waiting, seen = [("", content)], 0
+    while waiting:
+        name, value = waiting.pop()
+        yield name, value
+        if isinstance(value, (dict, list, tuple)):
+            inner = value.items() if isinstance(value, dict) else enumerate(value)
+            waiting += [(str(key)[:200], each) for key, each in inner]
+        seen += 1
+        if seen + len(waiting) > MOST_VALUES:
+            raise IntegrityError(f"{path} holds more than {MOST_VALUES:,} values, or lists that hold each other; save "
+                                 "its state dict alone")  # fmt: skip
 
 
 FILE_NAMES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")  # in folders of the hub
@@ -304,7 +331,4 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     state = read_pickle(path)  # as torch before 1.6 wrote it
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise IntegrityError(f"{path} is not a plain state dict of tensors; extract it and save it as .safetensors")
-    for name, value in state.items():
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise IntegrityError(f"{path}: '{name}' claims {value.numel():,} numbers, more than are stored")
     return state

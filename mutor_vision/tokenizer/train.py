@@ -109,9 +109,9 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path, trackers: Seq
                       "were removed, the order and a held-out share are drawn anew", flush=True)  # fmt: skip
         for name, module in weights.items():
             checkpoint.load_strictly(module, checkpoint.read_weights(newest, name), newest)
-        optimizer.load_state_dict(state["optimizer"])
+        checkpoint.load_optimizer(optimizer, state, "optimizer", newest)
         if optimizer_d is not None:
-            optimizer_d.load_state_dict(state["optimizer_d"])
+            checkpoint.load_optimizer(optimizer_d, state, "optimizer_d", newest)
         idle_steps.copy_(state["idle_steps"])
         first_step = state["step"]
     if first_step >= config.steps:

@@ -147,7 +147,7 @@ def load_optimizer(
                 saved["state"][number][name] = distribute_tensor(
                     tensor, parameter.device_mesh, parameter.placements, src_data_rank=None
                 )
-    optimizer.load_state_dict(state["optimizer"])
+    checkpoint.load_optimizer(optimizer, state, "optimizer", folder)
     return state.get("processes", 0)
 
 
