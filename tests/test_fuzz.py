@@ -2,14 +2,13 @@
 one line; never another error, never 1 GB of memory. `make test-slow` tries forty times as many."""
 
 import json
-import resource
 import shutil
 import time
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+from faults.memory import little_memory
 from faults.score import everything, record
 from safetensors.torch import save_file
 
@@ -26,19 +25,6 @@ from mutor_vision.storage.run_log import read_log
 CHANGES = 20_000 if everything() else 500
 LARGEST = 2**30  # bytes that a reader may allocate for these small files
 LONGEST = 5  # seconds for a small file: there is none that takes a hundredth of it
-
-
-@contextmanager
-def little_memory():
-    """At most LARGEST more than now: a larger allocation fails."""
-    with open("/proc/self/statm") as file:
-        now = int(file.read().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (now + LARGEST, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def changed(content: bytes, generator: np.random.Generator) -> bytes:
@@ -163,7 +149,7 @@ def test_a_changed_byte_is_seen_or_harmless(name, tmp_path, token_set_path):
     path, generator = make(tmp_path, token_set_path), np.random.default_rng(0)
     content, expected, wrong = path.read_bytes(), read(path), []
     refused, longest = 0, 0.0
-    with little_memory():
+    with little_memory(LARGEST):
         for number in range(CHANGES):
             path.write_bytes(now := changed(content, generator))
             began = time.process_time()

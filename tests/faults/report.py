@@ -46,6 +46,10 @@ PROMISES = {
     "Bad checkpoints are told": (
         "what was got, what was expected, what to do; its exit code; no traceback", "test_catalogue.py",
     ),
+    "Hostile files are refused": (
+        "files and names from strangers, by every command that reads them: nothing runs, nothing is written outside of "
+        "--out, memory stays small, and a line says why", "test_hostile.py",
+    ),
     "A process that ends or hangs is named": (
         "the others end within the timeout and say which rank, at which step", "test_lost_process.py",
     ),
