@@ -170,7 +170,7 @@ def _write_set(loaded, settings, arguments, out: Path, batch_size: int) -> None:
                 os.replace(partial, out)
         except BaseException:
             if runtime.world_size == 1:  # others may still write to it; the next try removes it then
-                shutil.rmtree(partial, ignore_errors=True)
+                clear(partial)
             raise
     if runtime.is_main:
         print(f"{out}: {num} images, {arguments.labels} labels, seed {arguments.seed}; how they were made: "
