@@ -9,7 +9,7 @@ import difflib
 import functools
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mutor_vision.errors import UserError
@@ -20,6 +20,7 @@ _BOMS = (  # the longer first: UTF-32's begins with UTF-16's
 )  # fmt: skip
 _ID = re.compile(r"[+-]?[0-9]{1,18}")
 _WNID = re.compile(r"n[0-9]{8}")
+Name = str | tuple[str, ...]  # of a class: one, or several that it is known by
 # Left-to-right and right-to-left marks and overrides: in a line they would reorder what stands around the name.
 _DIRECTION_MARKS = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
@@ -41,6 +42,11 @@ def in_words(name: str) -> str:
     """A class that has ImageNet's id for a name, such as n01443537, in WordNet's words: 'goldfish, Carassius auratus'.
     Any other name, and an id that is none of ImageNet's 21,841, as it is."""
     return _imagenet().get(name, name) if _WNID.fullmatch(name) else name
+
+
+def known_as(class_names: Sequence[str]) -> list[Name]:
+    """Classes to choose from: those of ImageNet's ids by their words, too."""
+    return [name if in_words(name) == name else (name, in_words(name)) for name in class_names]
 
 
 def title(name: str) -> str:
@@ -93,12 +99,12 @@ def read_names(path: str | Path) -> list[str]:
     return list(lines.values())
 
 
-def parse_classes(text: str, class_names: list[str]) -> list[int]:
+def parse_classes(text: str, class_names: Sequence[Name]) -> list[int]:
     """'207,360', 'tench, Tinca tinca', or 'goldfish,tabby' -> class ids.
 
     A whole number is always an id, also where a class has that name. Else names that hold commas themselves are
-    found first, the longest that fits; what is left between commas is matched as `match_class` does. A class of
-    ImageNet's id has its words for a name, too. Raises UserError."""
+    found first, the longest that fits; what is left between commas is matched as `match_class` does. Raises
+    UserError."""
     if (whole := _find(text, class_names, _FULL)) and not _ID.fullmatch(text.strip()):
         return [_only(text, whole, class_names)]
     parts, classes = text.split(","), []
@@ -116,7 +122,7 @@ def parse_classes(text: str, class_names: list[str]) -> list[int]:
     return classes
 
 
-def match_class(name: str, class_names: list[str]) -> int:
+def match_class(name: str, class_names: Sequence[Name]) -> int:
     """The id of the class of this name: as it is written, else in another Unicode form or with other blanks, else in
     other letter case, else one of the synonyms that a name lists with commas ('tench' of 'tench, Tinca tinca'), in
     this order. A number that names no class is an id. Raises UserError when no class or several have the name."""
@@ -124,18 +130,22 @@ def match_class(name: str, class_names: list[str]) -> int:
     return _only(name, found, class_names) if found else _class_of(name.strip(), class_names)
 
 
-def _class_of(text: str, class_names: list[str]) -> int:
+def _class_of(text: str, class_names: Sequence[Name]) -> int:
     if _ID.fullmatch(text):
         if not 0 <= int(text) < len(class_names):
             raise UserError(f"class {int(text)} does not exist; this model has classes 0 to {len(class_names) - 1}")
         return int(text)
     if found := _find(text, class_names, (*_FULL, *_SYNONYM)):
         return _only(text, found, class_names)
-    names = {each for name in class_names for each in (name, in_words(name))}
-    known = {same(part): printable(part.strip()) for name in sorted(names) for part in (name, *name.split(","))}
+    names = [own for name in class_names for own in _all(name)]
+    known = {same(part): printable(part.strip()) for name in names for part in (name, *name.split(","))}
     close = difflib.get_close_matches(same(text), known, n=1, cutoff=0.4)
     hint = f"did you mean '{known[close[0]]}'?" if close else f"give ids 0 to {len(class_names) - 1}, or names"
     raise UserError(f"class '{printable(text)}' does not exist; {hint}")
+
+
+def _all(name: Name) -> tuple[str, ...]:
+    return (name,) if isinstance(name, str) else name
 
 
 def _folded(name: str) -> str:
@@ -148,24 +158,23 @@ _FULL: tuple[_Way, ...] = ((str, False), (same, False), (_folded, False))
 _SYNONYM: tuple[_Way, ...] = ((same, True), (_folded, True))
 
 
-def _find(text: str, class_names: list[str], ways: tuple[_Way, ...]) -> list[int]:
+def _find(text: str, class_names: Sequence[Name], ways: tuple[_Way, ...]) -> list[int]:
     """Ids of the classes that have this name in the strictest way in which any has it; [] for no class."""
     for form, parts in ways:
-        wanted = form(text)
+        if not (wanted := form(text)):
+            continue
         found = [
             number
             for number, name in enumerate(class_names)
-            if wanted
-            and wanted
-            in {form(part) for each in {name, in_words(name)} for part in (each.split(",") if parts else [each])}
+            if wanted in {form(part) for own in _all(name) for part in (own.split(",") if parts else [own])}
         ]
         if found:
             return found
     return []
 
 
-def _only(text: str, found: list[int], class_names: list[str]) -> int:
+def _only(text: str, found: list[int], class_names: Sequence[Name]) -> int:
     if len(found) > 1:
-        shown = ", ".join(f"{number} ('{printable(in_words(class_names[number]))}')" for number in found[:4])
+        shown = ", ".join(f"{number} ('{printable(_all(class_names[number])[-1])}')" for number in found[:4])
         raise UserError(f"'{printable(text.strip())}' names {len(found)} classes: {shown}; give one of these ids")
     return found[0]

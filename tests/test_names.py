@@ -5,7 +5,7 @@ import unicodedata
 import pytest
 
 from mutor_vision.errors import UserError
-from mutor_vision.names import in_words, match_class, parse_classes, printable, read_names, same, title
+from mutor_vision.names import in_words, known_as, match_class, parse_classes, printable, read_names, same, title
 
 IMAGENET = [
     "tench, Tinca tinca",
@@ -58,11 +58,11 @@ def test_imagenets_ids_are_known_in_words():
         ("goldfish,alp", [0, 3]), ("Goldfish", [0]), ("goldfish, Carassius auratus", [0]),
         ("Carassius auratus,tench", [0, 5]), ("n01443537,n99999999", [0, 4]),
     ):  # fmt: skip
-        assert parse_classes(text, folders) == classes
+        assert parse_classes(text, known_as(folders)) == classes
     with pytest.raises(UserError, match=r"'crane' names 2 classes: 1 \('crane'\), 2 \('crane'\)"):
-        parse_classes("crane", folders)
+        parse_classes("crane", known_as(folders))
     with pytest.raises(UserError, match="did you mean 'goldfish'"):
-        parse_classes("goldfsh", folders)
+        parse_classes("goldfsh", known_as(folders))
     assert [title(name) for name in folders] == ["goldfish", "crane", "crane", "alp", "n99999999", "tench, Tinca tinca"]
     assert in_words("n01443537") == "goldfish, Carassius auratus" and in_words("n1") == "n1"
 

@@ -14,7 +14,7 @@ import mutor_vision
 from mutor_vision.commands.flags import add_execution, add_settings, decoding_from, settings_from
 from mutor_vision.data import images
 from mutor_vision.errors import UserError
-from mutor_vision.names import match_class, parse_classes, title
+from mutor_vision.names import known_as, match_class, parse_classes, title
 from mutor_vision.progress import progress
 from mutor_vision.runtime import finish, start
 from mutor_vision.sampling.completion import Completing
@@ -92,8 +92,9 @@ def main(arguments: argparse.Namespace) -> None:
 
 def _write_grid(loaded, settings, arguments, out: Path, batch_size: int) -> None:
     num_classes = len(loaded.class_names)
-    classes = parse_classes(arguments.classes, loaded.class_names) if arguments.classes is not None else []
-    classes += [match_class(name, loaded.class_names) for name in arguments.named]
+    choices = known_as(loaded.class_names) if arguments.classes is not None or arguments.named else []
+    classes = parse_classes(arguments.classes, choices) if arguments.classes is not None else []
+    classes += [match_class(name, choices) for name in arguments.named]
     classes = classes or spread_classes(num_classes, 8)
     labels = torch.tensor(classes).repeat_interleave(arguments.per_class)
     original = None

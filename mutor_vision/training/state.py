@@ -109,6 +109,7 @@ class State:
                 f"training diverged: the gradients of the last {row} steps up to {step} were not finite, and changed "
                 f"nothing; go on with a lower lr: --init RUN --out NEW --set lr={self.config.lr / 2:g}"
             )
+        return since
 
     def best(self) -> Transformer:
         """Collective: the EMA, where there is one, else the model, with all of its weights in every process."""
