@@ -37,6 +37,7 @@ test: install
 test-slow: install
 	mkdir -p build && rm -f build/scores.jsonl
 	MUTOR_FAULTS=all MUTOR_SCORE=$(CURDIR)/build/scores.jsonl $(PYTEST) $(FAULTS)
+	MUTOR_SCORE=$(CURDIR)/build/scores.jsonl $(PYTEST) -m bad_input
 	$(PY) tests/faults/report.py build/scores.jsonl
 
 # What other processors do, and other releases of PyTorch: no packed matrices, no merged kernel.

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from faults.score import record
 
 from mutor_vision.config import RegisterConfig, TransformerConfig
 
@@ -23,6 +24,14 @@ torch.set_num_threads(1)
 torch.ones(1, requires_grad=True).backward()
 # torch waits this long, in seconds, for a reading process whose reader has stopped early; 5 by default.
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.when == "call" and not report.skipped and (marker := item.get_closest_marker("bad_input")):
+        record("Bad inputs are told", *marker.args, int(report.passed), 1)
+    return report
 
 
 @pytest.fixture(scope="session")

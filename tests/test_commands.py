@@ -28,6 +28,7 @@ from mutor_vision.model import lora
         (["--preset", "digits-mutor-2d", "--set", "batch_size=12"], "a 4x4 grid has 16 slots", 2),
     ],
 )
+@pytest.mark.bad_input("command line")
 def test_train_imagenet_refuses_in_one_line_and_writes_nothing(command, tmp_path, token_set_path, words, message, code):
     if "--codes" not in words:
         words = [*words, "--codes", token_set_path]

@@ -70,6 +70,7 @@ def test_the_command_shows_the_original_and_its_continuations(decode, command, t
     (["--keep-rows", 2], "--keep-rows needs --image"), (["--image", "PHOTO", "--keep-rows", 4], "expected 1 to 3"),
     (["--image", "PHOTO", "--resize", 8], "drop --num and --resize"), (["--image", "absent.png"], "no such file"),
 ])  # fmt: skip
+@pytest.mark.bad_input("command line")
 def test_mistakes_are_one_line(words, message, command, trained_run, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "photo.png")
     words = [tmp_path / "photo.png" if word == "PHOTO" else word for word in words]

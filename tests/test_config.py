@@ -41,6 +41,7 @@ def test_settings_are_read_by_their_field():
         ("model=3", "unknown setting 'model'"),
     ],
 )
+@pytest.mark.bad_input("settings")
 def test_wrong_settings_name_what_is_right(setting, message):
     with pytest.raises(UserError, match=message.replace("?", r"\?").replace(".", r"\.")):
         override(TrainConfig(), [setting])
@@ -88,6 +89,7 @@ WRONG = [  # configuration, dotted name, value, what the message ends with
 
 
 @pytest.mark.parametrize("kind, name, value, message", WRONG, ids=lambda x: x if isinstance(x, str) else None)
+@pytest.mark.bad_input("settings")
 def test_a_wrong_value_is_refused_whichever_way_it_comes(kind, name, value, message):
     values = to_dict(kind())
     *path, leaf = name.split(".")
@@ -107,6 +109,7 @@ def test_a_wrong_value_is_refused_whichever_way_it_comes(kind, name, value, mess
                                      "model.grid=16,16,16", "model.heads=0", "model.ffn_dropout=1.0",
                                      "registers.edge=cut", "registers.weight=half",
                                      "activation_checkpointing=1"])  # fmt: skip
+@pytest.mark.bad_input("settings")
 def test_set_refuses_the_same(setting):
     name, _, text = setting.partition("=")
     with pytest.raises(UserError, match=f"^{name} is .*{text.replace(',', '.*')}.*, expected "):

@@ -147,6 +147,7 @@ def test_the_command_samples_with_it_the_images_of_the_base(trained_run, drafter
     assert record["decoding"]["drafts"] == 2 and "base" in record["model"]
 
 
+@pytest.mark.bad_input("settings")
 def test_what_makes_no_drafter_is_refused(trained_run, drafter, config, tmp_path):
     with pytest.raises(UserError, match="cannot become part of the model"):
         lora.merge(trained_run, drafter, tmp_path / "merged")

@@ -167,6 +167,7 @@ def test_auto_forecasts_for_few_images_and_not_for_many(random_model):
         (dict(compile="maybe"), "compile is 'maybe'"), (dict(decode="forecast", drafts=15), "expected at most 14"),
     ],
 )  # fmt: skip
+@pytest.mark.bad_input("settings")
 def test_decodings_that_cannot_be_are_refused(trained_run, changes, named):
     with pytest.raises(UserError, match=named):
         load(trained_run, Runtime(0, 1, torch.device("cpu"), None), decoding=dataclasses.replace(Decoding(), **changes))

@@ -174,6 +174,7 @@ def test_temperature_zero_is_the_limit_of_small_temperatures():
         dict(cfg_interval=(1,)), dict(cfg_power=0.0),
     ],
 )  # fmt: skip
+@pytest.mark.bad_input("settings")
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(UserError, match=next(iter(settings))):
         SampleSettings(**settings)

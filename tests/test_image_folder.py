@@ -69,6 +69,7 @@ def test_the_fingerprint_is_of_names_and_sizes(root):
     assert len({before, renamed, ImageFolder(root).fingerprint()}) == 3
 
 
+@pytest.mark.bad_input("images")
 def test_folders_that_cannot_be_used_say_why(root, tmp_path):
     with pytest.raises(DataError, match=f"does not exist; the nearest folder that does is {root}"):
         ImageFolder(root / "gone" / "deeper")
@@ -91,6 +92,7 @@ def test_folders_that_cannot_be_used_say_why(root, tmp_path):
         ImageFolder(root)
 
 
+@pytest.mark.bad_input("images")
 def test_broken_links_pipes_and_loops_are_named(root):
     (root / "bee" / "link.png").symlink_to(root / "nowhere.png")
     with pytest.raises(DataError, match="link.png is a broken link"):

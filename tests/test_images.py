@@ -98,6 +98,7 @@ def bad(tmp_path):
         ("grey16.png", "a 16-bit PNG"), ("rgb16.png", "a 16-bit PNG"), ("gone.png", "no such file"),
     ],
 )  # fmt: skip
+@pytest.mark.bad_input("images")
 def test_a_file_that_is_no_whole_8_bit_image_is_refused_by_name(bad, name, reason):
     with pytest.raises(DataError, match=reason) as raised:
         images.read_image(bad / name)
@@ -120,6 +121,7 @@ def test_every_changed_byte_of_a_pngs_pixels_is_noticed(tmp_path):
             images.read_image(tmp_path / "x.png")
 
 
+@pytest.mark.bad_input("images")
 def test_strips_are_refused(tmp_path):
     with pytest.raises(DataError, match="strip.png: 600x3 pixels, at most 50:1"):
         images.read_image(save(Image.new("RGB", (600, 3)), tmp_path / "strip.png"))
@@ -280,6 +282,7 @@ def test_lossy_compression_is_told_from_the_file(tmp_path):
     (lambda path: path.mkdir(), "not a regular file"),
     (os.mkfifo, "not a regular file"),
 ])  # fmt: skip
+@pytest.mark.bad_input("images")
 def test_what_is_not_8_bit_rgb_or_of_another_decoder_is_refused(tmp_path, build, reason):
     build(tmp_path / "x.tif")
     for read in (images.read_image, images.check_image):

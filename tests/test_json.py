@@ -37,6 +37,7 @@ def test_another_form_is_named(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 200_000, b'"\xff"', b"[]", b"3", b"null", b'{"names": []}'])
+@pytest.mark.bad_input("weights and codes of others")
 def test_odd_json_is_one_line(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(IntegrityError, match="make it anew") as caught:
@@ -95,6 +96,7 @@ class Harmful:
     lambda path: path.write_bytes(b""),
     lambda path: path.write_bytes(b"<html>"),
 ], ids=["zip", "older", "bare pickle", "empty", "page"])  # fmt: skip
+@pytest.mark.bad_input("weights and codes of others")
 def test_a_pickle_is_refused_and_not_run(tmp_path, write):
     write(tmp_path / "training.pt")
     with pytest.raises(IntegrityError, match="nothing in it was run") as caught:

@@ -102,6 +102,7 @@ def test_a_folder_named_like_an_image_is_a_folder(root):
 
 
 @pytest.mark.parametrize("reader", [ImageFolder, SourceImages])
+@pytest.mark.bad_input("images")
 def test_pipes_broken_links_and_cycles_are_refused_by_name(root, reader):
     os.mkfifo(root / "bee" / "pipe.png")
     with pytest.raises(DataError, match="pipe.png is not a regular file"):

@@ -337,6 +337,7 @@ AMBIGUOUS = {
 
 
 @pytest.mark.parametrize("build, kind, message", AMBIGUOUS.values(), ids=AMBIGUOUS.keys())
+@pytest.mark.bad_input("weights and codes of others")
 def test_what_can_be_read_in_two_ways_is_refused(shared, tmp_path, build, kind, message):
     torch.save(build(gpt_weights(shared)), tmp_path / "file.pt")
     with pytest.raises(kind, match=message):
@@ -503,6 +504,7 @@ BAD_FILES = {
 
 @pytest.mark.filterwarnings("ignore:.*[Ss]parse")
 @pytest.mark.parametrize("build, kind, message", BAD_FILES.values(), ids=BAD_FILES.keys())
+@pytest.mark.bad_input("weights and codes of others")
 def test_bad_contents_are_refused_and_nothing_is_run_or_written(shared, tmp_path, monkeypatch, build, kind, message):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # asks every torch.load to run what it reads
     torch.save(build(gpt_weights(shared), tmp_path / "canary"), tmp_path / "file.pt")
@@ -525,6 +527,7 @@ BAD_BYTES = {
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("spoil, message", BAD_BYTES.values(), ids=BAD_BYTES.keys())
+@pytest.mark.bad_input("weights and codes of others")
 def test_bad_bytes_are_refused_and_nothing_is_written(shared, tmp_path, spoil, message):
     path = tmp_path / "file.pt"
     torch.save({"model": gpt_weights(shared)}, path)
@@ -621,6 +624,7 @@ BAD_CODES = {
 
 
 @pytest.mark.parametrize("spoil, message", BAD_CODES.values(), ids=BAD_CODES.keys())
+@pytest.mark.bad_input("weights and codes of others")
 def test_bad_codes_are_named_and_leave_no_token_set(tmp_path, tiny_tokenizer_path, spoil, message):
     write_codes(tmp_path / "ten")
     spoil(tmp_path / "ten")

@@ -195,6 +195,7 @@ def test_inception_score_does_not_depend_on_the_order_of_samples():
     (lambda x: scores.precision_recall(x, x, ALONE, k=20), "k must be 1 to 19"),
     (lambda x: scores.kernel_distance(x, x, subset_size=21), "2 to the smaller"),
 ])  # fmt: skip
+@pytest.mark.bad_input("evaluation")
 def test_scores_refuse_what_they_cannot_measure(call, message):
     with pytest.raises(UserError, match=message):
         call(torch.rand(20, 4))

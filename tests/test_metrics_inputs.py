@@ -527,6 +527,7 @@ def npy_bytes() -> bytes:
 
 
 @pytest.mark.parametrize("build, code, message", REFUSED.values(), ids=REFUSED.keys())
+@pytest.mark.bad_input("evaluation")
 def test_an_odd_npz_is_refused_in_one_line(build, code, message, good, tmp_path, monkeypatch, capsys):
     path = tmp_path / "samples.npz"
     build(path)
@@ -669,6 +670,7 @@ ODD_CONFIGS = (
 
 
 @pytest.mark.parametrize("text", ODD_CONFIGS, ids=range(len(ODD_CONFIGS)))
+@pytest.mark.bad_input("evaluation")
 def test_odd_configurations_of_features_are_refused(text, tmp_path):
     (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError):
@@ -717,6 +719,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name, flags, code", MISTAKES.values(), ids=MISTAKES.keys())
+@pytest.mark.bad_input("evaluation")
 def test_a_mistake_is_one_line(name, flags, code, good, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     os.symlink(good / "samples", tmp_path / "S")

@@ -84,6 +84,7 @@ def test_a_number_is_an_id_in_a_list_and_a_name_by_itself():
     ("\u00b2", ["a"], "does not exist"), ("9" * 5000, ["a"], "does not exist"),
     ("\x1b[31m", ["a"], r"class '\\x1b\[31m' does not exist"),
 ])  # fmt: skip
+@pytest.mark.bad_input("command line")
 def test_what_names_no_class_or_several_is_refused(text, names, message):
     with pytest.raises(UserError, match=message) as raised:
         parse_classes(text, names)
@@ -114,6 +115,7 @@ def test_lists_of_names_are_read_whatever_editor_saved_them(tmp_path, encoding, 
     ("caf\u00e9\n".encode("latin-1"), "cannot be read as class names"),
     ("ant\nbee\n".encode("utf-16-le"), "zero bytes"),
 ])  # fmt: skip
+@pytest.mark.bad_input("command line")
 def test_lists_that_would_give_wrong_names_are_refused(tmp_path, content, message):
     (tmp_path / "names.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):

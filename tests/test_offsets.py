@@ -25,6 +25,7 @@ def test_offsets_are_read_by_name_or_number():
         ("0,-1", "has '0,-1' which is behind the token"),
     ],
 )
+@pytest.mark.bad_input("settings")
 def test_other_text_is_refused(text, message):
     with pytest.raises(UserError, match=f"^private_blocks.offsets {message}"):
         PrivateBlocksConfig(offsets=text)
@@ -106,6 +107,7 @@ def test_weights_by_step(schedule, expected):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "", "10", "5:2", "~:0", "1x:0"])
+@pytest.mark.bad_input("settings")
 def test_a_schedule_that_is_none_is_refused(schedule):
     with pytest.raises(UserError, match=f"^aligned_states.weight_schedule is '{schedule}', expected constant"):
         override(TrainConfig(), [f"aligned_states.weight_schedule={schedule}"])

@@ -26,6 +26,7 @@ def test_what_can_be_written_passes_and_leaves_nothing(tmp_path):
     (check_out_folder, "file/x/y", "cannot be written .Not a directory"),
     (check_out_folder, "x" * 300, "cannot be written .File name too long"),
 ])  # fmt: skip
+@pytest.mark.bad_input("command line")
 def test_what_cannot_be_written_is_one_line(tmp_path, check, name, message):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()

@@ -100,6 +100,7 @@ def misshapen(state):
     (without_one, "of another architecture"), (exchanged, "stands where '.*weight' was expected"),
     (misshapen, "has shape"),
 ])  # fmt: skip
+@pytest.mark.bad_input("weights and codes of others")
 def test_tensors_that_do_not_fit_are_refused(change, message, installed, published):
     installed(change(published[1]))
     with pytest.raises(MismatchError, match=message):

@@ -97,6 +97,7 @@ def test_a_run_resumes_with_its_heads_and_its_transformer_is_a_plain_one(tmp_pat
         (["parallel_heads=2", "registers.kind=2d", "registers.count=4", "registers.weight=0.6"], "are 0.6 and 0.5"),
     ],
 )
+@pytest.mark.bad_input("settings")
 def test_heads_are_refused_where_they_make_no_sense(settings, named):
     with pytest.raises(UserError, match=named):
         override(TrainConfig(codes="codes"), settings)

@@ -205,6 +205,7 @@ def test_every_preset_has_a_plan(name):
         (["lora_inputs=registers", "registers.kind=1d", "registers.count=8"], ("h100", 8, 0.4), "lora_inputs is set"),
     ],
 )
+@pytest.mark.bad_input("settings")
 def test_what_cannot_be_planned_is_refused(settings, arguments, message):
     with pytest.raises(UserError, match=message):
         plan("", override(TRANSFORMERS["imagenet256-B-next-token"], settings), *arguments)

@@ -61,6 +61,7 @@ def test_two_processes_try_together(forked, arguments, tmp_path, monkeypatch):
         ({"keep": 1000}, "checkpoints need .* make space, lower keep"),
     ],
 )
+@pytest.mark.bad_input("settings")
 def test_what_cannot_work_is_said_before_it_begins(train_config, tmp_path, monkeypatch, fault, told):
     if "keep" in fault:
         monkeypatch.setattr(tried.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000_000}))

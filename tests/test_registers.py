@@ -157,6 +157,7 @@ def test_more_registers_than_slots_are_refused():
         (dict(kind="1d", count=3, min_offset_w=0), "only 2d"),
     ],
 )
+@pytest.mark.bad_input("settings")
 def test_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         RegisterConfig(**settings)
@@ -190,6 +191,7 @@ def test_equal_shares_draw_as_no_shares_do():
         ({"kind": "2d", "offsets": "up"}, "registers.offsets has 'up'"),
     ],
 )
+@pytest.mark.bad_input("settings")
 def test_offsets_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         RegisterConfig(count=4, **settings)

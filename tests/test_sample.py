@@ -173,6 +173,7 @@ def test_a_balanced_plan_has_every_class_equally_often_in_mixed_order():
         (["--compile", "maybe"], "compile is 'maybe', expected one of auto, on, off"),
     ],
 )
+@pytest.mark.bad_input("command line")
 def test_bad_arguments_are_one_line_and_leave_nothing(mutor, trained_run, tmp_path, arguments, message):
     code, out, err = mutor("sample", trained_run, "--out", tmp_path / "grid.png", *arguments)
     assert code not in (0, None) and message in err

@@ -120,6 +120,7 @@ def sent(server, *lines, content=b"", close=False):
 
 
 @pytest.mark.parametrize("length", ["many", "-1", "0", "1e3", "", "999999999"])
+@pytest.mark.bad_input("command line")
 def test_a_length_that_is_none_is_refused(server, capfd, length):
     assert "404" in sent(server, f"Content-Length: {length}")
     assert capfd.readouterr().err == ""

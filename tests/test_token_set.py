@@ -113,6 +113,7 @@ def test_damage_is_named(path, name, damage):
     ({"grid": [4, 5]}, "expected uint16 .30, 2, 20."),
     ({"views": ["center"]}, "expected uint16 .30, 1, 16."),
 ])  # fmt: skip
+@pytest.mark.bad_input("weights and codes of others")
 def test_codes_that_do_not_fit_the_manifest_are_refused(path, change, message):
     edit_manifest(path, **change)
     with pytest.raises(IntegrityError, match=message):

@@ -62,6 +62,7 @@ def test_sides_that_do_not_fit_are_refused(tokenizer):
 
 
 @pytest.mark.parametrize("change", [{"channels": (8, 10)}, {"image_size": 18}, {"codebook_size": 0}])
+@pytest.mark.bad_input("settings")
 def test_sizes_that_cannot_be_are_refused(change):
     with pytest.raises(UserError):
         VQTokenizer(dataclasses.replace(CONFIG, **change))

@@ -229,6 +229,7 @@ def test_two_processes_train_as_one(forked, pictures, trained, tmp_path):
     ({"data": "gone"}, 3, "does not exist"),
     ({"colour": "red"}, 2, "unrecognized arguments"),
 ])  # fmt: skip
+@pytest.mark.bad_input("command line")
 def test_mistakes_are_one_line_and_leave_nothing(command, pictures, tmp_path, arguments, code, message):
     given = {"preset": "digits", "data": pictures, "out": tmp_path / "run", **arguments}
     got, _, error = command("train_vq.py", **given)
@@ -557,6 +558,7 @@ def test_greyscale_and_small_images_are_encoded(command, tiny_tokenizer_path, tm
     ({"weights": "worst"}, 2, "no 'worst' weights"),
     ({"precision": "float16"}, 2, "expected one of float32, bfloat16"),
 ])  # fmt: skip
+@pytest.mark.bad_input("command line")
 def test_wrong_arguments_of_encode(command, pictures, tiny_tokenizer_path, tmp_path, arguments, code, message):
     given = {"tokenizer": tiny_tokenizer_path, "data": pictures, "out": tmp_path / "set", **arguments}
     got, _, error = command("encode.py", **given)

@@ -212,6 +212,7 @@ def test_a_run_is_not_continued_on_another_token_set(
         (dict(model=TransformerConfig(2, 2, 32, grid=(8, 8))), "model.grid"),
     ],
 )
+@pytest.mark.bad_input("settings")
 def test_settings_that_cannot_work_are_refused_before_anything_is_written(tmp_path, train_config, change, message):
     with pytest.raises(UserError, match=message):
         train(dataclasses.replace(train_config, **change), tmp_path / "run")

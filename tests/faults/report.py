@@ -50,6 +50,10 @@ PROMISES = {
         "files and names from strangers, by every command that reads them: nothing runs, nothing is written outside of "
         "--out, memory stays small, and a line says why", "test_hostile.py",
     ),
+    "Bad inputs are told": (
+        "images, settings, command lines, files of the evaluation and of others, each refused by name in one line",
+        "test_*.py, marked `bad_input`",
+    ),
     "A process that ends or hangs is named": (
         "the others end within the timeout and say which rank, at which step", "test_lost_process.py",
     ),
