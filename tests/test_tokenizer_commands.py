@@ -1,6 +1,7 @@
 """tokenizers/train_vq.py, encode.py and reconstruct.py, as a person calls them."""
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from PIL import Image
 from mutor_vision.data.reading import Views
 from mutor_vision.data.token_set import TokenSet
 from mutor_vision.errors import ImageError, IntegrityError, MismatchError, UserError
+from mutor_vision.runtime import Runtime
 from mutor_vision.storage import checkpoint
 from mutor_vision.tokenizer import encode
 from mutor_vision.tokenizer.model import tokenizer_identity
@@ -616,3 +618,18 @@ def test_outputs_are_tried_before_the_work(command, pictures, tmp_path, name):
     for out in ("file", "file/deeper"):
         code, _, error = command(name, tokenizer="gone", data=pictures, out=tmp_path / out)
         assert code == 2 and ("is a file" in error or "cannot be written" in error)
+
+
+def test_no_codes_are_kept_for_a_batch(pictures, tiny_tokenizer_path, tmp_path, monkeypatch):
+    """Small arrays between the encoder's large ones would keep malloc from using their memory again."""
+    counts, encode_crops = [], encode._encode
+
+    def watched(*arguments):
+        counts.append(sum(type(one) is torch.Tensor for one in gc.get_objects()))
+        return encode_crops(*arguments)
+
+    monkeypatch.setattr(encode, "_encode", watched)
+    alone, settings = Runtime(0, 1, torch.device("cpu"), None), encode.EncodeSettings(batch_size=1)
+    encode.encode_folder(tiny_tokenizer_path, pictures, tmp_path / "codes", settings, alone, workers=0)
+    last = counts[-20:]  # of 28 crops, one by one
+    assert len(counts) >= 28 and last[-1] <= last[1] + 1, counts
