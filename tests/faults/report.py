@@ -51,8 +51,8 @@ PROMISES = {
         "--out, memory stays small, and a line says why", "test_hostile.py",
     ),
     "Bad inputs are told": (
-        "images, settings, command lines, files of the evaluation and of others, each refused by name in one line",
-        "test_*.py, marked `bad_input`",
+        "images, settings, command lines, files of the evaluation and of others, each refused by name in one line: the "
+        "tests marked `bad_input`", "conftest.py",
     ),
     "A process that ends or hangs is named": (
         "the others end within the timeout and say which rank, at which step", "test_lost_process.py",
@@ -115,5 +115,6 @@ def collected(lines: list[str]) -> dict[str, dict[str, list[int]]]:
 if __name__ == "__main__":
     found = collected(Path(sys.argv[1]).read_text().splitlines())
     PAGE.write_text(page(found))
-    SCORES.write_text(json.dumps(found, indent=1) + "\n")
+    lines = (f"{json.dumps(title)}: {json.dumps(cases)}" for title, cases in found.items())
+    SCORES.write_text("{\n" + ",\n".join(lines) + "\n}\n")  # a line for each promise
     print(f"{PAGE}: {len(found)} promises")
