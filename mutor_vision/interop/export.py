@@ -132,7 +132,7 @@ def card(loaded: LoadedModel, name: str, scores: dict | None, licence: str, samp
         "it; where the home folder cannot be written, set `HF_HOME` to one that can. "
         "A new generator with seed *s* draws the images of `mutor sample --seed s`.",
         "## Training",
-        f"- data: {len(names):,} classes ({_plain(_some(names))}); token set "
+        f"- data: {len(names):,} classes ({_plain(_some([title(name) for name in loaded.class_names]))}); token set "
         f"{_plain(Path(config.codes).name) or 'unknown'}",
         f"- {steps:,} steps of {batch:,} images, learning rate {config.lr:g} ({config.schedule}), label dropout "
         f"{config.label_dropout:g}, seed {config.seed}",
