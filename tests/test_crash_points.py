@@ -196,3 +196,14 @@ def test_a_save_is_flushed_before_it_is_seen(tmp_path, train_config):
     files = list((run / "checkpoints" / "step-0000001").iterdir())
     assert flushes >= len(files) + 1  # every file, and their folder
     assert seen[rename + 1].startswith("fsync")
+
+
+def test_what_the_last_save_had_left_to_do_is_done_when_the_run_is_started_again(forked, jobs, tmp_path):
+    """A run that was killed between its last checkpoint and the removal of an older one has no step to make."""
+    words = [str(word).replace("{out}", str(tmp_path)) for word in jobs["training"]]
+    assert forked(*words).code == 0
+    folder, expected = tmp_path / "run" / "checkpoints", tree(tmp_path)
+    shutil.copytree(folder / "step-0000006", folder / "step-0000004.removed")
+    shutil.copytree(folder / "step-0000008", folder / "step-0000010.partial")
+    assert forked(*words).code == 0
+    assert tree(tmp_path) == expected

@@ -107,8 +107,7 @@ def save(
     """
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in [*folder.glob("step-*.partial"), *folder.glob("step-*.removed")]:
-        clear(leftover)
+    _clear_leftovers(folder)
     needed, free = _bytes(weights) + _bytes(state), shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(f"the checkpoint of step {step} needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free at "
@@ -159,6 +158,18 @@ def _bytes(value: Any) -> int:
         return value.numel() * value.element_size()
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return sum(map(_bytes, inner))
+
+
+def tidy(run: Path, verified: Path, keep: int) -> None:
+    """Do what a save that was killed had left to do: remove what it wrote or was removing, and checkpoints older than
+    the newest `keep` that verify. verified: the newest of these, which was just hashed. Call on one rank."""
+    _clear_leftovers(run / "checkpoints")
+    _prune(run, verified, keep)
+
+
+def _clear_leftovers(folder: Path) -> None:
+    for leftover in [*folder.glob("step-*.partial"), *folder.glob("step-*.removed")]:
+        clear(leftover)
 
 
 def _prune(run: Path, written: Path, keep: int) -> None:

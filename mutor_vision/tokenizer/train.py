@@ -114,12 +114,14 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path, trackers: Seq
             checkpoint.load_optimizer(optimizer_d, state, "optimizer_d", newest)
         idle_steps.copy_(state["idle_steps"])
         first_step = state["step"]
+    runtime.barrier()  # rank 0 writes to the run directory only after every rank has looked for a checkpoint in it
+    if newest is not None and runtime.is_main:
+        checkpoint.tidy(out, newest, config.keep)
     if first_step >= config.steps:
         if runtime.is_main:
             more = "; a larger --steps goes on" if config.schedule == "constant" else ""
             print(f"{out} has {first_step} of {config.steps} steps already{more}", flush=True)
         return newest
-    runtime.barrier()  # rank 0 writes to the run directory only after every rank has looked for a checkpoint in it
     if runtime.is_main:
         checkpoint.write_config(out, "tokenizer", config)
     log = RunLog(out, first_step, config.steps, active=runtime.is_main, trackers=trackers, config=to_dict(config))

@@ -48,7 +48,9 @@ def resume(out: Path, inputs: Inputs, state: State) -> Path | None:
     runtime.barrier()  # every rank has looked at the folder before rank 0 writes to it
     if runtime.is_main:
         checkpoint.write_config(out, state.kind, config)
-        if found is None:
+        if found is not None:
+            checkpoint.tidy(out, found, config.keep)
+        else:
             if base:
                 write_json(out / RECORD, record)
             shutil.copyfile(Path(config.codes) / "manifest.json", out / "token_set.json")
