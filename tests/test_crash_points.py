@@ -198,12 +198,17 @@ def test_a_save_is_flushed_before_it_is_seen(tmp_path, train_config):
     assert seen[rename + 1].startswith("fsync")
 
 
-def test_what_the_last_save_had_left_to_do_is_done_when_the_run_is_started_again(forked, jobs, tmp_path):
-    """A run that was killed between its last checkpoint and the removal of an older one has no step to make."""
-    words = [str(word).replace("{out}", str(tmp_path)) for word in jobs["training"]]
+@pytest.mark.parametrize("name", ["training", "tokenizer training"])
+def test_what_was_left_to_do_after_the_last_save_is_done_when_the_run_is_started_again(forked, jobs, tmp_path, name):
+    """A run that was killed between its last checkpoint and its end has no step to make: an older checkpoint is
+    removed, what was half removed or half written goes, and the status says that it is done."""
+    words = [str(word).replace("{out}", str(tmp_path)) for word in jobs[name]]
     assert forked(*words).code == 0
     folder, expected = tmp_path / "run" / "checkpoints", tree(tmp_path)
-    shutil.copytree(folder / "step-0000006", folder / "step-0000004.removed")
-    shutil.copytree(folder / "step-0000008", folder / "step-0000010.partial")
+    newest = checkpoint.newest(tmp_path / "run")
+    shutil.copytree(newest, folder / "step-0000001.removed")
+    shutil.copytree(newest, folder / "step-0000010.partial")
+    status = tmp_path / "run" / "status.json"
+    status.write_text(status.read_text().replace("done", "running"))
     assert forked(*words).code == 0
     assert tree(tmp_path) == expected

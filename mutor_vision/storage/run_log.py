@@ -46,8 +46,7 @@ class RunLog:
     def status(self, state: str, step: int, reason: str = "") -> None:
         """status.json: 'running', 'done', 'failed' or 'preempted', at which of how many steps and why."""
         if self.active:
-            status = {"state": state, "step": step, "steps": self.steps, "reason": reason}
-            write_json(self.run / "status.json", status)
+            write_status(self.run, state, step, self.steps, reason)
 
     def failed(self, step: int, error: BaseException) -> None:
         """status.json: an error ended the run at `step`; an error that is none says in `state` what it is."""
@@ -59,6 +58,11 @@ class RunLog:
             self.file.close()
             for tracker in self.trackers:
                 tracker.close()
+
+
+def write_status(run: Path, state: str, step: int, steps: int, reason: str = "") -> None:
+    """status.json of a run, as RunLog.status says."""
+    write_json(run / "status.json", {"state": state, "step": step, "steps": steps, "reason": reason})
 
 
 def read_log(run: Path) -> list[dict]:

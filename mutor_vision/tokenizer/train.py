@@ -25,7 +25,7 @@ from mutor_vision.schedule import check_warmup, due, learning_rate
 from mutor_vision.settings import differences, to_dict
 from mutor_vision.storage import checkpoint, lock
 from mutor_vision.storage.outputs import check_out_folder
-from mutor_vision.storage.run_log import RunLog
+from mutor_vision.storage.run_log import RunLog, write_status
 from mutor_vision.storage.trackers import check_trackers
 from mutor_vision.tokenizer import losses
 from mutor_vision.tokenizer.model import VQTokenizer
@@ -119,6 +119,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path, trackers: Seq
         checkpoint.tidy(out, newest, config.keep)
     if first_step >= config.steps:
         if runtime.is_main:
+            write_status(out, "done", first_step, first_step)  # not said yet, if it was killed after its last save
             more = "; a larger --steps goes on" if config.schedule == "constant" else ""
             print(f"{out} has {first_step} of {config.steps} steps already{more}", flush=True)
         return newest
