@@ -7,11 +7,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from faults.score import record
-from PIL import Image
 
 from mutor_vision.config import ParallelHeadsConfig
 from mutor_vision.presets import TOKENIZERS
@@ -77,16 +75,6 @@ def left_out(monkeypatch, folder: Path, part: tuple[str, str]) -> None:
     if kind == "step":
         load = State.load  # a transformer takes its step from the name of the folder
         monkeypatch.setattr(State, "load", lambda self, newest: (load(self, newest), setattr(self, "step", old)))
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    root, generator = tmp_path_factory.mktemp("data") / "pictures", np.random.default_rng(0)
-    for number in range(12):
-        path = root / f"class{number % 2}" / f"{number:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(255, size=(18, 18, 3), dtype=np.uint8)).save(path)
-    return root
 
 
 @pytest.fixture(scope="module")

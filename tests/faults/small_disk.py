@@ -14,8 +14,7 @@ def mounted(folder: Path, kilobytes: int) -> str:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNS):
         return os.strerror(ctypes.get_errno())
-    made = _mount("--make-rprivate", "/") or _mount("-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder)
-    return made
+    return _mount("--make-rprivate", "/") or _mount("-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder)
 
 
 def enlarged(folder: Path, kilobytes: int) -> None:
