@@ -108,7 +108,7 @@ def save(
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(folder)
-    needed, free = _bytes(weights) + _bytes(state), shutil.disk_usage(folder).free
+    needed, free = bytes_of(weights) + bytes_of(state), shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(f"the checkpoint of step {step} needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free at "
                         f"{folder}; make space, then repeat the command")  # fmt: skip
@@ -152,12 +152,12 @@ def _fill(
     flush(partial)
 
 
-def _bytes(value: Any) -> int:
-    """Of the tensors in dicts and lists; what else they hold is small, and a path is there already."""
+def bytes_of(value: Any) -> int:
+    """Bytes of the tensors in dicts and lists; what else they hold is small, and a path is there already."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return sum(map(_bytes, inner))
+    return sum(map(bytes_of, inner))
 
 
 def tidy(run: Path, verified: Path, keep: int) -> None:

@@ -19,6 +19,7 @@ from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import permutation
 from mutor_vision.names import printable, title
 from mutor_vision.runtime import Runtime
+from mutor_vision.storage import checkpoint
 from mutor_vision.storage.outputs import existing
 from mutor_vision.tokenizer.model import load_tokenizer
 from mutor_vision.training.inputs import Inputs, open_inputs
@@ -80,9 +81,8 @@ def _overfit(inputs: Inputs, runtime: Runtime) -> tuple[float, list[float], floa
     # Without warm-up, which would not move it; without compilation, which would take longer than the trial.
     config = dataclasses.replace(inputs.config, compile="off", warmup_steps=0)
     state = State(config, inputs.base, runtime)
-    tensors = [tensor for own in state.weights().values() for tensor in own.values()]
     trained = sum(each.numel() for each in state.objective.parameters() if each.requires_grad)
-    bytes_kept = sum(each.numel() * each.element_size() for each in tensors) + 8 * trained
+    bytes_kept = checkpoint.bytes_of(state.weights()) + 8 * trained
     state.parallelize(None)
     state.model.train()
     batch = read_batch(
