@@ -12,6 +12,7 @@ import re
 import stat
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,8 @@ def run_command(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):  # a name may hold what the terminal's encoding has no character for
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    # Pillow's, of a large image that is refused in our own line. Its class is not named, so as not to import Pillow.
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit", RuntimeWarning)
     sys.stdout, sys.stderr = _unbreakable(sys.stdout, sys.__stdout__), _unbreakable(sys.stderr, sys.__stderr__)
     try:
         _recorded(_peers_told(_disk_told(main)))()

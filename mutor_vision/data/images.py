@@ -119,9 +119,9 @@ def _file(path: str | Path, content: bytes | None) -> BinaryIO:
 
 def _check_kind(path: str | Path, image: Image.Image) -> None:
     if image.width * image.height > MAX_PIXELS:
-        raise _refused(path, f"{image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are read")
+        raise _refused(path, f"{image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are read; make it smaller")
     if max(image.size) > MAX_ASPECT * min(image.size):
-        raise _refused(path, f"{image.width}x{image.height} pixels, at most {MAX_ASPECT}:1 is cropped")
+        raise _refused(path, f"{image.width}x{image.height} pixels, at most {MAX_ASPECT}:1 is cropped; cut it")
     if image.format == "TIFF":
         if (pages := _full_pages(image)) > 1:
             raise _refused(path, f"a TIFF of {pages} pages; save each as an image of its own")
