@@ -46,6 +46,15 @@ PROMISES = {
     "Bad checkpoints are told": (
         "what was got, what was expected, what to do; its exit code; no traceback", "test_catalogue.py",
     ),
+    "Bad image folders are told": (
+        "what was got, what was expected, what to do; its exit code; no traceback", "test_catalogue_images.py",
+    ),
+    "Bad settings and arguments are told": (
+        "what was got, what was expected, what to do; its exit code; no traceback", "test_catalogue_settings.py",
+    ),
+    "Bad inputs of the evaluation are told": (
+        "what was got, what was expected, what to do; its exit code; no traceback", "test_catalogue_scores.py",
+    ),
     "Hostile files are refused": (
         "files and names from strangers, by every command that reads them: nothing runs, nothing is written outside of "
         "--out, memory stays small, and a line says why", "test_hostile.py",
