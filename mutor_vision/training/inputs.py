@@ -14,6 +14,7 @@ from mutor_vision.keyed_random import choose
 from mutor_vision.model.base import Base, open_base, with_sizes_of_base
 from mutor_vision.runtime import Runtime
 from mutor_vision.schedule import check_warmup
+from mutor_vision.tokenizer.model import tokenizer_identity
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Inputs:
 def open_inputs(config: TrainConfig, runtime: Runtime) -> Inputs:
     """Open everything, and raise UserError for the first thing that cannot work, before anything expensive is built."""
     token_set = TokenSet.open(config.codes)
+    check_tokenizer_of(token_set)
     config = resolve(config, token_set)
     val_set = TokenSet.open(config.val_codes) if config.val_codes else token_set
     train_images, held_out = split(token_set, 0.0 if config.val_codes else config.val_fraction)
@@ -86,6 +88,16 @@ def check(config: TrainConfig, token_set: TokenSet, val_set: TokenSet, num_image
         raise MismatchError(
             f"{config.val_codes} and {config.codes} differ in tokenizer or classes; "
             "encode both with the same tokenizer and class folders"
+        )
+
+
+def check_tokenizer_of(token_set: TokenSet) -> None:
+    """Raise MismatchError when a token set has the copy of a tokenizer that did not make its codes: the run would
+    learn, and its samples could not be decoded."""
+    if (found := tokenizer_identity(token_set.tokenizer_path)) != token_set.tokenizer_identity:
+        raise MismatchError(
+            f"{token_set.tokenizer_path} is tokenizer {found[:12]}, the codes beside it are those of "
+            f"{token_set.tokenizer_identity[:12]}; restore it, or encode again"
         )
 
 
