@@ -308,7 +308,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, name: str, che
 
 
 def load_strictly(module: torch.nn.Module, weights: dict[str, Tensor], source: Path | str) -> None:
-    """load_state_dict that refuses values which are not finite, and names the first key that does not fit."""
+    """load_state_dict that refuses values which are not finite, and names the first key that does not fit.
+    Raises MismatchError and IntegrityError."""
     own = module.state_dict()
     for problem, keys in (("lacks", own.keys() - weights.keys()), ("has unexpected", weights.keys() - own.keys())):
         if keys:
@@ -316,6 +317,8 @@ def load_strictly(module: torch.nn.Module, weights: dict[str, Tensor], source: P
     for key, value in weights.items():
         if value.shape != own[key].shape:
             raise MismatchError(f"{source}: '{key}' has shape {tuple(value.shape)}, expected {tuple(own[key].shape)}")
+        if value.is_floating_point() != own[key].is_floating_point():  # torch would convert it without a word
+            raise MismatchError(f"{source}: '{key}' is {value.dtype}, expected {own[key].dtype}; use another file")
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise IntegrityError(f"{source}: '{key}' holds values that are not finite; use an older checkpoint")
     module.load_state_dict(weights)
