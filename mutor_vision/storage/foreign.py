@@ -7,6 +7,7 @@ optimizer state in the same file has to fit into memory."""
 
 import argparse
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -113,7 +114,10 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     _check_zip(path)
     try:
         # Fake tensors have a shape and their values' offset in the file (torch's notes on serialization).
-        with FakeTensorMode(), torch.serialization.safe_globals([argparse.Namespace]):
+        with (
+            warnings.catch_warnings(action="ignore"), FakeTensorMode(),
+            torch.serialization.safe_globals([argparse.Namespace]),
+        ):  # fmt: skip
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:  # a malicious file can make the loader raise anything
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
@@ -274,7 +278,8 @@ def read_pickle(path: Path) -> Any:
     """Tensors and plain values of a file of torch.save, however deep in dicts and lists. Raises IntegrityError or
     MismatchError for anything else; none of it is run."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a malicious file can make the loader raise anything
         reason = str(error).rpartition("WeightsUnpickler error:")[2]  # cuts torch's advice to turn weights_only off
         reason = re.split(r"\s*(?:Please|Check the doc)", reason)[0]
