@@ -1,17 +1,18 @@
-"""Bad token sets and runs, as a user may meet them: the command ends with the exit code, in one line that says what is
-wrong. Images, npz files and strangers' weights have such rows in tests of their own."""
+"""Bad token sets, as a user may meet them: the command ends with the exit code, in one line that says what is wrong."""
 
+import io
 import json
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from faults.score import record
+from faults.rows import cut, flip, nothing, numbers, png, swap, text, tried, weights, without, words_of
 
 from mutor_vision.storage.seal import write_sealed
+from mutor_vision.tokenizer.model import tokenizer_identity
 
 
 def edit(**changes):
@@ -35,18 +36,6 @@ def edit_shard(**changes):
     return damage
 
 
-def text(name, content):
-    return lambda folder: (folder / name).write_text(content)
-
-
-def without(name):
-    def damage(folder):
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    return damage
-
-
 def shard(array, name="codes-00000.npy"):
     """Another array in a shard whose hash is in the manifest, as of a set that was made wrongly."""
 
@@ -58,28 +47,6 @@ def shard(array, name="codes-00000.npy"):
             np.save(file, array(old), allow_pickle=True)
         key = "labels_sha256" if name.startswith("labels") else "sha256"
         edit_shard(**{key: sha256(folder / name)})(folder)
-
-    return damage
-
-
-def cut(name, size=-50):
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
-
-
-def flip(name, place=-3):
-    def damage(folder):
-        content = bytearray((folder / name).read_bytes())
-        content[place] ^= 4
-        (folder / name).write_bytes(content)
-
-    return damage
-
-
-def swap(one, other):
-    def damage(folder):
-        (folder / one).rename(folder / "x")
-        (folder / other).rename(folder / one)
-        (folder / "x").rename(folder / other)
 
     return damage
 
@@ -138,6 +105,8 @@ TOKEN_SETS = {
     "B46 a file twice": (edit_shard(file="codes-00001.npy"), 4, "it is refused"),
     "B47 shard a folder": (lambda f: (without("codes-00000.npy")(f), (f / "codes-00000.npy").mkdir()), 4, "is missing"),
     "B47 shard a pipe": (pipe, 4, "is missing"),
+    "B48 read-only": (lambda f: [path.chmod(0o555 if path.is_dir() else 0o444) for path in (f, *f.rglob("*"))], 0,
+                      "complete and verified"),
     "tokenizer gone": (without("tokenizer"), 2, "tokenizer does not exist"),
     "tokenizer's weights flipped": (flip("tokenizer/model.safetensors"), 4, "is damaged"),
     "tokenizer's settings flipped": (flip("tokenizer/config.json", 60), 4, "is damaged"),
@@ -147,63 +116,128 @@ TOKEN_SETS = {
 }  # fmt: skip
 
 
-def checked(promise, row, done, code, words):
-    said = done.out + done.err
-    held = done.code == code and words in said and "Traceback" not in said and done.err.count("\n") <= 1
-    record(promise, row, int(held), 1)
-    assert held, said
+@pytest.fixture(autouse=True)
+def own_preset(monkeypatch, train_config):
+    """`mutor train --preset own` has the settings of the tests' run."""
+    from mutor_vision.presets import TRANSFORMERS
+
+    monkeypatch.setitem(TRANSFORMERS, "own", train_config)
+
+
+@pytest.fixture
+def called(command, tmp_path, tiny_tokenizer_path):
+    def call(row, words, code, says):
+        places = {"set": tmp_path / "set", "run": tmp_path / "run", "out": tmp_path / "out", "folder": tmp_path,
+                  "tokenizer": tiny_tokenizer_path}  # fmt: skip
+        tried("Bad token sets are told", row, command, ["mutor", *words_of(words, **places)], code, says)
+
+    return call
 
 
 @pytest.mark.parametrize("row", TOKEN_SETS)
-def test_a_bad_token_set(command, token_set_path, tmp_path, row):
-    damage, code, words = TOKEN_SETS[row]
+def test_a_bad_token_set(called, token_set_path, tmp_path, row):
+    damage, code, says = TOKEN_SETS[row]
     damage(Path(shutil.copytree(token_set_path, tmp_path / "set")))
-    checked("Bad token sets are told", row, command("mutor", "info", tmp_path / "set"), code, words)
+    called(row, "info {set}", code, says)
 
 
-LAST, BEFORE = "checkpoints/step-0000010", "checkpoints/step-0000005"
+def other_tokenizer(folder):
+    weights(lambda tensors: {name: tensor + 1 for name, tensor in tensors.items()})(folder / "set/tokenizer")
 
 
-def both(damage_of):
-    """The same damage to both checkpoints, so that none is left."""
-    return lambda run: [damage_of(step)(run) for step in (LAST, BEFORE)]
+def named_anew(folder):
+    edit(tokenizer_sha256=tokenizer_identity(folder / "set/tokenizer"))(folder / "set")
 
 
-class Harmful:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('run')",)
+def other_names(folder):
+    shutil.copytree(folder / "set", folder / "other")
+    edit(class_names=["bee", "ant", "cat", "dog", "eel"])(folder / "other")
 
 
-CHECKPOINTS = {
-    "C2 no checkpoint": (without("checkpoints"), 2, "holds no checkpoint"),
-    "C3 empty weights": (both(lambda step: text(f"{step}/model.safetensors", "")), 4, "no checkpoint is whole"),
-    "C6 cut": (both(lambda step: cut(f"{step}/model.safetensors")), 4, "bytes, expected"),
-    "C7 bit flipped": (both(lambda step: flip(f"{step}/ema.safetensors")), 4, "is damaged: sha256"),
-    "C7 the newest flipped": (flip(f"{LAST}/ema.safetensors"), 0, "stepping over a damaged checkpoint"),
-    "C8 a pickle": (both(lambda step: lambda run: torch.save(Harmful(), run / step / "training.pt")), 4, "training.pt"),
-    "C36 no MANIFEST": (both(lambda step: without(f"{step}/MANIFEST.json")), 4, "has no MANIFEST.json"),
-    "C36 a file missing": (both(lambda step: without(f"{step}/training.pt")), 4, "training.pt is missing"),
-    "C36 a file too many": (both(lambda step: text(f"{step}/other.safetensors", "x")), 4, "is not listed"),
-    "C37 files of different steps": (swap(f"{LAST}/ema.safetensors", f"{BEFORE}/ema.safetensors"), 4, "is damaged"),
-    "C39 a partial one alone": (lambda run: (without(LAST)(run), (run / BEFORE).rename(run / f"{BEFORE}.partial")), 2,
-                                "holds no checkpoint"),
-    "C40 other names": (lambda run: [(run / f"checkpoints/{name}").mkdir() for name in ("step-1.bak", "step-1e2", "x")],
-                        0, "images of"),
-    "C41 renamed": (lambda run: (without(BEFORE)(run), (run / LAST).rename(run / "checkpoints/step-0000020")), 4,
-                    "is the checkpoint of step 10, renamed"),
-    "MANIFEST odd": (both(lambda step: text(f"{step}/MANIFEST.json", "[]")), 4, "expected an object"),
-    "MANIFEST of later format": (both(lambda step: text(f"{step}/MANIFEST.json", '{"format": 3}')), 5, "has format 3"),
-    "config odd": (both(lambda step: text(f"{step}/config.json", "{}")), 4, "config.json has 2 bytes"),
-    "tokenizer gone": (without("tokenizer"), 2, "has no tokenizer"),
-    "tokenizer flipped": (flip("tokenizer/model.safetensors"), 4, "is damaged: sha256"),
-    "token_set.json changed": (flip("token_set.json", 40), 4, "token_set.json"),
-    "token_set.json gone": (without("token_set.json"), 2, "has no token_set.json"),
+def archive(*names, mode="w", end=None):
+    """A tar archive of images and labels, or its bytes up to `end`."""
+
+    def make(folder):
+        with tarfile.open(folder / "images.tar", mode) as tar:
+            for seed, name in enumerate(names):
+                content = b"1" if name.endswith(".cls") else png(seed)
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        (folder / "images.tar").write_bytes((folder / "images.tar").read_bytes()[:end])
+
+    return make
+
+
+def llamagen_codes(folder):
+    for name, value in (("codes", np.zeros((1, 2, 16), np.int64)), ("labels", np.zeros(1, np.int64))):
+        (folder / f"llamagen/x_{name}").mkdir(parents=True)
+        np.save(folder / f"llamagen/x_{name}/0.npy", value)
+
+
+TRAIN = "train --preset own --codes {set} --out {out} "
+TAR = "encode --tokenizer {tokenizer} --data {folder}/images.tar --out {out} --workers 0"
+IN_FOLDERS = ("ant/0.png", "ant/1.png", "bee/2.png", "bee/3.png")
+# Row -> damage to the folder that holds the set, the command's words, exit code, what the line says.
+OF_COMMANDS = {
+    "B20 another grid than the settings'": (nothing, TRAIN + "--set model.grid=24,24", 5, "model.grid is (24, 24), bu"),
+    "B25 other number of classes": (nothing, TRAIN + "--set model.num_classes=100", 5, "model.num_classes is 100, but"),
+    "B26 classes in another order": (other_names, TRAIN + "--val-codes {folder}/other", 5, "differ in tokenizer or cl"),
+    "B27 codes of another tokenizer": (lambda f: (other_tokenizer(f), named_anew(f)), TRAIN + "--init {run}", 5,
+                                       "was trained on codes of tokenizer"),
+    "B28 a tokenizer of other weights": (other_tokenizer, TRAIN, 5, "is tokenizer"),
+    "B29 other codebook": (nothing, TRAIN + "--set model.vocab_size=64", 5, "model.vocab_size is 64, but the token se"),
+    "B37 fewer images than a batch": (nothing, TRAIN + "--set batch_size=512", 2, "there are 48 training images; lowe"),
+    "B40 LlamaGen's folders": (llamagen_codes, TRAIN.replace("{set}", "{folder}/llamagen"), 2, "has no manifest.json"),
+    "B41 a tar cut between members": (archive(*IN_FOLDERS, end=3072), TAR, 4, "is cut or damaged after member ant/1"),
+    "B41 a tar cut in a member": (archive(*IN_FOLDERS, end=2000), TAR, 4, "images.tar is cut"),
+    "B42 a tar of halves": (archive("0.png", "1.png", "0.cls", "1.cls"), TAR, 4, "do not follow one another"),
+    "B43 a member above": (archive("../0.png"), TAR, 4, "would lie outside; such an archive is not read"),
+    "B44 a compressed tar": (archive(*IN_FOLDERS, mode="w:gz"), TAR, 4, "unpack it to .tar"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("row", CHECKPOINTS)
-def test_a_bad_run(command, trained_run, tmp_path, row):
-    damage, code, words = CHECKPOINTS[row]
-    damage(Path(shutil.copytree(trained_run, tmp_path / "run")))
-    done = command("mutor", "sample", tmp_path / "run", "--per-class", 1, "--classes", 0, "--out", tmp_path / "x.png")
-    checked("Bad checkpoints are told", row, done, code, words)
+@pytest.mark.parametrize("row", OF_COMMANDS)
+def test_a_token_set_that_does_not_suit(called, token_set_path, trained_run, tmp_path, row):
+    damage, words, code, says = OF_COMMANDS[row]
+    shutil.copytree(token_set_path, tmp_path / "set")
+    shutil.copytree(trained_run, tmp_path / "run")
+    damage(tmp_path)
+    called(row, words, code, says)
+
+
+ENCODE = "encode --tokenizer {tokenizer} --data {folder}/images --out {out} --workers 0"
+# Row -> other words of an encoding that is begun again, and what the line says.
+AGAIN = {
+    "B30 other views": (ENCODE + " --views ten-crop", "view_plan: center-flip -> ten-crop"),
+    "B30 another size": (ENCODE + " --image-size 24", "image_size: 16 -> 24"),
+    "B31 other rounding": (ENCODE + " --precision bfloat16", "precision: float32 -> bfloat16"),
+    "B32 another tokenizer": (ENCODE.replace("{tokenizer}", "{set}/tokenizer"), "tokenizer_sha256: "),
+}
+
+
+def test_an_encoding_that_goes_on_otherwise(called, token_set_path, tmp_path):
+    shutil.copytree(token_set_path, tmp_path / "set")
+    other_tokenizer(tmp_path)
+    for number in range(4):
+        text(f"images/{'ab'[number % 2]}/{number}.png", png(number))(tmp_path)
+    called("B30 the first time", ENCODE, 0, "4 images of 2 classes")
+    for row, (words, says) in AGAIN.items():
+        called(row, words, 5, says)
+
+
+NO_TOKEN_SETS = {
+    "B4": "a file has a format, one number, and no list of features that a reader must know",
+    "B33": "an image is known by its place in the set, so that no number can be there twice",
+    "B34": "for the same reason none can be missing; images that were left out stand in the manifest",
+    "B36": "processes take whole shards when they encode, and no image is repeated to fill a batch",
+    "B38": "images are numbered across shards, which are not shared out among processes",
+    "B39": "the place in the data is a step, whatever the number of processes (test_resume.py)",
+    "B49": "a shard is hashed when it is opened; who then writes into it while a training reads it is not stopped",
+    "B50": "codes of one value are a set; training and `mutor reconstruct` say which share of codes is used",
+    "B51": "latents are not stored",
+}
+
+
+def test_every_number_of_token_sets_is_tried_or_none_of_ours():
+    assert numbers("B", [*TOKEN_SETS, *OF_COMMANDS, *AGAIN], NO_TOKEN_SETS) == []

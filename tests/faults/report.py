@@ -44,7 +44,7 @@ PROMISES = {
         "what was got, what was expected, what to do; its exit code; no traceback", "test_catalogue.py",
     ),
     "Bad checkpoints are told": (
-        "what was got, what was expected, what to do; its exit code; no traceback", "test_catalogue.py",
+        "what was got, what was expected, what to do; its exit code; no traceback", "test_catalogue_checkpoints.py",
     ),
     "Bad image folders are told": (
         "what was got, what was expected, what to do; its exit code; no traceback", "test_catalogue_images.py",

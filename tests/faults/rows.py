@@ -3,13 +3,20 @@ E (command line and environment), F (inputs of the evaluation). A row says how t
 exit code, and words of the line. A number may have several rows; a number that has none is in its file's NOT_OURS, with
 the reason."""
 
+import io
+import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
 from faults.score import record
+from mutor_vision.storage.seal import write_manifest
 
 LAST = {"A": 55, "B": 51, "C": 52, "D": 51, "E": 52, "F": 52}  # stage -> its last number
 _NOT_SHOWN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)  # by Python, to a user
@@ -82,5 +89,28 @@ def swap(one: str, other: str):
         (folder / one).rename(folder / "x")
         (folder / other).rename(folder / one)
         (folder / "x").rename(folder / other)
+
+    return damage
+
+
+def png(seed: int) -> bytes:
+    """16 pixels square, of noise."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(256, size=(16, 16, 3), dtype=np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def resealed(folder: Path) -> None:
+    """The MANIFEST.json that a folder would have if its files had been written so."""
+    step = json.loads((folder / "MANIFEST.json").read_text()).get("step")
+    write_manifest(folder, **({} if step is None else {"step": step}))
+
+
+def weights(change: Callable, name: str = "model.safetensors"):
+    """Other weights of a checkpoint or exported model, in a folder that is whole."""
+
+    def damage(folder):
+        save_file(change(load_file(folder / name)), folder / name)
+        resealed(folder)
 
     return damage
