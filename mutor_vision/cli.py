@@ -34,6 +34,7 @@ def run_command(main: Callable[[], None]) -> None:
             stream.reconfigure(errors="backslashreplace")
     # Pillow's, of a large image that is refused in our own line. Its class is not named, so as not to import Pillow.
     warnings.filterwarnings("ignore", "Image size .* exceeds limit", RuntimeWarning)
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # more --workers than cores
     sys.stdout, sys.stderr = _unbreakable(sys.stdout, sys.__stdout__), _unbreakable(sys.stderr, sys.__stderr__)
     try:
         _recorded(_peers_told(_disk_told(main)))()

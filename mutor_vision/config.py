@@ -310,6 +310,8 @@ class TrainConfig(Settings):
         self._require_one_of("compile", "auto", "on", "off")
         self._require_one_of("parallel", "ddp", "fsdp")
         self._require_one_of("lora_inputs", "all", "registers")
+        if self.schedule == "cosine" and self.min_lr > self.lr:
+            raise UserError(f"min_lr is {self.min_lr:g}, expected at most lr, {self.lr:g}, where cosine begins")
         if self.lora_inputs == "registers" and not self.registers.active:
             raise UserError("lora_inputs is 'registers' and there are none; set registers.kind and registers.count")
         if self.parallel == "fsdp" and self.lora_rank:

@@ -2,6 +2,8 @@
 torch.distributed are `sharding`, for the transformer, and the tokenizer's training loop, which wraps its model in
 DistributedDataParallel."""
 
+import hashlib
+import json
 import os
 import re
 import time
@@ -9,11 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+import mutor_vision
 from mutor_vision.errors import UserError
+from mutor_vision.settings import flat, shown
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -79,6 +84,29 @@ class Runtime:
         if failed:
             raise UserError(f"rank {self.rank} stops because {failed} other rank(s) failed; see their message")
 
+    def check_same(self, values: dict[str, Any]) -> None:
+        """Collective: raise UserError, on every rank, for the first value that not all ranks have; together they would
+        compute what none was asked for. values: JSON-ready, by name, without the paths, which may differ between
+        machines."""
+        if self.world_size == 1:
+            return
+        values = flat(values)
+        for part in ({"the version, or what is set,": [mutor_vision.__version__, *values]}, values):
+            here = torch.tensor([[_number_of(value) for value in part.values()]], device=self.device)
+            everywhere = self.gather(here)
+            same = (everywhere == everywhere[0]).all(0).tolist()
+            if differing := [name for name, is_same in zip(part, same, strict=True) if not is_same][:5]:
+                verb, own = "is" if len(differing) == 1 else "are", ", ".join(shown(part[name]) for name in differing)
+                raise UserError(
+                    f"{', '.join(differing)} {verb} not the same in all {self.world_size} processes; rank {self.rank} "
+                    f"has {own}. Start all with equal commands and files"
+                )
+
+
+def _number_of(value: Any) -> int:
+    """The same for equal values, an int64."""
+    return int.from_bytes(hashlib.sha256(json.dumps(value, default=str).encode()).digest()[:7])
+
 
 def float64_device(device: torch.device) -> torch.device:
     """Where float64 numbers that belong to `device` are kept: Apple's GPUs have none, so theirs stay on the CPU."""
@@ -106,11 +134,7 @@ def start(precision: str = "auto", device: str = "auto") -> Runtime:
     if device != "auto" and not present[device]:
         raise UserError(f"device is '{device}', but no {device.upper()} device is visible; use cpu or auto")
     kind = device if device != "auto" else next(kind for kind in present if present[kind])
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if world_size > 1 and "RANK" not in os.environ:
-        raise UserError("WORLD_SIZE is set but RANK is not; start with torchrun, or unset WORLD_SIZE")
+    world_size, rank, local_rank = _place()
     if kind == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -122,11 +146,35 @@ def start(precision: str = "auto", device: str = "auto") -> Runtime:
         raise UserError(f"{world_size} processes on one MPS device; start one process, or use --device cpu")
     where = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=patience())
+        try:
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=patience())
+        except (dist.DistError, ValueError) as error:  # an address in use, a variable that is missing, nobody there
+            raise UserError(
+                f"the {world_size} processes cannot meet ({str(error).splitlines()[0]}); start them with torchrun: "
+                "--standalone on one machine, or the same --rdzv-endpoint HOST:PORT on all"
+            ) from None
     # Cards before Ampere emulate bfloat16, slower than they compute in float32.
     has_bfloat16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.bfloat16 if precision == "bfloat16" or (precision == "auto" and has_bfloat16) else None
     return Runtime(rank=rank, world_size=world_size, device=where, autocast_dtype=dtype)
+
+
+def _place() -> tuple[int, int, int]:
+    """(processes, rank of this one, its number on this machine), as torchrun says them in the environment."""
+    given = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
+    given |= {name: os.environ[name] for name in given if name in os.environ}
+    for name, text in given.items():
+        if not re.fullmatch("[0-9]{1,9}", text):
+            raise UserError(f"{name} is '{text}', expected a number of 0 or more; start with torchrun, or unset it")
+    world_size, rank, local_rank = map(int, given.values())
+    if world_size > 1 and "RANK" not in os.environ:
+        raise UserError("WORLD_SIZE is set but RANK is not; start with torchrun, or unset WORLD_SIZE")
+    if not max(rank, local_rank) < world_size:
+        raise UserError(
+            f"RANK is {rank} and LOCAL_RANK {local_rank}, expected less than WORLD_SIZE, which is {world_size}; start "
+            "with torchrun, or unset them"
+        )
+    return world_size, rank, local_rank
 
 
 def patience() -> timedelta:

@@ -38,7 +38,7 @@ class Settings:
         """Raise UserError for the first of the names, separated by blanks, whose value does not hold."""
         for name in names.split():
             if not holds(value := getattr(self, name)):
-                raise UserError(f"{self._prefix}{name} is {_shown(value)}, expected {expected}")
+                raise UserError(f"{self._prefix}{name} is {shown(value)}, expected {expected}")
 
     def _require_one_of(self, name: str, *choices: str) -> None:
         self._require(name, choices.__contains__, f"{', '.join(choices[:-1])} or {choices[-1]}")
@@ -60,9 +60,9 @@ def from_dict(kind: type[Config], values: Any, format: int = FORMAT) -> Config:
     """JSON object -> dataclass, strictly: unknown and missing fields are errors. format: of the file it comes from;
     what an older one did not have yet is filled in with what it meant then."""
     if not isinstance(values, dict):
-        raise UserError(f"the settings are {_shown(values)}, expected an object with a value for each name")
+        raise UserError(f"the settings are {shown(values)}, expected an object with a value for each name")
     short, hints = _shorthands(kind), _leaves(kind)
-    given = {short.get(name, name): value for name, value in _flat(values).items()}
+    given = {short.get(name, name): value for name, value in flat(values).items()}
     for name in given:
         if name not in hints:
             raise UserError(f"unknown setting '{name}'; {_nearest(name, list(hints))}")
@@ -84,7 +84,7 @@ def override(config: Config, settings: list[str], **flags: Any) -> Config:
 
     Raises UserError for an unknown name (naming the nearest), for a value of another type, and for a flag and a string
     that contradict each other."""
-    values, hints, strings = _flat(dataclasses.asdict(config)), _leaves(type(config)), {}
+    values, hints, strings = flat(dataclasses.asdict(config)), _leaves(type(config)), {}
     short = _shorthands(type(config))
     for setting in settings:
         name, equals, text = setting.partition("=")
@@ -111,16 +111,17 @@ def preset(presets: dict[str, Config], name: str) -> Config:
 
 def differences(old: Any, new: Any) -> list[str]:
     """'name: old -> new' for every field in which two configurations of one type differ."""
-    old_values, new_values = _flat(to_dict(old)), _flat(to_dict(new))
+    old_values, new_values = flat(to_dict(old)), flat(to_dict(new))
     return [f"{name}: {old_values[name]} -> {new_values[name]}" for name in old_values
             if old_values[name] != new_values[name]]  # fmt: skip
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts -> one of dotted names."""
+    found = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def _build(kind: type[Config], values: dict[str, Any], prefix: str = "") -> Config:
@@ -173,7 +174,8 @@ def _described(hint: Any) -> str:
     return words.get(hint) or f"a {getattr(hint, '__name__', hint)}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """As it stands in an error, at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -8,7 +8,7 @@ from mutor_vision.cli import choose_settings
 from mutor_vision.config import RegisterConfig, TokenizerConfig, TokenizerTrainConfig, TrainConfig, TransformerConfig
 from mutor_vision.errors import UserError
 from mutor_vision.presets import TOKENIZERS, TRANSFORMERS
-from mutor_vision.settings import _flat, differences, from_dict, override, preset, to_dict
+from mutor_vision.settings import differences, flat, from_dict, override, preset, to_dict
 
 
 @pytest.mark.parametrize("config", [*TRANSFORMERS.values(), *TOKENIZERS.values()])
@@ -146,9 +146,8 @@ def test_what_a_file_of_format_1_lacks_keeps_the_meaning_it_had(kind):
     for name in absent:
         *path, leaf = name.split(".")
         del (values[path[0]] if path else values)[leaf]
-    found = from_dict(kind, values, format=1)
-    flat = _flat(to_dict(found))
-    assert {name: flat[name] for name in absent} == absent
+    found = flat(to_dict(from_dict(kind, values, format=1)))
+    assert {name: found[name] for name in absent} == absent
     with pytest.raises(UserError, match="is missing"):
         from_dict(kind, values)
     del values["lr"]  # every file of format 1 has it

@@ -164,7 +164,7 @@ def test_a_wheel_holds_the_package_alone(root, tmp_path):
 # Tests of files, processes and doors, whose numbers are tested elsewhere: they are not run again without fast paths.
 OF_FILES = set(
     """catalogue catalogue_checkpoints catalogue_images catalogue_scores catalogue_settings commands crash_points damage
-    doors fuzz gpu hostile layout lock lost_process multi_node preemption skip_bad""".split()
+    doors fuzz gpu hostile killed_jobs layout lock lost_process meeting multi_node preemption skip_bad""".split()
 )
 
 

@@ -82,6 +82,8 @@ def main(arguments: argparse.Namespace) -> None:
     vocab_size = loaded.config.model.vocab_size
     if settings.top_k > vocab_size:
         raise UserError(f"--top-k is {settings.top_k}, expected at most the codebook's {vocab_size}")
+    asked = {name: getattr(arguments, name) for name in ("seed", "num", "labels", "classes", "per_class", "batch_size")}
+    runtime.check_same(asked | dataclasses.asdict(settings) | {"model": loaded.identity, "decoding": loaded.decoding})
     batch_size = arguments.batch_size or default_batch_size(loaded)
     if arguments.num is None:
         _write_grid(loaded, settings, arguments, out, batch_size)

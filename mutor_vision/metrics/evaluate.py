@@ -1,7 +1,7 @@
 """Samples, a reference and an extractor -> every metric with its protocol."""
 
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +130,8 @@ def evaluate(
     """Collective. Returns a JSON-ready dict: 'metrics' (each with its own protocol), 'marks', 'warnings', 'protocol',
     and, where both sides have labels, 'classes'. held_out: real images that the model has not seen; what they measure
     against the reference stands beside what the samples measure."""
+    sides = {"samples": samples.record, "reference": reference.record, "held_out": held_out and held_out.record}
+    runtime.check_same(asdict(options) | sides | {"work": "", "extractor": extractor.identity})
     extractor.to(runtime.device)
     chosen = _choose(samples, reference, held_out, extractor, options)
     warnings = guards.extractor_weights(extractor)

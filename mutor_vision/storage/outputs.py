@@ -38,7 +38,10 @@ def _local(path: str | Path) -> Path:
     # 's3://bucket/x' would become a folder 's3:' here, and the results would be looked for elsewhere.
     if found := re.match(r"pipe:|[A-Za-z][\w+.-]+:/", str(path)):
         raise UserError(f"{path} begins with '{found[0]}', expected a path on this machine's disks; copy results later")
-    return Path(path)
+    path = Path(path)
+    if ".." in path.parts and not os.path.lexists(path):  # which mkdir makes on its way up: 'run/new/..' is 'run'
+        raise UserError(f"{path} goes up from a folder that does not exist; write it without '..'")
+    return path
 
 
 def existing(path: Path) -> Path:

@@ -40,6 +40,8 @@ MAY_CHANGE = {
     "sample_every", "save_every",
 }  # fmt: skip
 
+PATHS = ("data", "val_data", "lpips_weights", "perceptual_weights")  # in the configuration
+
 
 def train_tokenizer(config: TokenizerTrainConfig, out: str | Path, trackers: Sequence[str] = ()) -> Path:
     """Train in the run directory `out` to config.steps, continuing from its newest checkpoint if it has one; returns
@@ -65,6 +67,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path, trackers: Seq
     state = checkpoint.read_training_state(newest) if newest else {}
     source = open_source(config.data)
     suspects = recall_bad(out) + list(state.get("skipped", {}))
+    runtime.check_same(to_dict(config) | dict.fromkeys(PATHS, "") | {"data": source.fingerprint()})
     source = without_bad(source, out, config.skip_bad, config.verify, suspects, runtime)
     source, train_indices, val_source, val_indices = split(config, source)
     images_of_classes, repaired = source.fingerprints_of_classes(), []

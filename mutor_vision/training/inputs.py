@@ -14,6 +14,7 @@ from mutor_vision.keyed_random import choose
 from mutor_vision.model.base import Base, open_base, with_sizes_of_base
 from mutor_vision.runtime import Runtime
 from mutor_vision.schedule import check_warmup
+from mutor_vision.settings import to_dict
 from mutor_vision.tokenizer.model import tokenizer_identity
 
 
@@ -39,8 +40,11 @@ def open_inputs(config: TrainConfig, runtime: Runtime) -> Inputs:
     if not config.epoch_images and config.counts_epochs:
         config = dataclasses.replace(config, epoch_images=len(train_images))
     val_images = held_out[choose(0, "validation images", len(held_out), config.val_images)]
-    check(config, token_set, val_set, len(train_images), runtime)
     base = open_base(config.init) if config.init else None
+    files = {"codes": token_set.identity, "init": base and base.record(), "eval_reference": "", "eval_weights": ""}
+    files["val_codes"] = config.val_codes and val_set.identity
+    runtime.check_same(to_dict(config) | files)  # the same files may be elsewhere on another machine
+    check(config, token_set, val_set, len(train_images), runtime)
     if base:
         check_tokenizer(base, token_set)
         classes = base.config.model.num_classes
