@@ -1,16 +1,12 @@
-"""Every file that someone might hand to the evaluation: refused with one line and the right exit code, or accepted
-with a warning. Numbers follow the catalogue of evaluation inputs (F1 to F52).
-
-F6 (a bit flip in a bare .npy) does not apply: references are npz, whose checksums are read. F40 (training or
-validation statistics) cannot be told from a file; its name and sha256 stand in the result, see F40 below.
-"""
+"""Bad inputs of the evaluation, as a user may meet them: refused with the exit code in one line that says what is
+wrong, or accepted with a warning. Below the rows: npz files as users have them, where results go, and where weights
+come from."""
 
 import contextlib
 import io
 import json
 import os
 import pickle
-import runpy
 import shutil
 import socket
 import sys
@@ -20,37 +16,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+from faults.rows import numbers, text, tried, words_of
 from PIL import Image
 
 from mutor_vision.errors import IntegrityError, UserError
 from mutor_vision.features.extractors import load_extractor
-from mutor_vision.features.moments import Statistics
-from mutor_vision.metrics import frechet
 from mutor_vision.metrics.evaluate import open_set
 from mutor_vision.storage import downloads as weights
 from mutor_vision.storage import npz
 
-ROOT = Path(__file__).resolve().parents[1]
+PROMISE = "Bad inputs of the evaluation are told"
+BOTH = "fid --samples {good}/samples --reference {good}/reference"
+PLAIN = "--features timm:test_resnet@32 --weights random --groups 0"
 DIM = 96  # features of timm's test_resnet
-
-
-def command(name: str):
-    """The script eval/NAME.py as a function."""
-    return lambda: runpy.run_path(str(ROOT / "eval" / f"{name}.py"), run_name="__main__")
-
-
-def call(monkeypatch, capsys, name: str, *arguments) -> tuple[int, str]:
-    """Exit code and everything printed by eval/NAME.py, run in this process."""
-    monkeypatch.setattr(sys, "argv", [f"eval/{name}.py", *map(str, arguments)])
-    monkeypatch.delenv("MUTOR_DEBUG", raising=False)
-    try:
-        command(name)()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    printed = capsys.readouterr()
-    return code, printed.out + printed.err
 
 
 def pictures(count: int, seed: int, size: int = 16) -> np.ndarray:
@@ -78,7 +58,18 @@ def good(tmp_path_factory):
     write_folder(folder / "samples", pictures(24, 1))
     write_folder(folder / "reference", pictures(30, 2))
     np.savez(folder / "samples.npz", pictures(24, 1))
+    torch.save(timm.create_model("test_resnet").state_dict(), folder / "weights.pth")
     return folder
+
+
+@pytest.fixture
+def called(command, good, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def call(row, words, code, says):
+        return tried(PROMISE, row, command, ["mutor", *words_of(words, good=good)], code, says)
+
+    return call
 
 
 # ---- damaged and hostile files, given as --reference
@@ -165,6 +156,17 @@ def asymmetric(sigma=None):
     return sigma
 
 
+def recorded(**changes):
+    """Statistics with the record of what made them."""
+
+    def build(path):
+        record = {"n": 30, "image_size": [16, 16]} | changes
+        record["extractor"] = load_extractor("timm:test_resnet@32", "random").identity | changes
+        np.savez(path, **statistics(), protocol_json=np.frombuffer(json.dumps(record).encode(), np.uint8))
+
+    return build
+
+
 NOT_A_NUMBER = np.full((DIM, DIM), np.nan)
 NEGATIVE = np.diag(np.r_[np.ones(DIM - 1), -0.1])
 FLOATS = pictures(30, 2).astype(np.float32) / 255
@@ -179,8 +181,10 @@ REFERENCES = {
     "F7 object array": (object_array, 4, "pickled objects"),
     "F8 raw pickle": (raw_pickle, 4, "not a complete npz"),
     "F9 bomb": (bomb, 4, "would unpack"),
+    "F7 pickled statistics": (lambda path: np.savez(path, mu=np.array([Payload()]), sigma=np.eye(DIM)), 4, "pickled"),
     "F10 false shape": (false_shape, 4, "but holds"),
     "F11 huge header": (huge_header, 4, "claims a header of 2,147,483,648"),
+    "F12 half of the statistics": (lambda path: np.savez(path, mu=np.zeros(DIM)), 4, "it holds mu"),
     "F12 statistics": (lambda path: np.savez(path, **statistics()), 0, "FD-timm:test_resnet@24"),
     "F13 statistics and images": (
         lambda path: np.savez(path, arr_0=pictures(30, 2), **statistics()), 0,
@@ -192,11 +196,14 @@ REFERENCES = {
     "F17 NaN": (lambda path: np.savez(path, **statistics(sigma=NOT_A_NUMBER)), 4, "NaN or infinity"),
     "F17 not symmetric": (lambda path: np.savez(path, **statistics(sigma=asymmetric())), 4, "not symmetric"),
     "F17 negative": (lambda path: np.savez(path, **statistics(sigma=NEGATIVE)), 4, "negative eigenvalue -0.1"),
+    "F17 infinite": (lambda path: np.savez(path, **statistics(mu=np.full(DIM, np.inf))), 4, "NaN or infinity"),
     "F18 one image": (lambda path: np.savez(path, **statistics(sigma=np.zeros((DIM, DIM)))), 4, "all zero"),
     "F19 float16": (
         lambda path: np.savez(path, **{name: value.astype(np.float16) for name, value in statistics().items()}), 0,
         "float16 statistics",
     ),
+    "F19 whole numbers": (lambda path: np.savez(path, **statistics(mu=np.zeros(DIM, int))), 4, "expected floating"),
+    "F19 complex": (lambda path: np.savez(path, **statistics(mu=np.zeros(DIM, complex))), 4, "expected floating"),
     "F20 floats 0 to 1": (lambda path: np.savez(path, FLOATS), 4, "expected uint8"),
     "F21 floats -1 to 1": (lambda path: np.savez(path, FLOATS * 2 - 1), 4, "images are float32 from -"),
     "F22 cast before scaling": (lambda path: np.savez(path, FLOATS.astype(np.uint8)), 4, "looks like 0 to 1"),
@@ -206,6 +213,10 @@ REFERENCES = {
     "F26 no image": (lambda path: np.savez(path, pictures(30, 2)[:0]), 4, "has 0 image(s)"),
     "F26 one image": (lambda path: np.savez(path, pictures(30, 2)[:1]), 4, "has 1 image(s)"),
     "F30 other size": (lambda path: np.savez(path, pictures(30, 2, size=32)), 5, "samples are 16x16"),
+    "F30 other size behind statistics": (recorded(image_size=[32, 32]), 5, "samples are 16x16"),
+    "F39 another network": (recorded(name="inception"), 5, "was made with name 'inception', this run uses 'timm:test"),
+    "F39 another resize": (recorded(resize="none"), 5, "was made with resize 'none', this run uses 'bicubic"),
+    "F39 a damaged record": (recorded(n="many"), 4, "'protocol_json' is damaged"),
     "F39 unrecorded": (lambda path: np.savez(path, **statistics()), 0, "does not say what extractor made it"),
     "F45 escaping name": (
         lambda path: np.savez(path, **statistics(), **{"../../escaped": np.ones(1)}), 4, "points out of the file",
@@ -214,22 +225,18 @@ REFERENCES = {
     "F47 encrypted": (encrypted, 4, "encrypted"),
     "F47 bzip2": (lambda path: member(path, b"x" * 99, method=zipfile.ZIP_BZIP2), 4, "zip method 12"),
     "F48 symlink loop": (symlink_loop, 4, "not a regular file"),
+    "F48 a device": (lambda path: path.symlink_to("/dev/zero"), 4, "not a regular file"),
+    "F48 an empty folder": (os.mkdir, 3, "holds no image"),
     "F48 fifo": (os.mkfifo, 4, "not a regular file"),
     "F52 still being written": (truncated, 4, "still being written"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("build, code, message", REFERENCES.values(), ids=REFERENCES.keys())
-def test_reference(build, code, message, good, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "reference.npz"
-    build(path)
-    arguments = ("--samples", good / "samples", "--reference", path, "--features", "timm:test_resnet@32")
-    got, printed = call(monkeypatch, capsys, "fid", *arguments, "--weights", "random", "--groups", 0)
-    assert got == code, printed
-    assert message in printed
-    if code:
-        assert sum("error" in line for line in printed.splitlines()) == 1, "one line, no traceback"
+@pytest.mark.parametrize("row", REFERENCES)
+def test_a_bad_reference(called, tmp_path, row):
+    build, code, says = REFERENCES[row]
+    build(tmp_path / "reference.npz")
+    called(row, f"fid --samples {{good}}/samples --reference reference.npz {PLAIN}", code, says)
     assert not (tmp_path / "CANARY").exists(), "the file ran code"
     assert not list(tmp_path.parent.glob("escaped*"))
 
@@ -300,9 +307,12 @@ def reversed_channels(path):
     write_folder(path, (pictures(24, 1) * [0.2, 0.6, 1.0]).astype(np.uint8))
 
 
-def short_labels(path):
-    write_folder(path, pictures(24, 1))
-    np.save(path.parent / "labels.npy", np.zeros(20, np.int64))
+def with_labels(labels):
+    def build(path):
+        write_folder(path, pictures(24, 1))
+        np.save(path.parent / "labels.npy", labels)
+
+    return build
 
 
 def nothing(path):
@@ -311,116 +321,117 @@ def nothing(path):
 
 SAMPLES = {
     "F23 axis order, told": (lambda path: np.savez(path.with_suffix(".npz"), pictures(24, 1).transpose(0, 3, 1, 2)),
-                             ["--nchw"], 0, "FD-timm"),
-    "F24 red and blue exchanged": (reversed_channels, [], 0, "are they BGR?"),
-    "F27 one too few": (folder_of(23), ["--num", "24"], 5, "has 23 images, expected exactly 24"),
-    "F27 rounded up to a batch": (folder_of(26), ["--num", "24"], 5, "remove what is of another run"),
-    "F27 called FID-50K": (folder_of(24), ["--num", "50000"], 5, "expected exactly 50,000"),
-    "F28 few": (folder_of(24), [], 0, "good for a smoke test only"),
-    "F29 mixed sizes": (mixed_sizes, [], 4, "(index 10) is 24x24"),
-    "F31 cropped and recorded": (folder_of(24), ["--image-size", "8"], 0, "FD-timm"),
-    "F32 JPEG": (folder_of(24, suffix=".jpg"), [], 4, "--allow-lossy"),
-    "F32 JPEG, allowed": (folder_of(24, suffix=".jpg"), ["--allow-lossy"], 0, "are JPEG or WEBP files"),
+                             "--nchw", 0, "FD-timm"),
+    "F24 red and blue exchanged": (reversed_channels, "", 0, "are they BGR?"),
+    "F27 one too few": (folder_of(23), "--num 24", 5, "has 23 images, expected exactly 24"),
+    "F27 rounded up to a batch": (folder_of(26), "--num 24", 5, "remove what is of another run"),
+    "F27 called FID-50K": (folder_of(24), "--num 50000", 5, "expected exactly 50,000"),
+    "F28 few": (folder_of(24), "", 0, "good for a smoke test only"),
+    "F26 a folder of one image": (folder_of(1), "", 4, "has 1 image(s)"),
+    "F29 mixed sizes": (mixed_sizes, "", 4, "(index 10) is 24x24"),
+    "F31 cropped and recorded": (folder_of(24), "--image-size 8", 0, "FD-timm"),
+    "F32 JPEG": (folder_of(24, suffix=".jpg"), "", 4, "--allow-lossy"),
+    "F32 JPEG, allowed": (folder_of(24, suffix=".jpg"), "--allow-lossy", 0, "are JPEG or WEBP files"),
     "F32 JPEG called PNG": (lambda path: [file.rename(file.with_suffix(".png")) for file in
-                                          write_folder(path, pictures(9, 1), ".jpg").iterdir()], [], 4, "are JPEG"),
-    "F33 palette": (palette, [], 4, "palette of 256 colours"),
-    "F34 of two runs": (two_runs, ["--num", "24"], 5, "has 27 images"),
-    "F35 gap": (gap, [], 4, "image 5 is missing between 4 and 6"),
-    "F36 duplicates": (duplicates, [], 4, "12 of 24 samples are copies"),
-    "F36 copies of the data": (copies_of_the_data, [], 0, "13 of 25 samples are copies"),
-    "F36 duplicates in a class": (copies_in_a_class, [], 4, "6 of 24 samples are copies"),
-    "F37 one colour": (one_colour, [], 4, "of one colour"),
-    "F38 unbalanced": (unbalanced, [], 0, "5 to 15 samples each"),
-    "F38 unbalanced, strict": (unbalanced, ["--strict"], 4, "--strict"),
-    "F49 short labels": (short_labels, ["--sample-labels", "labels.npy"], 4, "20 labels for 24 images"),
-    "F51 k of all": (folder_of(24), ["--neighbours", "24"], 2, "k must be less"),
-    "no image": (nothing, [], 3, "holds no image"),
-    "truncated image": (truncated_png, [], 3, "000003.png"),
-    "unknown metric": (folder_of(24), ["--metrics", "fid,fod"], 2, "metric 'fod' does not exist"),
-    "impossible metric": (folder_of(24), ["--metrics", "sfid"], 2, "needs --features inception"),
-    "unknown model": (folder_of(24), ["--features", "timm:test_resnot"], 2, "did you mean 'test_resnet"),
+                                          write_folder(path, pictures(9, 1), ".jpg").iterdir()], "", 4, "are JPEG"),
+    "F33 palette": (palette, "", 4, "palette of 256 colours"),
+    "F34 of two runs": (two_runs, "--num 24", 5, "has 27 images"),
+    "F35 gap": (gap, "", 4, "image 5 is missing between 4 and 6"),
+    "F36 duplicates": (duplicates, "", 4, "12 of 24 samples are copies"),
+    "F36 copies of the data": (copies_of_the_data, "", 0, "13 of 25 samples are copies"),
+    "F36 duplicates in a class": (copies_in_a_class, "", 4, "6 of 24 samples are copies"),
+    "F37 one colour": (one_colour, "", 4, "of one colour"),
+    "F38 unbalanced": (unbalanced, "", 0, "5 to 15 samples each"),
+    "F38 unbalanced, strict": (unbalanced, "--strict --weights {good}/weights.pth", 4, "strict: classes"),
+    "F49 short labels": (with_labels(np.zeros(20, int)), "--sample-labels labels.npy", 4, "20 labels for 24 images"),
+    "F49 long labels": (with_labels(np.zeros(25, int)), "--sample-labels labels.npy", 4, "25 labels for 24 images"),
+    "F49 labels of fractions": (with_labels(np.zeros(24)), "--sample-labels labels.npy", 4, "is float64 (24,), expect"),
+    "F49 labels in two columns": (with_labels(np.zeros((24, 2), int)), "--sample-labels labels.npy", 4, "(24, 2)"),
+    "F49 labels that are a pickle": (with_labels(np.array([Payload()] * 24)), "--sample-labels labels.npy", 4, "not"),
+    "F50 fewer images than splits": (folder_of(24), "--features inception --splits 25", 2, "--splits 24 or fewer"),
+    "F50 no split": (folder_of(24), "--splits 0", 2, "splits is 0, expected"),
+    "F51 k of 0": (folder_of(24), "--neighbours 0", 2, "k is 0, expected"),
+    "F51 k of all": (folder_of(24), "--neighbours 24", 2, "k must be less"),
+    "no image": (nothing, "", 3, "holds no image"),
+    "truncated image": (truncated_png, "", 3, "000003.png"),
+    "unknown metric": (folder_of(24), "--metrics fid,fod", 2, "metric 'fod' does not exist"),
+    "impossible metric": (folder_of(24), "--metrics sfid", 2, "needs --features inception"),
+    "unknown model": (folder_of(24), "--features timm:test_resnot", 2, "did you mean 'test_resnet"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("build, flags, code, message", SAMPLES.values(), ids=SAMPLES.keys())
-def test_samples(build, flags, code, message, good, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("row", SAMPLES)
+def test_bad_samples(called, good, tmp_path, row):
+    build, words, code, says = SAMPLES[row]
     shutil.copytree(good / "reference", tmp_path / "reference")
-    path = tmp_path / "samples"
-    build(path)
-    path = path if path.exists() else path.with_suffix(".npz")
-    arguments = ["--samples", path, "--reference", tmp_path / "reference", "--groups", 0]
-    if "--features" not in flags:
-        arguments += ["--features", "timm:test_resnet@32"]
-    got, printed = call(monkeypatch, capsys, "fid", *arguments, "--weights", "random", "--json", "m.json", *flags)
-    assert got == code, printed
-    assert message in printed
+    build(tmp_path / "samples")
+    name = "samples" if (tmp_path / "samples").exists() else "samples.npz"
+    called(row, f"fid --samples {name} --reference reference {PLAIN} --json m.json {words}", code, says)
     if code:
         assert not Path("m.json").exists(), "a refused evaluation leaves no result"
     else:
         result = json.loads(Path("m.json").read_text())
-        assert result["protocol"]["samples"]["centre_crop"] == (8 if "--image-size" in flags else None)
+        assert result["protocol"]["samples"]["centre_crop"] == (8 if "--image-size" in words else None)
 
 
-def test_the_reference_is_named_by_its_sha256(good, tmp_path, monkeypatch, capsys):
-    """F40: whether statistics are of the training or the validation set cannot be seen, so the file is stated."""
+def test_the_reference_is_named_by_its_sha256(called, tmp_path):
+    """Whether statistics are of the training or the validation set cannot be seen, so the file is stated."""
     np.savez(tmp_path / "reference.npz", **statistics())
-    code, _ = call(
-        monkeypatch, capsys, "fid", "--samples", good / "samples.npz", "--reference", tmp_path / "reference.npz",
-        "--features", "timm:test_resnet@32", "--weights", "random", "--json", tmp_path / "m.json",
-    )  # fmt: skip
+    words = f"fid --samples {{good}}/samples.npz --reference reference.npz {PLAIN} --json m.json"
+    called("F40 the reference is stated", words, 0, "FD-timm")
     result = json.loads((tmp_path / "m.json").read_text())
-    assert code == 0 and result["protocol"]["reference"]["path"] == "reference.npz"
+    assert result["protocol"]["reference"]["path"] == "reference.npz"
     assert all(len(entry["protocol"]["reference_sha256"]) == 64 for entry in result["metrics"].values())
 
 
-def test_a_set_scored_against_itself_is_marked(good, tmp_path, monkeypatch, capsys):
-    """F41, also when one copy is a folder and the other an npz."""
-    for samples in (good / "samples", good / "samples.npz"):
-        code, printed = call(
-            monkeypatch, capsys, "fid", "--samples", samples, "--reference", good / "samples", "--groups", 0,
-            "--features", "timm:test_resnet@32", "--weights", "random", "--json", tmp_path / "m.json",
-        )  # fmt: skip
-        result = json.loads((tmp_path / "m.json").read_text())
-        assert code == 0 and "0 by construction" in printed and "scored-against-itself" in result["marks"]
-        assert result["metrics"]["fd"]["value"] < 1e-3
+@pytest.mark.parametrize("samples", ["samples", "samples.npz"])
+def test_a_set_scored_against_itself_is_marked(called, tmp_path, samples):
+    words = f"fid --samples {{good}}/{samples} --reference {{good}}/samples {PLAIN} --json m.json"
+    called(f"F41 {samples} against itself", words, 0, "0 by construction")
+    result = json.loads((tmp_path / "m.json").read_text())
+    assert "scored-against-itself" in result["marks"] and result["metrics"]["fd"]["value"] < 1e-3
 
 
-def test_a_negative_distance_is_clipped_or_refused():
-    """F42: by singular values nothing is complex; a matrix that is no covariance is found out."""
-    identity = Statistics(torch.zeros(4).double(), torch.eye(4).double(), None)
-    assert frechet.distance(identity, frechet.root(identity)) >= 0
-    with pytest.raises(IntegrityError, match="samples has the negative eigenvalue -2"):
-        frechet.distance(Statistics(identity.mu, -2 * identity.sigma, None), frechet.root(identity))
+# Row -> covariance of the samples, whose absolute values are the reference's; exit code, what the line says.
+COVARIANCES = {
+    "F42 the same": (np.eye(DIM), 0, "FD-timm:test_resnet "),
+    "F42 the same, of one direction": (np.ones((DIM, DIM)), 0, "FD-timm:test_resnet "),
+    "F42 negative": (-2 * np.eye(DIM), 4, "samples has the negative eigenvalue -2"),
+}
 
 
-@pytest.mark.parametrize("build, message", [
-    (lambda path: None, "do not exist"),  # F43
-    (lambda path: torch.save({"weight": torch.zeros(3)}, path), "expected 6726825d"),  # F43
-    (html_page, "DOCTYPE"),  # F44
-])  # fmt: skip
-def test_extractor_weights(build, message, good, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("row", COVARIANCES)
+def test_a_negative_distance_is_clipped_or_refused(called, tmp_path, row):
+    """By singular values nothing is complex; a matrix that is no covariance is found out."""
+    sigma, code, says = COVARIANCES[row]
+    np.savez(tmp_path / "reference.npz", **statistics(sigma=np.abs(sigma)))
+    np.savez(tmp_path / "samples.npz", **statistics(sigma=sigma))
+    called(row, f"fid --samples samples.npz --reference reference.npz {PLAIN} --json m.json", code, says)
+    assert code or 0 <= json.loads((tmp_path / "m.json").read_text())["metrics"]["fd"]["value"] < 1e-6
+
+
+TIMM = "--features timm:test_resnet@32 --groups 0"
+# Row -> how weights.pth is made, further words, exit code, what the line says.
+WEIGHTS = {
+    "F43 missing": (lambda path: None, "", 4, "do not exist"),
+    "F43 missing, of timm": (lambda path: None, TIMM, 4, "do not exist"),
+    "F43 another file": (lambda path: torch.save({"weight": torch.zeros(3)}, path), "", 4, "expected 6726825d"),
+    "F43 another file, of timm": (lambda path: torch.save({"weight": torch.zeros(3)}, path), TIMM, 5, "lacks 'bn1.b"),
+    "F43 a pickle": (raw_pickle, "--allow-unknown-weights", 4, "nothing in it was run"),
+    "F43 a folder": (os.mkdir, "", 4, "do not exist"),
+    "F44 a web page": (html_page, "", 4, "DOCTYPE"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", WEIGHTS)
+def test_bad_weights_of_an_extractor(called, tmp_path, row):
+    build, words, code, says = WEIGHTS[row]
     build(tmp_path / "weights.pth")
-    code, printed = call(
-        monkeypatch, capsys, "fid", "--samples", good / "samples", "--reference", good / "reference",
-        "--weights", tmp_path / "weights.pth",
-    )  # fmt: skip
-    assert code == 4 and message in printed, printed
-
-
-def test_inception_score_with_fewer_images_than_splits(good, monkeypatch, capsys):
-    """F50, before Inception sees an image."""
-    code, printed = call(
-        monkeypatch, capsys, "fid", "--samples", good / "samples", "--reference", good / "reference",
-        "--weights", "random", "--splits", 25,
-    )  # fmt: skip
-    assert code == 2 and "--splits 24 or fewer" in printed
+    called(row, f"{BOTH} --weights weights.pth {words}", code, says)
+    assert not (tmp_path / "CANARY").exists(), "the file ran code"
 
 
 # ---- npz files as users have them
-
-
-ARGUMENTS = ("--features", "timm:test_resnet@32", "--weights", "random", "--groups", 0)
 
 
 def mixed_members(path):
@@ -470,7 +481,7 @@ def labels_of(values):
     return lambda path: np.savez(path, pictures(24, 1), values)
 
 
-def record(text: str):
+def beside(text: str):
     def build(path):
         np.savez(path, pictures(24, 1))
         path.with_name(path.name + ".json").write_text(text)
@@ -513,10 +524,12 @@ REFUSED = {
     "directory before the file": (directory_before_the_file, 4, "not a complete npz"),
     "torn compression": (torn_deflate, 4, "npz"),
     "bare npy": (lambda path: path.write_bytes(npy_bytes()), 4, "a bare .npy array"),
-    "record with short labels": (record('{"num": 24, "labels_of_images": [1]}'), 4, "1 labels for 24 images"),
-    "record with words for labels": (record('{"num": 24, "labels_of_images": ["a"]}'), 4, "expected class ids"),
-    "record with ragged labels": (record('{"num": 24, "labels_of_images": [[1], 2]}'), 4, "are not class ids"),
-    "record without a number": (record('{"labels_of_images": []}'), 4, "is not the record"),
+    "a picture": (lambda path: Image.new("RGB", (9, 9)).save(path, "PNG"), 4, "begins with"),
+    "tensors": (lambda path: torch.save(torch.zeros(3), path), 4, "neither images (arr_0)"),
+    "record with short labels": (beside('{"num": 24, "labels_of_images": [1]}'), 4, "1 labels for 24 images"),
+    "record with words for labels": (beside('{"num": 24, "labels_of_images": ["a"]}'), 4, "expected class ids"),
+    "record with ragged labels": (beside('{"num": 24, "labels_of_images": [[1], 2]}'), 4, "are not class ids"),
+    "record without a number": (beside('{"labels_of_images": []}'), 4, "is not the record"),
 }  # fmt: skip
 
 
@@ -526,14 +539,11 @@ def npy_bytes() -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("build, code, message", REFUSED.values(), ids=REFUSED.keys())
-@pytest.mark.bad_input("evaluation")
-def test_an_odd_npz_is_refused_in_one_line(build, code, message, good, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "samples.npz"
-    build(path)
-    got, printed = call(monkeypatch, capsys, "fid", "--samples", path, "--reference", good / "reference", *ARGUMENTS)
-    assert got == code and message in printed, printed
-    assert sum("error" in line for line in printed.splitlines()) == 1, "one line, no traceback"
+@pytest.mark.parametrize("row", REFUSED)
+def test_an_odd_npz_is_refused(called, tmp_path, row):
+    build, code, says = REFUSED[row]
+    build(tmp_path / "samples.npz")
+    called(row, f"fid --samples samples.npz --reference {{good}}/reference {PLAIN}", code, says)
 
 
 def test_a_damaged_npz_is_read_whole_or_refused(tmp_path):
@@ -569,52 +579,23 @@ class ClosedPipe(io.TextIOBase):
         pass
 
 
-def test_results_are_written_before_anything_is_printed(good, tmp_path, monkeypatch):
-    arguments = ("--samples", good / "samples", "--reference", good / "reference", *ARGUMENTS)
-    arguments += ("--json", tmp_path / "m.json", "--report", tmp_path / "new" / "page.html")
-    monkeypatch.setattr(sys, "argv", ["eval/fid.py", *map(str, arguments)])
+def test_results_are_written_before_anything_is_printed(enter, good, tmp_path, monkeypatch):
+    words = f"{BOTH} {PLAIN} --json m.json --report new/page.html"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setattr(sys, "stdout", ClosedPipe())
     with contextlib.suppress(SystemExit, BrokenPipeError):
-        command("fid")()
+        enter("mutor", *words_of(words, good=good))
     assert "metrics" in json.loads((tmp_path / "m.json").read_text()) and (tmp_path / "new" / "page.html").is_file()
 
 
-@pytest.mark.parametrize("name, flags", [
-    ("fid", ("--json", "/proc/nowhere/m.json")),
-    ("fid", ("--report", "/proc/nowhere/page.html")),
-    ("fid", ("--json", "FILE/m.json")),
-    ("fid", ("--json", "FOLDER")),
-    ("fid", ("--work", "/proc/nowhere")),
-    ("fid", ("--work", "FILE")),
-    ("fid", ("--json", "same.x", "--report", "same.x")),
-    ("reference", ("--out", "/proc/nowhere/r.npz")),
-    ("reference", ("--out", "r.npz", "--work", "/proc/nowhere")),
-    ("cfg_sweep", ("--out", "/proc/nowhere/sweep")),
-    ("cfg_sweep", ("--out", "FILE")),
-    ("train_features", ("--out", "/proc/nowhere/features")),
-])  # fmt: skip
-def test_outputs_are_tried_before_the_work(name, flags, good, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "FILE").touch()
-    (tmp_path / "FOLDER").mkdir()
-    before = {
-        "fid": ("--samples", "/none", "--reference", "/none"), "reference": ("--data", "/none"),
-        "cfg_sweep": ("--model", "/none", "--reference", "/none"), "train_features": ("--data", "/none"),
-    }  # fmt: skip
-    code, printed = call(monkeypatch, capsys, name, *before[name], *flags)
-    assert code == 2 and ("cannot be written" in printed or "expected" in printed or "its own" in printed), printed
-    assert "/none does not" not in printed and len(printed.strip().splitlines()) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["FILE", "FOLDER"], "nothing is left behind"
-
-
-def test_a_folder_for_weights_that_cannot_be_written_is_named(good, monkeypatch, capsys):
+def test_a_folder_for_weights_that_cannot_be_written_is_named(called, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "/proc/nowhere/torch/hub")
-    code, printed = call(monkeypatch, capsys, "fid", "--samples", good / "samples", "--reference", good / "reference")
-    assert code == 2 and "/proc/nowhere/torch/hub/checkpoints" in printed and "TORCH_HOME" in printed, printed
-    assert "--weights FILE" in printed and len(printed.strip().splitlines()) == 1
+    said = called("a folder for weights that cannot be written", BOTH, 2, "/proc/nowhere/torch/hub/checkpoints").err
+    assert "TORCH_HOME" in said and "--weights FILE" in said
 
 
-def test_without_network_the_hint_comes_at_once(good, monkeypatch, capsys):
+def test_without_network_the_hint_comes_at_once(called, monkeypatch):
     """The hub's own client tries five times, with growing pauses, before it looks into its cache."""
     import huggingface_hub.constants as hub
 
@@ -622,9 +603,8 @@ def test_without_network_the_hint_comes_at_once(good, monkeypatch, capsys):
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
     began = time.monotonic()
-    code, printed = call(monkeypatch, capsys, "fid", "--samples", good / "samples", "--reference", good / "reference",
-                         "--features", "timm:test_resnet@32")  # fmt: skip
-    assert code == 3 and "does not answer" in printed and "--weights FILE" in printed, printed
+    done = called("no network", f"{BOTH} --features timm:test_resnet@32", 3, "does not answer")
+    assert "--weights FILE" in done.err
     assert time.monotonic() - began < 20 and not hub.HF_HUB_OFFLINE, "the client's own setting is as it was"
 
 
@@ -639,7 +619,6 @@ def test_a_host_that_only_the_proxy_can_reach_answers(monkeypatch):
 
 
 def test_weights_are_taken_as_users_have_them(tmp_path):
-    import timm
     from safetensors.torch import save_file
 
     model = timm.create_model("test_vit")
@@ -663,69 +642,92 @@ def test_weights_are_taken_as_users_have_them(tmp_path):
         load_extractor("timm:test_resnet", str(tmp_path / "model.safetensors"))
 
 
-ODD_CONFIGS = (
-    "[]", "{}", '{"kind": "features", "format": 1}', "\udcff",
-    '{"kind": "features", "format": 1, "architecture": 3}',
-)  # fmt: skip
+ODD_CONFIGS = {
+    "features: a list": ("[]", "holds [], expected an object"),
+    "features: nothing": ("{}", "lacks 'format'"),
+    "features: no network": ('{"kind": "features", "format": 1}', "'architecture' is missing"),
+    "features: no text": (b"\xff", "is not complete JSON"),
+    "features: an odd network": ('{"kind": "features", "format": 1, "architecture": 3}', "'architecture' is 3"),
+}
 
 
-@pytest.mark.parametrize("text", ODD_CONFIGS, ids=range(len(ODD_CONFIGS)))
-@pytest.mark.bad_input("evaluation")
-def test_odd_configurations_of_features_are_refused(text, tmp_path):
-    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(UserError):
-        load_extractor(str(tmp_path))
+@pytest.mark.parametrize("row", ODD_CONFIGS)
+def test_odd_configurations_of_features_are_refused(called, tmp_path, row):
+    content, says = ODD_CONFIGS[row]
+    text("own/config.json", content)(tmp_path)
+    called(row, f"{BOTH} --features own", 4, says)
 
 
+S_AND_R = "fid --samples S --reference R"
 MISTAKES = {
-    "nothing": ("fid", (), 2),
-    "no samples": ("fid", ("--reference", "R"), 2),
-    "both": ("fid", ("--samples", "S", "--model", "S", "--reference", "R"), 2),
-    "model without a number": ("fid", ("--model", "S", "--reference", "R"), 2),
-    "model that is none": ("fid", ("--model", "S", "--num-images", 4, "--reference", "R"), 2),
-    "no such samples": ("fid", ("--samples", "/none", "--reference", "R"), 3),
-    "text for a number": ("fid", ("--samples", "S", "--reference", "R", "--splits", "ten"), 2),
-    "batch 0": ("fid", ("--samples", "S", "--reference", "R", "--batch-size", 0), 2),
-    "one group": ("fid", ("--samples", "S", "--reference", "R", "--groups", 1), 2),
-    "negative number": ("fid", ("--samples", "S", "--reference", "R", "--num-images", -3), 2),
-    "negative size": ("fid", ("--samples", "S", "--reference", "R", "--image-size", -3), 2),
-    "seed out of range": ("fid", ("--samples", "S", "--reference", "R", "--seed", -1), 2),
-    "no features": ("fid", ("--samples", "S", "--reference", "R", "--features", ""), 2),
-    "features of nothing": ("fid", ("--samples", "S", "--reference", "R", "--features", "/none"), 2),
-    "features without weights": ("fid", ("--samples", "S", "--reference", "R", "--features", "S"), 2),
-    "a tag that timm lacks": ("fid", ("--samples", "S", "--reference", "R", "--features", "timm:test_resnet.no"), 2),
-    "no name": ("fid", ("--samples", "S", "--reference", "R", "--features", "timm:"), 2),
-    "size 0": ("fid", ("--samples", "S", "--reference", "R", "--features", "timm:test_resnet@0"), 2),
-    "size no ASCII": ("fid", ("--samples", "S", "--reference", "R", "--features", "timm:test_resnet@\u00b2"), 2),
-    "local model that is none": ("fid", ("--samples", "S", "--reference", "R", "--features", "local-dir:/none"), 2),
-    "weights in a folder": ("fid", ("--samples", "S", "--reference", "R", "--features", "timm:test_resnet", "--weights",
-                                    "S"), 4),
-    "labels that are text": ("fid", ("--samples", "S", "--reference", "R", "--sample-labels", "TEXT"), 4),
-    "labels that are none": ("fid", ("--samples", "S", "--reference", "R", "--sample-labels", "/none"), 3),
-    "unknown device": ("fid", ("--samples", "S", "--reference", "R", "--device", "tpu"), 2),
-    "reference of nothing": ("reference", ("--data", "/none", "--out", "r.npz"), 3),
-    "reference elsewhere": ("reference", ("--data", "S", "--out", "r.json"), 2),
-    "one image kept": ("reference", ("--data", "S", "--out", "r.npz", "--keep-images", 1, "--features",
-                                     "timm:test_resnet", "--weights", "random"), 2),
-    "scales that are words": ("cfg_sweep", ("--model", "S", "--reference", "R", "--out", "o", "--scales", "a,b"), 2),
-    "no scales": ("cfg_sweep", ("--model", "S", "--reference", "R", "--out", "o", "--scales", ","), 2),
-    "scales without end": ("cfg_sweep", ("--model", "S", "--reference", "R", "--out", "o", "--scales", "nan,inf"), 2),
-    "sweep of no model": ("cfg_sweep", ("--model", "/none", "--reference", "R", "--out", "o"), 2),
-    "sweep of one image": ("cfg_sweep", ("--model", "S", "--reference", "R", "--out", "o", "--num-images", 1), 2),
-    "no classes": ("train_features", ("--data", "S", "--out", "o"), 3),
-    "learning rate 0": ("train_features", ("--data", "S", "--out", "o", "--lr", 0), 2),
-    "output among the images": ("train_features", ("--data", "S", "--out", "S/o"), 2),
+    "nothing": ("fid", 2, "the following arguments are required: --reference"),
+    "no samples": ("fid --reference R", 2, "give either --samples or --model"),
+    "both": ("fid --samples S --model S --reference R", 2, "give either --samples or --model"),
+    "model without a number": ("fid --model S --reference R", 2, "--model needs --num-images, 2 or more; got 0"),
+    "model that is none": ("fid --model S --num-images 4 --reference R", 2, "S holds no checkpoint; expected a run"),
+    "no such samples": ("fid --samples /none --reference R", 3, "/none does not exist; expected an npz file or a fold"),
+    "text for a number": (f"{S_AND_R} --splits ten", 2, "argument --splits: invalid int value: 'ten'"),
+    "batch 0": (f"{S_AND_R} --batch-size 0", 2, "batch is 0, expected 1 or more"),
+    "one group": (f"{S_AND_R} --groups 1", 2, "groups is 1, expected 2 or more, or 0 for no error bars"),
+    "negative number": (f"{S_AND_R} --num-images -3", 2, "must not be negative"),
+    "negative size": (f"{S_AND_R} --image-size -3", 2, "must not be negative"),
+    "seed out of range": (f"{S_AND_R} --seed -1", 2, "--seed is -1, expected 0 to 2^63 - 1"),
+    "no features": (f"{S_AND_R} --features=", 2, "has no config.json"),
+    "features that are nowhere": (f"{S_AND_R} --features /none", 2, "features is '/none', expected inception"),
+    "features without weights": (f"{S_AND_R} --features S", 2, "S has no config.json; expected a folder made by"),
+    "a tag that timm lacks": (f"{S_AND_R} --features timm:test_resnet.no", 2, "it has test_resnet.r160_in1k"),
+    "no name": (f"{S_AND_R} --features timm:", 2, "timm has no model ''"),
+    "size 0": (f"{S_AND_R} --features timm:test_resnet@0", 2, "is '0', expected pixels, as in timm:test_resnet@224"),
+    "size no ASCII": (f"{S_AND_R} --features timm:test_resnet@\u00b2", 2, "expected pixels, as in"),
+    "local model that is none": (f"{S_AND_R} --features local-dir:/none", 2, "features is 'local-dir:/none', expected"),
+    "weights in a folder": (f"{S_AND_R} --features timm:test_resnet --weights S", 4, "weights S is a folder without"),
+    "labels that are text": (f"{S_AND_R} --sample-labels TEXT", 4, "TEXT is not a complete .npy file of numbers"),
+    "labels that are none": (f"{S_AND_R} --sample-labels /none", 3, "labels /none do not exist; expected an .npy file"),
+    "unknown device": (f"{S_AND_R} --device tpu", 2, "device is 'tpu', expected one of auto, cpu, cuda"),
+    "reference of nothing": ("reference --data /none --out r.npz", 3, "/none does not exist"),
+    "reference elsewhere": ("reference --data S --out r.json", 2, "--out is r.json, expected FILE.npz"),
+    "one image kept": ("reference --data S --out r.npz --keep-images 1 --features timm:test_resnet --weights random", 2,
+                       "kept images are 1, expected 2 or more, or 0 for none"),
+    "scales that are words": ("sweep --model S --reference R --out o --scales a,b", 2, "--scales is 'a,b', expected"),
+    "no scales": ("sweep --model S --reference R --out o --scales ,", 2, "--scales is ',', expected numbers of 0 or"),
+    "scales without end": ("sweep --model S --reference R --out o --scales nan,inf", 2, "'nan,inf', expected numbers"),
+    "sweep of no model": ("sweep --model /none --reference R --out o", 2, "expected a run directory or a checkpoint"),
+    "sweep of one image": ("sweep --model S --reference R --out o --num-images 1", 2, "--num-images must be 2 or more"),
+    "no classes": ("features --data S --out o", 3, "S has images directly in it and no class folders"),
+    "learning rate 0": ("features --data S --out o --lr 0", 2, "--lr more than 0"),
+    "output among the images": ("features --data S --out S/o", 2, "lie in one another; give folders apart"),
+} | {
+    f"{words}: outputs are tried before the work": (words, 2, says) for words, says in {
+        "fid --samples /none --reference /none --json /proc/nowhere/m.json": "cannot be written",
+        "fid --samples /none --reference /none --report /proc/nowhere/page.html": "cannot be written",
+        "fid --samples /none --reference /none --json FILE/m.json": "cannot be written",
+        "fid --samples /none --reference /none --json FOLDER": "expected",
+        "fid --samples /none --reference /none --work /proc/nowhere": "cannot be written",
+        "fid --samples /none --reference /none --work FILE": "expected",
+        "fid --samples /none --reference /none --json same.x --report same.x": "give each its own",
+        "reference --data /none --out /proc/nowhere/r.npz": "cannot be written",
+        "reference --data /none --out r.npz --work /proc/nowhere": "cannot be written",
+        "sweep --model /none --reference /none --out /proc/nowhere/sweep": "cannot be written",
+        "sweep --model /none --reference /none --out FILE": "cannot be written",
+        "features --data /none --out /proc/nowhere/features": "cannot be written",
+    }.items()
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name, flags, code", MISTAKES.values(), ids=MISTAKES.keys())
-@pytest.mark.bad_input("evaluation")
-def test_a_mistake_is_one_line(name, flags, code, good, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("row", MISTAKES)
+def test_a_mistake_is_one_line(called, good, tmp_path, row):
+    words, code, says = MISTAKES[row]
     os.symlink(good / "samples", tmp_path / "S")
     os.symlink(good / "reference", tmp_path / "R")
     (tmp_path / "TEXT").write_text("1\n2\n3\n")
-    got, printed = call(monkeypatch, capsys, name, *flags)
-    lines = [line for line in printed.splitlines() if "error" in line]
-    assert got == code and len(lines) == 1 and "Traceback" not in printed, printed
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["R", "S", "TEXT"], "nothing is left behind"
+    (tmp_path / "FILE").touch()
+    (tmp_path / "FOLDER").mkdir()
+    called(row, words, code, says)
+    assert {path.name for path in tmp_path.iterdir()} == {"R", "S", "TEXT", "FILE", "FOLDER"}, "nothing is left behind"
+
+
+NOT_OURS = {"F6": "images and statistics are npz, whose checksums are read; a bare .npy of them is refused"}
+
+
+def test_every_number_is_tried_or_none_of_ours():
+    assert numbers("F", [*REFERENCES, *SAMPLES, *COVARIANCES, *WEIGHTS, "F40 ", "F41 "], NOT_OURS) == []
