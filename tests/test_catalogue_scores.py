@@ -197,6 +197,8 @@ REFERENCES = {
     "F17 not symmetric": (lambda path: np.savez(path, **statistics(sigma=asymmetric())), 4, "not symmetric"),
     "F17 negative": (lambda path: np.savez(path, **statistics(sigma=NEGATIVE)), 4, "negative eigenvalue -0.1"),
     "F17 infinite": (lambda path: np.savez(path, **statistics(mu=np.full(DIM, np.inf))), 4, "NaN or infinity"),
+    "F17 too large to be squared": (lambda path: np.savez(path, **statistics(mu=np.full(DIM, 1e200))), 4, "or 1e+100"),
+    "F17 a covariance too large": (lambda path: np.savez(path, **statistics(sigma=np.eye(DIM) * 1e308)), 4, "or 1e+1"),
     "F18 one image": (lambda path: np.savez(path, **statistics(sigma=np.zeros((DIM, DIM)))), 4, "all zero"),
     "F19 float16": (
         lambda path: np.savez(path, **{name: value.astype(np.float16) for name, value in statistics().items()}), 0,

@@ -17,6 +17,7 @@ from mutor_vision.storage.npz import Npz
 
 BUFFERED_ROWS = 256  # rows of a group that are collected for one matrix product; one by one, memory limits the speed
 SYMMETRY_TOLERANCE = 1e-5  # relative to the largest entry; wide enough for statistics saved in float32
+TOO_LARGE = 1e100  # for a feature: its square, and sums of them, would leave the range of float64 and give FID inf
 MAX_PROTOCOL = 10_000_000  # bytes of JSON; 20,000 class names are one million
 LAYER_KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # ADM's names in reference files
 
@@ -175,11 +176,14 @@ def read_statistics(npz: Npz, layers: dict[str, int]) -> dict[str, Statistics]:
 
 def check_statistics(statistics: Statistics, what: str) -> Statistics:
     """The same statistics with sigma made exactly symmetric. Raises IntegrityError for what no features can have:
-    values that are not finite, all zero, or not symmetric. (Negative eigenvalues are refused by frechet.root.)"""
+    values that are not finite or far too large, all zero, or not symmetric. (frechet.root refuses negative
+    eigenvalues.)"""
     mu, sigma = statistics.mu, statistics.sigma
-    if not (torch.isfinite(mu).all() and torch.isfinite(sigma).all()):
-        raise IntegrityError(f"{what} holds NaN or infinity; make the statistics again")
     largest = sigma.abs().max()
+    if not torch.maximum(largest, mu.abs().max()) < TOO_LARGE:  # which NaN is not
+        raise IntegrityError(
+            f"{what}, or the mean beside it, holds NaN or infinity, or {TOO_LARGE:g} and more; make them again"
+        )
     if largest == 0:
         raise IntegrityError(
             f"{what} is all zero, as from 1 image; the statistics need more images than their {len(mu)} features"
