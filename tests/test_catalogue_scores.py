@@ -421,7 +421,10 @@ WEIGHTS = {
     "F43 another file, of timm": (lambda path: torch.save({"weight": torch.zeros(3)}, path), TIMM, 5, "lacks 'bn1.b"),
     "F43 a pickle": (raw_pickle, "--allow-unknown-weights", 4, "nothing in it was run"),
     "F43 a folder": (os.mkdir, "", 4, "do not exist"),
+    "F43 empty, of timm": (Path.touch, TIMM, 4, "is empty (0 bytes); download it again"),
     "F44 a web page": (html_page, "", 4, "DOCTYPE"),
+    "F44 a web page, of timm": (html_page, TIMM, 4, "looks like a web page: the download failed"),
+    "F44 a Git LFS pointer": (lfs_pointer, "--allow-unknown-weights", 4, "run git lfs pull"),
 }  # fmt: skip
 
 

@@ -134,14 +134,15 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_start(path: Path, start: bytes) -> None:
+def _check_start(path: Path, start: bytes, old: bool = False) -> None:
+    """Raise IntegrityError for what is no file of weights by its first bytes. old: PyTorch's older format is one."""
     if not start:
         raise IntegrityError(f"{path} is empty (0 bytes); download it again")
     if start.startswith(b"version https://git-lfs"):
         raise IntegrityError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull")
     if start.lstrip()[:1] == b"<":
         raise IntegrityError(f"{path} looks like a web page: the download failed; download it again")
-    if path.suffix != ".safetensors" and not start.startswith(b"PK\x03\x04"):
+    if not old and path.suffix != ".safetensors" and not start.startswith(b"PK\x03\x04"):
         raise IntegrityError(
             f"{path} is not the zip file that PyTorch 1.6 and later write; older and bare pickles are never opened. "
             "Where you trust it, load it and torch.save its state dict again"
@@ -323,8 +324,9 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise IntegrityError(f"weights {path} do not exist; expected a .safetensors, .pth, .pt, .ckpt or .bin file")
     with open(path, "rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
-    if is_zip or path.suffix == ".safetensors":
+        start = file.read(512)
+    _check_start(path, start, old=True)
+    if start.startswith(b"PK\x03\x04") or path.suffix == ".safetensors":
         try:
             content = read(path)
         except UserError as error:
