@@ -686,7 +686,7 @@ MISTAKES = {
     "size no ASCII": (f"{S_AND_R} --features timm:test_resnet@\u00b2", 2, "expected pixels, as in"),
     "local model that is none": (f"{S_AND_R} --features local-dir:/none", 2, "features is 'local-dir:/none', expected"),
     "weights in a folder": (f"{S_AND_R} --features timm:test_resnet --weights S", 4, "weights S is a folder without"),
-    "labels that are text": (f"{S_AND_R} --sample-labels TEXT", 4, "TEXT is not a complete .npy file of numbers"),
+    "labels that are text": (f"{S_AND_R} --sample-labels TEXT", 4, "numbers (it begins with b'1\\n2\\n3"),
     "labels that are none": (f"{S_AND_R} --sample-labels /none", 3, "labels /none do not exist; expected an .npy file"),
     "unknown device": (f"{S_AND_R} --device tpu", 2, "device is 'tpu', expected one of auto, cpu, cuda"),
     "reference of nothing": ("reference --data /none --out r.npz", 3, "/none does not exist"),
