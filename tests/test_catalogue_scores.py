@@ -528,7 +528,7 @@ REFUSED = {
     "negative label": (labels_of(np.full(24, -1)), 4, "class ids from -1"),
     "directory before the file": (directory_before_the_file, 4, "not a complete npz"),
     "torn compression": (torn_deflate, 4, "npz"),
-    "bare npy": (lambda path: path.write_bytes(npy_bytes()), 4, "a bare .npy array"),
+    "bare npy": (lambda path: path.write_bytes(npy_bytes()), 4, "makes an npz of it\n"),
     "a picture": (lambda path: Image.new("RGB", (9, 9)).save(path, "PNG"), 4, "begins with"),
     "tensors": (lambda path: torch.save(torch.zeros(3), path), 4, "neither images (arr_0)"),
     "record with short labels": (beside('{"num": 24, "labels_of_images": [1]}'), 4, "1 labels for 24 images"),

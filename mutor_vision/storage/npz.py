@@ -109,12 +109,11 @@ class Npz:
         except DAMAGE as error:
             if isinstance(error, UserError):  # which is a ValueError
                 raise
-            hint = ""
+            hint = "is it complete, or still being written? copy or download it again"
             if "NUMPY" in (first := _first_bytes(self.path)):
-                hint = "it is a bare .npy array: np.savez('FILE.npz', array) makes an npz of it. "
+                hint = "it is a bare .npy array: np.savez('FILE.npz', array) makes an npz of it"
             raise IntegrityError(
                 f"{self.path} is not a complete npz ({short(error, 120)}; it begins with {first}); {hint}"
-                "is it complete, or still being written? copy or download it again"
             ) from None
 
     def _take(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
