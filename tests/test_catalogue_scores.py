@@ -521,7 +521,7 @@ def torn_deflate(path):
 
 REFUSED = {
     "integers out of range": (lambda path: np.savez(path, 2 * pictures(24, 1).astype(int)), 4, "expected 0 to 255"),
-    "negative shape": (negative_shape, 4, "claims uint8"),
+    "negative shape": (negative_shape, 4, "(-24, 16, 16, -3), 128 bytes, but holds 18,560"),
     "member out of the file": (lambda path: member(path, b"", "/etc/x.npy"), 4, "points out of the file"),
     "more labels than images": (large_labels, 4, "90000 labels for 24 images"),
     "label that asks for terabytes": (labels_of(np.full(24, 10**12)), 4, "expected 0 to 99,999"),

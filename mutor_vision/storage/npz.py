@@ -169,7 +169,7 @@ class Npz:
                 f"{self.path}: member {info.filename!r} holds pickled objects, which could run code and are never "
                 "loaded; save plain arrays"
             )
-        size = int(np.prod(shape, dtype=object)) * dtype.itemsize + 8 + width + length
+        size = int(np.prod([max(side, 0) for side in shape], dtype=object)) * dtype.itemsize + 8 + width + length
         if size != info.file_size or any(side < 0 for side in shape):
             raise IntegrityError(
                 f"{self.path}: member {info.filename!r} claims {dtype} {shape}, {size:,} bytes, but holds "
