@@ -529,6 +529,7 @@ REFUSED = {
     "directory before the file": (directory_before_the_file, 4, "not a complete npz"),
     "torn compression": (torn_deflate, 4, "npz"),
     "bare npy": (lambda path: path.write_bytes(npy_bytes()), 4, "makes an npz of it\n"),
+    "record of another number": (beside('{"num": 20, "labels_of_images": []}'), 5, "exactly 20 (samples.npz.json)"),
     "a picture": (lambda path: Image.new("RGB", (9, 9)).save(path, "PNG"), 4, "begins with"),
     "tensors": (lambda path: torch.save(torch.zeros(3), path), 4, "neither images (arr_0)"),
     "record with short labels": (beside('{"num": 24, "labels_of_images": [1]}'), 4, "1 labels for 24 images"),

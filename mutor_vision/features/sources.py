@@ -266,10 +266,11 @@ def read_labels(path: str | Path, count: int) -> Tensor:
     return check_labels(labels, count, f"labels {path}")
 
 
-def check_count(source, expected: int) -> None:
-    """Raise MismatchError unless a source has exactly `expected` images, which name its result; 0 = any number."""
+def check_count(source, expected: int, by: object = "--num") -> None:
+    """Raise MismatchError unless a source has exactly `expected` images, which name its result; 0 = any number. by: who
+    says so."""
     if expected and source.count != expected:
         raise MismatchError(
-            f"{source.path} has {source.count:,} images, expected exactly {expected:,} (--num); "
+            f"{source.path} has {source.count:,} images, expected exactly {expected:,} ({by}); "
             + ("remove what is of another run" if source.count > expected else "sample the missing ones")
         )

@@ -295,7 +295,7 @@ def _take_sampling_record(source, record: dict, beside: Path) -> None:
         return  # some other JSON file
     if type(made.get("num")) is not int or not isinstance(made["labels_of_images"], list):
         raise IntegrityError(f"{beside} is not the record that `mutor sample` wrote; restore it, or remove it")
-    check_count(source, made["num"])
+    check_count(source, made["num"], beside)
     if source.labels is None:
         try:
             labels = np.array(made["labels_of_images"])
