@@ -83,7 +83,7 @@ def load_extractor(features: str, weights: str | None = None, allow_unknown: boo
         return load_inception(weights, allow_unknown)
     if features.startswith("timm:"):
         return load_timm(features.removeprefix("timm:"), weights)
-    if Path(features).is_dir():
+    if features and Path(features).is_dir():  # Path("") is the current folder
         if weights is not None:
             raise UserError(f"--weights {weights} with --features {features}: a trained network has its own; drop it")
         return load_trained(Path(features))

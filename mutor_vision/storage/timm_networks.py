@@ -42,7 +42,8 @@ def timm_network(name: str, weights: str | None = None) -> Network:
     elsewhere = name.startswith(("hf-hub:", "local-dir:"))
     if not elsewhere and not timm.is_model(name.split(".")[0]):
         close = difflib.get_close_matches(name, timm.list_models() + timm.list_models(pretrained=True), n=1)
-        raise UserError(f"timm has no model '{name}'" + (f"; did you mean '{close[0]}'?" if close else ""))
+        hint = f"did you mean '{close[0]}'?" if close else "timm.list_models() names those that it has"
+        raise UserError(f"timm has no model '{name}'; {hint}")
     try:
         config = timm.get_pretrained_cfg(name) if not elsewhere else None
     except RuntimeError:
