@@ -55,7 +55,15 @@ class TimmFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         images = resize(images, self.size)
-        hidden = self.model.forward_features((images.float() / 255 - self.mean) / self.std)
+        try:
+            hidden = self.model.forward_features((images.float() / 255 - self.mean) / self.std)
+        except (AssertionError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "size" not in str(error):  # of memory, or of the device
+                raise
+            raise UserError(
+                f"{self.identity['name']} cannot take images of {self.size} pixels ({short(error)}); give another size "
+                "behind @, or none"
+            ) from None
         features = {"pool": self.model.forward_head(hidden, pre_logits=True).float()}
         if "logits" in self.layers:
             features["logits"] = self.model.forward_head(hidden).float()

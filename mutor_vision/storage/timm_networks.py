@@ -37,7 +37,7 @@ def timm_network(name: str, weights: str | None = None) -> Network:
     import timm
 
     name, _, size_text = name.partition("@")
-    if size_text and not (size_text.isascii() and size_text.isdigit() and 1 <= int(size_text) <= 4096):
+    if size_text and not (size_text.isascii() and size_text.isdigit() and 2 <= int(size_text) <= 4096):
         raise UserError(f"size in 'timm:{name}@{size_text}' is '{size_text}', expected pixels, as in timm:{name}@224")
     elsewhere = name.startswith(("hf-hub:", "local-dir:"))
     if not elsewhere and not timm.is_model(name.split(".")[0]):
