@@ -324,6 +324,8 @@ def nothing(path):
 SAMPLES = {
     "F23 axis order, told": (lambda path: np.savez(path.with_suffix(".npz"), pictures(24, 1).transpose(0, 3, 1, 2)),
                              "--nchw", 0, "FD-timm"),
+    "F23 axis order, told wrongly": (lambda path: np.savez(path.with_suffix(".npz"), pictures(24, 1)), "--nchw", 4,
+                                     "(24, 16, 16, 3), expected (N, 3, H, W); drop --nchw"),
     "F24 red and blue exchanged": (reversed_channels, "", 0, "are they BGR?"),
     "F27 one too few": (folder_of(23), "--num 24", 5, "has 23 images, expected exactly 24"),
     "F27 rounded up to a batch": (folder_of(26), "--num 24", 5, "remove what is of another run"),

@@ -249,7 +249,8 @@ def check_image_array(npz: Npz, nchw: bool = False) -> tuple[int, int, int]:
         raise IntegrityError(f"{npz.path}: axis order is (N, 3, H, W) {shape}, expected (N, H, W, 3); pass --nchw")
     if len(shape) != 4 or shape[1 if nchw else 3] != 3 or not all(shape[1:]):
         expected = "(N, 3, H, W)" if nchw else "(N, H, W, 3)"
-        raise IntegrityError(f"{npz.path}: images have shape {shape}, expected {expected}; convert them to RGB")
+        hint = "drop --nchw" if nchw and shape[3:] == (3,) else "convert them to RGB"
+        raise IntegrityError(f"{npz.path}: images have shape {shape}, expected {expected}; {hint}")
     return (shape[0], shape[2], shape[3]) if nchw else shape[:3]
 
 
