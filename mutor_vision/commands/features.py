@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mutor_vision.commands.flags import LARGEST
 from mutor_vision.data.folder import batched, check_apart
 from mutor_vision.data.images import center
 from mutor_vision.data.reading import Views, open_source, read_batches
@@ -45,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    if arguments.image_size < 8 or arguments.shift < 0 or arguments.lr <= 0:
-        raise UserError("--image-size must be 8 or more, --shift 0 or more, and --lr more than 0")
+    if not 8 <= arguments.image_size <= LARGEST or arguments.shift < 0 or arguments.lr <= 0:
+        raise UserError(f"--image-size must be 8 to {LARGEST}, --shift 0 or more, and --lr more than 0")
     check_apart(arguments.data, arguments.out)
     runtime = start("float32", arguments.device)
     if runtime.world_size > 1:

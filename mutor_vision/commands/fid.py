@@ -55,7 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, help="folder for features of finished images, so that a killed run goes "
                         "on; default: beside --json")  # fmt: skip
     parser.add_argument("--keep-features", action="store_true", help="leave them there for a later run")
-    parser.add_argument("--image-size", type=int, default=0, help="crop and resize images of both sides to this")
     parser.add_argument("--sample-labels", help=".npy of class ids, one for each sample")
     parser.add_argument("--allow-lossy", action="store_true", help="accept JPEG, WEBP and palette files; recorded")
     parser.add_argument("--allow-unknown-weights", action="store_true", help="accept another Inception; marked")
@@ -73,8 +72,8 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError("give either --samples or --model")
     if arguments.run and arguments.num < 2:
         raise UserError(f"--model needs --num-images, 2 or more; got {arguments.num}")
-    if min(arguments.num, arguments.image_size, arguments.sample_batch_size) < 0:
-        raise UserError("--num-images, --image-size and --sample-batch-size must not be negative")
+    if min(arguments.num, arguments.sample_batch_size) < 0:
+        raise UserError("--num-images and --sample-batch-size must not be negative")
     if not 0 <= arguments.seed < 2**63:
         raise UserError(f"--seed is {arguments.seed}, expected 0 to 2^63 - 1")
     work = arguments.work or (arguments.json.with_name(arguments.json.name + ".work") if arguments.json else None)

