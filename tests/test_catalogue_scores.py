@@ -361,6 +361,11 @@ SAMPLES = {
     "unknown metric": (folder_of(24), "--metrics fid,fod", 2, "metric 'fod' does not exist"),
     "impossible metric": (folder_of(24), "--metrics sfid", 2, "needs --features inception"),
     "unknown model": (folder_of(24), "--features timm:test_resnot", 2, "did you mean 'test_resnet"),
+    "F4 held-out images cut": (lambda path: [folder_of(24)(path), truncated(path.with_name("cut.npz"))],
+                               "--held-out cut.npz", 4, "cut.npz is not a complete npz"),
+    "F41 held-out images that are the reference": (folder_of(24), "--held-out reference", 5, "100% of the held-out"),
+    "F27 a number, of statistics": (lambda path: np.savez(path.with_suffix(".npz"), **statistics()), "--num 24", 2,
+                                    "which have no count of images to check; drop --num"),
 }  # fmt: skip
 
 
@@ -414,6 +419,12 @@ def test_a_negative_distance_is_clipped_or_refused(called, tmp_path, row):
     assert code or 0 <= json.loads((tmp_path / "m.json").read_text())["metrics"]["fd"]["value"] < 1e-6
 
 
+def not_a_number(path):
+    state = timm.create_model("test_resnet").state_dict()
+    state["conv1.0.weight"][0] = float("nan")
+    torch.save(state, path)
+
+
 TIMM = "--features timm:test_resnet@32 --groups 0"
 # Row -> how weights.pth is made, further words, exit code, what the line says.
 WEIGHTS = {
@@ -423,6 +434,7 @@ WEIGHTS = {
     "F43 another file, of timm": (lambda path: torch.save({"weight": torch.zeros(3)}, path), TIMM, 5, "lacks 'bn1.b"),
     "F43 a pickle": (raw_pickle, "--allow-unknown-weights", 4, "nothing in it was run"),
     "F43 a folder": (os.mkdir, "", 4, "do not exist"),
+    "F43 NaN, of timm": (not_a_number, TIMM, 4, "not finite; use another file"),
     "F43 empty, of timm": (Path.touch, TIMM, 4, "is empty (0 bytes); download it again"),
     "F44 a web page": (html_page, "", 4, "DOCTYPE"),
     "F44 a web page, of timm": (html_page, TIMM, 4, "looks like a web page: the download failed"),

@@ -320,7 +320,9 @@ def load_strictly(module: torch.nn.Module, weights: dict[str, Tensor], source: P
         if value.is_floating_point() != own[key].is_floating_point():  # torch would convert it without a word
             raise MismatchError(f"{source}: '{key}' is {value.dtype}, expected {own[key].dtype}; use another file")
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise IntegrityError(f"{source}: '{key}' holds values that are not finite; use an older checkpoint")
+            raise IntegrityError(
+                f"{source}: '{key}' holds values that are not finite; use another file, or an older checkpoint"
+            )
     module.load_state_dict(weights)
 
 
