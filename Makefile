@@ -26,10 +26,12 @@ $(VENV)/.installed: pyproject.toml
 # While developing: all but the tests marked slow.
 check: install
 	$(PY) -m ruff check .
+	$(PY) -m mypy
 	$(PYTEST) $(FAST)
 
 test: install
 	$(PY) -m ruff check .
+	$(PY) -m mypy
 	@echo '=== all tests, with the fast paths of this processor'
 	$(PYTEST)
 	@$(MAKE) --no-print-directory test-plain
@@ -55,6 +57,7 @@ test-lowest:
 
 lint: install
 	$(PY) -m ruff check .
+	$(PY) -m mypy
 	$(PY) -m ruff format --check .
 
 demo: install

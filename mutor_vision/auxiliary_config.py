@@ -33,6 +33,9 @@ class AuxiliaryCost(NamedTuple):
 class AuxiliaryConfig(Settings):
     """Base of these classes. Each has the fields `weight` and `weight_schedule`, and is off by default."""
 
+    weight: float
+    weight_schedule: str
+
     implementation: ClassVar[str] = ""  # 'module:class' of its objectives.auxiliary.Auxiliary
     is_share: ClassVar[bool] = False  # `weight` is taken from the next token's: (1 - a) L_next + a L; or it is added
     has_weights: ClassVar[bool] = False  # of its own, with which an adapter cannot be trained
@@ -186,6 +189,12 @@ class PrivateBlocksConfig(AuxiliaryConfig):
 class AlignmentConfig(AuxiliaryConfig):
     """Base of the losses that align a middle layer's states with other vectors, by projectors."""
 
+    offsets: str
+    depth: float
+    projector_width: int
+    reduction: str
+    edge: str
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("depth", lambda depth: 0 < depth <= 1, "more than 0, at most 1")
@@ -293,7 +302,7 @@ class EncoderStatesConfig(AlignmentConfig):
         return self.cost_of_projectors(model, self.features_width or model.dim, states)
 
 
-def _list_of_offsets(own: AuxiliaryConfig, tokens: bool) -> list[tuple[int, int]]:
+def _list_of_offsets(own: PrivateBlocksConfig | AlignmentConfig, tokens: bool) -> list[tuple[int, int]]:
     """own.offsets, where they are a list and no distribution. tokens: what is at them is read, so that the cell itself
     is none of them."""
     found = parse_offsets(own.offsets, f"{own._prefix}offsets")

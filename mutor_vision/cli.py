@@ -14,12 +14,17 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mutor_vision.errors import UserError
 from mutor_vision.names import printable
 from mutor_vision.progress import QUIET
-from mutor_vision.settings import Config, override, preset
+from mutor_vision.settings import override, preset
+
+if TYPE_CHECKING:
+    from mutor_vision.config import TokenizerTrainConfig, TrainConfig
+
+Training = TypeVar("Training", "TokenizerTrainConfig", "TrainConfig")
 
 LONGEST = 4000  # characters of an error, in which a file's own names may stand
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # full, over a quota, of small files (FAT), read-only
@@ -48,7 +53,7 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def choose_settings(presets: dict[str, Config], name: str, settings: list[str], **flags: Any) -> Config:
+def choose_settings(presets: dict[str, Training], name: str, settings: list[str], **flags: Any) -> Training:
     """The preset `name` with the user's changes, as settings.override takes them. A run shorter than its warm-up
     gets a shorter one, and a line says so."""
     config = override(preset(presets, name), settings, **flags)
@@ -77,14 +82,15 @@ def _disk_told(main: Callable[[], None]) -> Callable[[], None]:
         except UserError:  # which may say more of the disk
             raise
         except Exception as error:
-            failed = error  # what torch.save raises says nothing of the disk, what came before it does
+            # What torch.save raises says nothing of the disk, what came before it does.
+            failed: BaseException | None = error
             while failed is not None and _disk_number(failed) not in _DISK:
                 failed = failed.__context__
             if failed is None:
                 raise
             name = getattr(failed, "filename2", None) or getattr(failed, "filename", None)
             where = f" ({os.fsdecode(name)})" if isinstance(name, (str, bytes)) else ""
-            reason = os.strerror(_disk_number(failed))
+            reason = os.strerror(_disk_number(failed) or 0)
             raise UserError(
                 f"results cannot be written: {reason}{where}; make space or mend the disk, then repeat the command"
             ) from error
@@ -140,7 +146,7 @@ def _recorded(main: Callable[[], None]) -> Callable[[], None]:
 class _Discarding(io.FileIO):
     """A file descriptor that takes everything, also when nobody reads it any more."""
 
-    def write(self, data) -> int | None:
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:

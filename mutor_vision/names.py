@@ -90,7 +90,7 @@ def read_names(path: str | Path) -> list[str]:
     lines = {number: name for number, name in lines.items() if name}
     if not lines:
         raise UserError(f"{path} holds no name; expected a class name a line")
-    first = {}
+    first: dict[str, int] = {}
     for number, name in lines.items():
         if (before := first.setdefault(same(name), number)) != number:
             raise UserError(

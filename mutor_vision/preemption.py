@@ -4,6 +4,7 @@
 import os
 import signal
 import threading
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ class Preemption:
             self._before = {number: signal.signal(number, self._heard) for number in SIGNALS}
         # Signals reach processes at different times, so they agree at every step. Hosts do, not devices: with nccl
         # the group is one of gloo, and no step waits for a GPU.
-        self._group = None
+        self._group: Any = None
         if runtime.world_size > 1 and dist.get_backend() != "gloo":
             self._group = dist.new_group(backend="gloo", timeout=patience())
 

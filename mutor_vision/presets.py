@@ -1,6 +1,7 @@
 """Named configurations. Each comment gives the command's hardware and the score published or measured with it."""
 
 from dataclasses import replace
+from typing import Any
 
 from mutor_vision.config import (
     AlignedStatesConfig,
@@ -13,7 +14,9 @@ from mutor_vision.config import (
     TransformerConfig,
 )
 
-_LLAMAGEN_LOSSES = {"l2_weight": 1.0, "lpips_weight": 1.0, "adversarial_weight": 0.5, "adversarial_start": 20_000}
+_LLAMAGEN_LOSSES: dict[str, Any] = {
+    "l2_weight": 1.0, "lpips_weight": 1.0, "adversarial_weight": 0.5, "adversarial_start": 20_000,
+}  # fmt: skip
 
 _PHOTOGRAPHS = TokenizerTrainConfig(
     model=TokenizerConfig(
@@ -98,12 +101,12 @@ _OBJECTIVES = {
 #   private-blocks    4.50   MTAR, which has token contrast and token drop beside it
 # None was run by this project. Mirai counts its schedule in epochs of 300; shorter trainings take the same shares.
 _MIRAI_E = AlignedStatesConfig(2.0, "0:0,15e:1,80e:0.5")
-_LOOKING_AHEAD = {
+_LOOKING_AHEAD: dict[str, dict[str, Any]] = {
     "aligned-states": {"aligned_states": _MIRAI_E},
     "encoder-states": {"encoder_states": EncoderStatesConfig(2.0)},
     "private-blocks": {"private_blocks": PrivateBlocksConfig(0.1)},
 }
-_LOOKING_AHEAD_SHORTLY = _LOOKING_AHEAD | {
+_LOOKING_AHEAD_SHORTLY: dict[str, dict[str, Any]] = _LOOKING_AHEAD | {
     "aligned-states": {"aligned_states": replace(_MIRAI_E, weight_schedule="0:0,5%:1,27%:0.5")}
 }
 

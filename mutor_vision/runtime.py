@@ -223,7 +223,8 @@ def finish() -> None:
 def exact_float32() -> Iterator[None]:
     """Convolutions and products in IEEE float32, restored afterwards; may be nested. cuDNN uses TF32 by default, which
     makes features depend on the batch size (torch-fidelity issue 43)."""
-    convolution, product = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    convolution: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # set when torch is imported
+    product = torch.backends.cuda.matmul
     before = convolution.fp32_precision, product.fp32_precision
     convolution.fp32_precision = product.fp32_precision = "ieee"
     try:

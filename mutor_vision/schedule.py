@@ -28,10 +28,11 @@ def parse_weight_schedule(text: str, setting: str = "weight_schedule") -> tuple[
     if text in ("constant", "linear"):
         return () if text == "constant" else (Point(100.0, "%", 0.0, True),)
     matches = [_POINT.fullmatch(part.strip()) for part in text.split(",")]
-    if None in matches or any(float(match["factor"]) > 1 for match in matches):
+    found = [match for match in matches if match is not None]
+    if len(found) < len(matches) or any(float(match["factor"]) > 1 for match in found):
         raise UserError(f"{setting} is '{text}', expected constant, linear or points with factors of 0 to 1, such as "
                         "0:0,15e:1,~75%:0")  # fmt: skip
-    return tuple(Point(float(m["at"]), m["unit"], float(m["factor"]), bool(m["straight"])) for m in matches)
+    return tuple(Point(float(m["at"]), m["unit"], float(m["factor"]), bool(m["straight"])) for m in found)
 
 
 def weight_factor(schedule: str, step: int, steps: int, epoch_steps: float = 0.0) -> float:

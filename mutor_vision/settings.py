@@ -10,13 +10,14 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from mutor_vision.errors import UserError
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound="Settings")
 FORMAT = 4  # of config.json; see Settings._absent_in
 
 
 class Settings:
     """Base of every configuration: refuses values that are not of their field's type."""
 
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # every subclass is a dataclass
     _prefix = ""  # what --set writes before the names of these fields
     _short = ""  # the field that a plain value means where a file or --set has one in place of these settings
     # Format -> the fields that its files may lack, with what their absence meant when the weights were trained. A
@@ -24,8 +25,8 @@ class Settings:
     _absent_in: ClassVar[dict[int, dict[str, Any]]] = {}
 
     def __post_init__(self) -> None:
-        for name, hint in _hints(type(self)).items():
-            self._require(name, lambda value, hint=hint: _is_of(value, hint), _described(hint))
+        for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]  # python/mypy#11470
+            self._require(name, functools.partial(_is_of, hint=hint), _described(hint))
 
     @classmethod
     def _migrated(cls, given: dict[str, Any], format: int) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def differences(old: Any, new: Any) -> list[str]:
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts -> one of dotted names."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in values.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found
@@ -127,8 +128,8 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _build(kind: type[Config], values: dict[str, Any], prefix: str = "") -> Config:
     """Dataclass of the values under dotted names, one for each."""
     return kind(**{
-        name: _build(hint, values, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else values[prefix + name]
-        for name, hint in _hints(kind).items()
+        name: _build(hint, values, f"{prefix}{name}.") if _is_nested(hint) else values[prefix + name]
+        for name, hint in _hints(kind).items()  # type: ignore[arg-type]  # python/mypy#11470
     })  # fmt: skip
 
 
@@ -141,10 +142,14 @@ def _hints(kind: type) -> dict[str, Any]:
 
 def _leaves(kind: type, prefix: str = "") -> dict[str, Any]:
     """Dotted name -> type of every field that holds a value, nested ones too."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, hint in _hints(kind).items():
-        found |= _leaves(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {prefix + name: hint}
+        found |= _leaves(hint, f"{prefix}{name}.") if _is_nested(hint) else {prefix + name: hint}
     return found
+
+
+def _is_nested(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint)
 
 
 def _shorthands(kind: type) -> dict[str, str]:

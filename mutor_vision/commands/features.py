@@ -72,7 +72,8 @@ def main(arguments: argparse.Namespace) -> None:
         parts = [(folder, order[count:]), (folder, order[:count])]
     tensors = [tensor for part in parts for tensor in _read(*part, arguments.image_size, arguments.workers)]
     accuracy = train(
-        *tensors, folder.class_names, config, arguments.out, device=runtime.device, data=Path(arguments.data).name
+        tensors[0], tensors[1], tensors[2], tensors[3], list(folder.class_names), config, arguments.out,
+        device=runtime.device, data=Path(arguments.data).name,
     )
     chance = 1 / len(folder.class_names)
     print(f"{arguments.out}: accuracy {accuracy:.1%} on {len(tensors[2]):,} held-out images of "

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from typing import Any
 
 from mutor_vision.errors import UserError
 from mutor_vision.model.prepare import QUANTIZATIONS
@@ -44,7 +45,7 @@ def decoding_from(arguments: argparse.Namespace) -> Decoding:
 def settings_from(arguments: argparse.Namespace) -> SampleSettings:
     """SampleSettings from parsed flags; raises UserError for values out of range."""
     try:
-        interval = tuple(int(part) for part in arguments.cfg_interval.split(","))
+        interval: Any = tuple(int(part) for part in arguments.cfg_interval.split(","))
     except ValueError:
         raise UserError(f"--cfg-interval is '{arguments.cfg_interval}', expected first,end such as 0,64") from None
     names = [f.name for f in dataclasses.fields(SampleSettings) if f.name != "cfg_interval"]

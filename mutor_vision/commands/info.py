@@ -1,6 +1,7 @@
 """The command `mutor info`: what is this folder? One screen on a run, a checkpoint or a token set."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 from mutor_vision.errors import UserError
@@ -72,7 +73,7 @@ def _flat(values: dict, prefix: str = ""):
             yield prefix + name, value
 
 
-def _product(shape: list[int]) -> int:
+def _product(shape: Iterable[int]) -> int:
     size = 1
     for side in shape:
         size *= side

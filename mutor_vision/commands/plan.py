@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,8 @@ def plan(name: str, config: TrainConfig, gpu: str, gpus: int, mfu: float) -> dic
     peak = 1e12 * (accelerator.bfloat16 if autocast(config, on_cpu) else accelerator.float32)
     losses, needed = config.auxiliaries, flops(config)
     inputs = {"tokens": config.model.num_tokens} | {name: own.cost(config.model).inputs for name, own in losses.items()}
-    next_token = flops(dataclasses.replace(config, **{name: type(own)() for name, own in losses.items()}))
+    off: dict[str, Any] = {name: type(own)() for name, own in losses.items()}
+    next_token = flops(dataclasses.replace(config, **off))
     computed = needed.training + (needed.blocks + needed.attention) * config.activation_checkpointing
     images, images_per_second = config.steps * config.batch_size, gpus * mfu * peak / computed
     usable = (1 - RESERVED) * accelerator.memory * GIB

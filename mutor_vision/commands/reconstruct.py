@@ -115,6 +115,7 @@ def saved(batches, chosen, source: Source, tokenizer, folders, reconstruct):
 
 def _class_folder(source: Source, number: int) -> str:
     """The class's name; its id where the name cannot be a folder's, as that of a source without folders."""
+    assert source.labels is not None
     label = source.labels[number]
     name = source.class_names[label]
     return name if name == Path(name).name and name not in (".", "..") else f"class {label}"

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ def _completing(loaded: LoadedModel, path: str, rows: int) -> tuple[LoadedModel,
         raise UserError(f"--keep-rows is {rows}, expected 1 to {height - 1}: the model draws {height} rows of codes")
     original = images.to_tensor(images.center_crop(images.read_image(path), sides[0]))
     codes = loaded.tokenizer.encode(images.to_float(original[None]).to(loaded.runtime.device))
-    completing = Completing(loaded.transformer, codes[0, :rows].flatten())
+    completing: Any = Completing(loaded.transformer, codes[0, :rows].flatten())
     return dataclasses.replace(loaded, transformer=completing), original
 
 

@@ -91,7 +91,7 @@ def serve(loaded: dict[str, LoadedModel], port: int) -> ThreadingHTTPServer:
         "most_images": MOST_IMAGES,
     }  # fmt: skip
     # '<' would let a class's name end the script that holds it.
-    page = page.replace("/*ABOUT*/null", json.dumps(about).replace("<", "\\u003c")).encode()
+    content = page.replace("/*ABOUT*/null", json.dumps(about).replace("<", "\\u003c")).encode()
     drawing = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -104,7 +104,7 @@ def serve(loaded: dict[str, LoadedModel], port: int) -> ThreadingHTTPServer:
         def do_GET(self) -> None:
             if self._is_ours() and self.path == "/":
                 self._begin(200, "text/html; charset=utf-8")
-                self.wfile.write(page)
+                self.wfile.write(content)
             else:
                 self._begin(404, "text/plain")
 

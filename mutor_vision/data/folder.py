@@ -100,7 +100,7 @@ class ImageFolder(Files):
         self.class_names = sorted(set(names.values()))
         number = {name: label for label, name in enumerate(self.class_names)}
         number = {folder: number[name] for folder, name in names.items()}
-        of_class = [[] for _ in self.class_names]
+        of_class: list[list[str]] = [[] for _ in self.class_names]
         for path in listing.paths:
             if "/" in path:
                 of_class[number[path.partition("/")[0]]].append(path)
@@ -169,7 +169,7 @@ def check_images(paths: Sequence[Path]) -> list[Header]:
     names all files that cannot be used."""
     found = looked_at(check_image, paths)
     raise_all([it for it in found if isinstance(it, ImageError)], len(paths))
-    return found
+    return [it for it in found if not isinstance(it, ImageError)]
 
 
 def looked_at(look: Callable[[Key], T], images: Sequence[Key]) -> list[T | ImageError]:
@@ -205,6 +205,6 @@ def check_apart(data: str | Path, out: str | Path) -> None:
         raise UserError(f"output {out} and images {data} lie in one another; give folders apart")
 
 
-def batched(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+def batched(indices: Sequence[Key], size: int) -> Iterator[Sequence[Key]]:
     """Slices of at most `size` indices, in order."""
     return (indices[start : start + size] for start in range(0, len(indices), size))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ _MODES_8_BIT = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LA", "PA", "La",
 class Header:
     """What an image file says of itself."""
 
-    format: str  # Pillow's name, such as 'PNG'
+    format: str | None  # Pillow's name, such as 'PNG'
     mode: str  # Pillow's mode, such as 'L' or 'P'
     size: tuple[int, int]  # (width, height)
     lossy: bool  # whether its compression may have changed pixels
@@ -125,8 +125,8 @@ def _check_kind(path: str | Path, image: Image.Image) -> None:
     if image.format == "TIFF":
         if (pages := _full_pages(image)) > 1:
             raise _refused(path, f"a TIFF of {pages} pages; save each as an image of its own")
-    elif image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-        raise _refused(path, f"animated with {image.n_frames} frames; extract one frame")
+    elif image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
+        raise _refused(path, f"animated with {frames} frames; extract one frame")
     if _bits(image) > 8:
         raise _refused(path, f"a {_bits(image)}-bit {image.format}, expected 8 bits a channel; convert it")
     if image.mode not in _MODES_8_BIT:
@@ -143,7 +143,7 @@ def _refused(path: str | Path, reason: str) -> ImageError:
     return ImageError(f"{printable(str(path))}: {reason}", path)
 
 
-def _full_pages(image: Image.Image) -> int:
+def _full_pages(image: Any) -> int:  # of Pillow's class for TIFF
     """The number of pages of a TIFF, without those marked as previews or masks of another page (NewSubfileType)."""
     pages = 1
     for frame in range(1, image.n_frames):
@@ -153,7 +153,7 @@ def _full_pages(image: Image.Image) -> int:
     return pages
 
 
-def _bits(image: Image.Image) -> int:
+def _bits(image: Any) -> int:  # of one of Pillow's classes for files
     """Bits a channel in the file. Pillow does not tell: it silently reduces 16-bit colour to 8 bits, and clips grey."""
     if image.format == "TIFF":
         return max(image.tag_v2.get(258, (1,)))

@@ -44,9 +44,11 @@ def list_images(root: str | Path) -> Listing:
     link, a link to a folder that contains it, and a pipe, socket or device with an image's ending."""
     root = Path(root)
     _check_root(root)
-    paths, left_out, ignored = [], Counter(), Counter()
+    paths: list[str] = []
+    left_out: Counter[str] = Counter()
+    ignored: Counter[str] = Counter()
     # (folder, its path relative to root with a '/' at its end, real paths of the folders that contain it)
-    waiting = [(os.fspath(root), "", ())]
+    waiting: list[tuple[str, str, tuple]] = [(os.fspath(root), "", ())]
     while waiting:
         folder, relative, above = waiting.pop()
         here = os.path.realpath(folder)

@@ -2,6 +2,7 @@
 in the data is the integer k alone: no sampler state has to be saved, and the number of processes may change."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +25,10 @@ class Batch:
 
     def split(self, size: int) -> "list[Batch]":
         """In parts of at most `size` samples."""
-        columns = {each.name: getattr(self, each.name) for each in fields(self)}
+        columns: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
+        columns = {name: column for name, column in columns.items() if column is not None}
         return [
-            Batch(**{name: column if column is None else column[i : i + size] for name, column in columns.items()})
+            Batch(**{name: column[i : i + size] for name, column in columns.items()})
             for i in range(0, len(self.labels), size)
         ]
 

@@ -67,7 +67,7 @@ class Packed(Source):
     def check(self, numbers: Sequence[int]) -> list[Header]:
         found = looked_at(self._header, numbers)
         raise_all([each for each in found if isinstance(each, ImageError)], len(numbers))
-        return found
+        return [each for each in found if not isinstance(each, ImageError)]
 
     def _header(self, number: int) -> Header:
         return check_image(self.shown(number), self.content(*self._places[number].tolist()))

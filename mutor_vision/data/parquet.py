@@ -5,6 +5,7 @@ import functools
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,8 @@ class ParquetImages(Packed):
     def __init__(self, data: str | Path):
         arrow = _pyarrow()
         self.files, self.name = matching(str(data)), natural_name(str(data))
-        names, paths, labels, places = [], [], [], []
+        names: list[str] = []
+        paths, labels, places = [], [], []
         for number, path in enumerate(self.files):
             with _opened(path) as file:
                 names = names or _class_names(file.schema_arrow)
@@ -52,7 +54,8 @@ class ParquetImages(Packed):
         self._set(keys, labels, np.array(places, dtype=np.int64), class_names)
 
     def content(self, file: int, place: int, size: int) -> bytes:
-        first, images = 0, None
+        first = 0
+        images: Any = None
         for group, rows in enumerate(_rows_of_groups(self.files[file])):
             if place < first + rows:
                 images = _images(self.files[file], group)

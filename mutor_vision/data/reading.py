@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,7 +36,8 @@ def source_kind(data: str | Path) -> type[Source] | None:
 def open_source(data: str | Path, folder: type[Source] = ImageFolder) -> Source:
     """The source that a user's string means. folder: how it is read where it is one: ImageFolder (a class for every
     image, in the order of classes) or ImageTree (any images, in natural order). Raises DataError when there is none."""
-    return (source_kind(data) or folder)(data)
+    kind: Any = source_kind(data) or folder
+    return kind(data)
 
 
 class TrainingCrops(Dataset):
@@ -75,7 +77,7 @@ def read_batches(dataset: Dataset, batches: Iterable[Iterable[int]], workers: in
     if workers < 0:
         raise UserError(f"workers is {workers}, expected 0 or more")
     loader = DataLoader(
-        _ErrorsAsItems(dataset), batch_sampler=batches, num_workers=workers, collate_fn=_stack,
+        _ErrorsAsItems(dataset), batch_sampler=cast(Any, batches), num_workers=workers, collate_fn=_stack,
         pin_memory=torch.cuda.is_available(), timeout=PATIENCE if workers else 0, worker_init_fn=_deaf,
         # The default until Python 3.13. Its successor, forkserver, takes seconds to start and pickles the dataset.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
@@ -179,7 +181,7 @@ def _stack(items: list[Tensor | UserError]) -> Tensor | np.ndarray | UserError:
     errors = [item for item in items if isinstance(item, UserError)]
     if errors:
         return errors[0]
-    batch = torch.stack(items)
+    batch = torch.stack(cast(list[Tensor], items))
     if get_worker_info() is None:
         return batch
     try:

@@ -52,10 +52,12 @@ class Source(ABC):
 
     def counts(self) -> list[int]:
         """Images of each class."""
+        assert self.labels is not None
         return np.bincount(self.labels, minlength=len(self.class_names)).tolist()
 
     def fingerprints_of_classes(self) -> list[str]:
         """The first 16 digits of each class's fingerprint."""
+        assert self.labels is not None
         of_classes = np.split(np.argsort(self.labels, kind="stable"), np.cumsum(self.counts())[:-1])
         return [self.fingerprint(numbers.tolist())[:16] for numbers in of_classes]
 

@@ -10,6 +10,7 @@ import tarfile
 import unicodedata
 from collections import Counter
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -40,10 +41,11 @@ class TarImages(Packed):
 
     def __init__(self, data: str | Path):
         self.files, self.name = matching(str(data)), natural_name(str(data))
-        left_out, ignored = Counter(), Counter()
+        left_out: Counter[str] = Counter()
+        ignored: Counter[str] = Counter()
         images, labels = [], {}  # (file, name, offset, size); (file, key) -> label
         for number, path in enumerate(self.files):
-            last = {}  # key -> the place of its last member
+            last: dict[Any, Any] = {}  # key -> the place of its last member
             for place, (name, offset, size) in enumerate(_members(path)):
                 part = PurePosixPath(name)
                 key, ending = _key(part)
@@ -119,7 +121,7 @@ def _members(path: Path):
     try:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # tarfile keeps all of them
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all of them
                 shown, parts = printable(member.name), PurePosixPath(member.name).parts
                 if member.name.startswith("/") or ".." in parts or "\0" in member.name:
                     raise IntegrityError(f"{path}: member {shown} would lie outside; such an archive is not read")

@@ -93,8 +93,8 @@ class TokenSet:
         """The same -> (B, N, F) float16 features of the cells in raster order, on the CPU."""
         return torch.from_numpy(self._read(self._features, indices, views))
 
-    def _read(self, column: list[np.ndarray], indices: Tensor, views: Tensor) -> np.ndarray:
-        indices, views = indices.numpy(), views.numpy()
+    def _read(self, column: list[np.ndarray], numbers: Tensor, own_views: Tensor) -> np.ndarray:
+        indices, views = numbers.numpy(), own_views.numpy()
         rows = np.empty((len(indices), *column[0].shape[2:]), dtype=column[0].dtype)
         shard_of = np.searchsorted(self._starts, indices, side="right") - 1
         for number in np.unique(shard_of):

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from mutor_vision.errors import IntegrityError
-from mutor_vision.features.extractors import identity_text
+from mutor_vision.features.extractors import Extractor, identity_text
 from mutor_vision.features.moments import LAYER_KEYS, Moments
 from mutor_vision.features.sources import in_order
 from mutor_vision.progress import progress
@@ -43,7 +44,7 @@ class Extracted:
 
 def extract(
     source,
-    extractor: nn.Module,
+    extractor: Extractor,
     runtime: Runtime,
     *,
     batch: int = 50,
@@ -72,6 +73,7 @@ def extract(
     runtime.raise_together(error)
     for layer in layers:
         moments[layer].all_reduce(runtime)
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]
     shapes = {layer: ((width,), torch.float32) for layer, width in extractor.layers.items()}
     shapes |= {"digests": ((DIGEST_BYTES,), torch.uint8), "mean_rgb": ((3,), torch.float32)}
     shapes |= {"constant": ((), torch.uint8)}
@@ -80,7 +82,7 @@ def extract(
 
 
 def chunks(
-    source, extractor: nn.Module, runtime: Runtime, *, batch: int, work: Path | None, title: str, first: int = 0
+    source, extractor: Extractor, runtime: Runtime, *, batch: int, work: Path | None, title: str, first: int = 0
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """(index of its first image, tensors) of each of this rank's chunks from chunk number `first` on: chunk c belongs
     to rank c % world_size. Tensors are on the CPU: every layer of the extractor, and what Extracted has per image.
@@ -98,14 +100,14 @@ def chunks(
     spans = {start: [(i, min(i + batch, stops[start])) for i in range(start, stops[start], batch)] for start in missing}
     pictures = in_order(source, [span for start in mine if start in missing for span in spans[start]])
     ahead = 1 if runtime.device.type == "cuda" else 0
-    waiting = deque()
+    waiting: deque[tuple[int, _Launched | _Kept]] = deque()
     with progress(total=sum(stops[start] - start for start in mine), desc=title, unit="img") as bar:
         for start in mine:
             if start in missing:
                 batches = _counted(islice(pictures, len(spans[start])), bar)
                 waiting.append((start, _Launched(batches, extractor, runtime, paths[start])))
             else:
-                waiting.append((start, _Kept(paths[start])))
+                waiting.append((start, _Kept(cast(Path, paths[start]))))
                 bar.update(stops[start] - start)
             if len(waiting) > ahead:
                 start, chunk = waiting.popleft()
@@ -136,7 +138,7 @@ class _Launched:
     # Not inference_mode: the batches may come from the sampler, whose buffers are made in here and written again
     # outside, which inference mode forbids.
     @torch.no_grad()
-    def __init__(self, batches: Iterator[Tensor], extractor: nn.Module, runtime: Runtime, path: Path | None):
+    def __init__(self, batches: Iterator[Tensor], extractor: Extractor, runtime: Runtime, path: Path | None):
         self.path, self.event = path, None
         features, facts = [], []
         for images in batches:
@@ -187,12 +189,12 @@ def _facts(batch_images: Tensor) -> dict[str, Tensor]:
     }
 
 
-def forget(work: Path, source, extractor: nn.Module) -> None:
+def forget(work: Path, source, extractor: Extractor) -> None:
     """Remove the saved features of a source."""
     shutil.rmtree(_work_folder(work, source, extractor), ignore_errors=True)
 
 
-def _work_folder(work: Path, source, extractor: nn.Module) -> Path:
+def _work_folder(work: Path, source, extractor: Extractor) -> Path:
     """A folder named after images and extractor, so that features of others are never taken for theirs."""
     key = hashlib.sha256(f"{source.key()} {identity_text(extractor)} {CHUNK}".encode()).hexdigest()
     folder = work / f"features-{key[:16]}"

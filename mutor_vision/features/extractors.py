@@ -12,6 +12,7 @@ An extractor is a module with
 import difflib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +25,25 @@ from mutor_vision.storage.seal import read_sealed
 from mutor_vision.storage.timm_networks import timm_network
 
 
-class TimmFeatures(nn.Module):
+class Extractor(nn.Module):
+    """What the top of this file describes."""
+
+    layers: dict[str, int]
+    class_names: tuple[str, ...]
+    identity: dict[str, Any]
+    is_random: bool
+
+
+class TimmFeatures(Extractor):
     """A timm model's features before its classifier. Images are resized to size x size (bicubic with antialias, on
     uint8, as Pillow does) and normalised with the model's own mean and deviation."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         size: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
@@ -80,7 +93,7 @@ def resize(images: Tensor, size: int) -> Tensor:
     return torchvision_resize(images, [size, size], InterpolationMode.BICUBIC, antialias=True)
 
 
-def load_extractor(features: str, weights: str | None = None, allow_unknown: bool = False) -> nn.Module:
+def load_extractor(features: str, weights: str | None = None, allow_unknown: bool = False) -> Extractor:
     """'inception' | 'timm:NAME[@SIZE]' | folder made by eval/train_features.py -> extractor, on the CPU.
 
     weights: None (published weights, downloaded by torch.hub or timm when absent), 'random', a file, or for timm
@@ -182,6 +195,6 @@ def create_small(architecture: str, num_classes: int, settings: dict) -> nn.Modu
         raise UserError(f"timm cannot make '{architecture}' with {settings}: {short(error)}") from None
 
 
-def identity_text(extractor: nn.Module) -> str:
+def identity_text(extractor: Extractor) -> str:
     """The identity as one line of JSON with sorted keys, so equal extractors have equal texts."""
     return json.dumps(extractor.identity, sort_keys=True)

@@ -11,6 +11,7 @@ Source: guided-diffusion evaluations/evaluator.py (`pool_3:0`, `mixed_6/conv:0`,
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -18,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mutor_vision.errors import DataError, IntegrityError
+from mutor_vision.features.extractors import Extractor
 from mutor_vision.storage.checkpoint import load_strictly
 from mutor_vision.storage.downloads import check_cache, ending_downloads, host_answers
 from mutor_vision.storage.files import sha256, state_sha256
@@ -28,13 +30,13 @@ FILE_NAME = "weights-inception-2015-12-05-6726825d.pth"
 SPATIAL_CHANNELS = 7
 
 
-class InceptionFeatures(nn.Module):
+class InceptionFeatures(Extractor):
     """uint8 (B, 3, H, W) -> {'pool', 'spatial', 'logits'}, float32. `identity` goes into protocol blocks."""
 
     layers = {"pool": 2048, "spatial": 17 * 17 * SPATIAL_CHANNELS, "logits": 1008}
     class_names: tuple[str, ...] = ()  # 1008 outputs in an order of their own: no per-class accuracy from them
 
-    def __init__(self, network: nn.Module, identity: dict, is_random: bool):
+    def __init__(self, network: Any, identity: dict, is_random: bool):
         super().__init__()
         self.network = network
         self.is_random = is_random

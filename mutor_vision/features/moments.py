@@ -99,6 +99,8 @@ class Moments:
         scatter = scatter - self.scatter[group] - torch.outer(delta, delta * (self.n[group] * n / rest))
         return Statistics(mean - delta * (self.n[group] / rest), scatter / (rest - 1), int(rest))
 
+    _cached: tuple[Tensor, Tensor, Tensor]
+
     def _sum(self) -> tuple[Tensor, Tensor, Tensor]:
         if not hasattr(self, "_cached") or self._cached[0] != self.n.sum():
             n = self.n.sum()

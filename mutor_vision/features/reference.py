@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mutor_vision.errors import IntegrityError, UserError
 from mutor_vision.features.extract import CHUNK, chunks, gather_chunks
-from mutor_vision.features.extractors import identity_text
+from mutor_vision.features.extractors import Extractor, identity_text
 from mutor_vision.features.moments import LAYER_KEYS, Moments, statistics_arrays
 from mutor_vision.features.sources import SourceImages
 from mutor_vision.keyed_random import permutation
@@ -33,7 +33,7 @@ class Progress:
 
 def write_reference(
     source: SourceImages,
-    extractor: nn.Module,
+    extractor: Extractor,
     runtime: Runtime,
     out: Path,
     *,
@@ -99,7 +99,7 @@ def _write(out: Path, source: SourceImages, arrays: dict[str, np.ndarray], keep_
             writer.write(source.read(index, index + 1))
 
 
-def _resume(work: Path | None, source, extractor: nn.Module, runtime: Runtime) -> Progress:
+def _resume(work: Path | None, source, extractor: Extractor, runtime: Runtime) -> Progress:
     layers = [layer for layer in extractor.layers if layer in LAYER_KEYS]
     state = Progress({name: Moments(extractor.layers[name], device=runtime.device) for name in layers}, [], 0)
     path = _snapshot_path(work, source, extractor, runtime) if work is not None else None
@@ -126,7 +126,7 @@ def _save(state: Progress, path: Path) -> None:
     write_tensors(path, tensors)
 
 
-def _snapshot_path(work: Path, source, extractor: nn.Module, runtime: Runtime) -> Path:
+def _snapshot_path(work: Path, source, extractor: Extractor, runtime: Runtime) -> Path:
     """Named after images, extractor, rank and number of ranks, so that a snapshot of others is never taken for it."""
     key = hashlib.sha256(f"{source.key()} {identity_text(extractor)} {CHUNK}".encode()).hexdigest()
     work.mkdir(parents=True, exist_ok=True)

@@ -14,9 +14,11 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -35,6 +37,23 @@ from mutor_vision.storage.npz import Npz, check_image_array
 READERS = 8  # decoding threads; Pillow releases Python's lock
 PEEKED = 64  # images whose range of values is checked before the work begins
 LARGEST_CLASS = 99_999  # highest class id that is accepted: results have an entry for every class up to the highest
+
+
+class Images(Protocol):
+    """What the top of this file describes."""
+
+    count: int
+    height: int
+    width: int
+    class_names: tuple[str, ...]
+
+    @property
+    def prefetch(self) -> bool: ...
+    @property
+    def labels(self) -> Tensor | None: ...
+    def read(self, start: int, stop: int) -> Tensor: ...
+    def describe(self) -> dict: ...
+    def key(self) -> str: ...
 
 
 class SourceImages:
@@ -135,7 +154,8 @@ class NpzImages:
                 )
         if image_size:
             self.height = self.width = image_size
-        self._rows = self._context = None
+        self._rows: Callable[[int, int], np.ndarray] | None = None
+        self._context: AbstractContextManager[Callable[[int, int], np.ndarray]] | None = None
 
     def read(self, start: int, stop: int) -> Tensor:
         if self._rows is None:  # kept open: compressed members can only be read forward
@@ -175,6 +195,8 @@ class RunImages:
     images (bicubic, antialias), such as to compare a 384-pixel model at 256. batch: images sampled at once; 0 = by free
     memory, which is a collective call."""
 
+    height: int
+    width: int
     prefetch = False  # sampling in a second thread would compete with the extractor for the device
 
     def __init__(

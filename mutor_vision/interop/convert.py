@@ -225,7 +225,7 @@ def _stream(foreign: ForeignCheckpoint, register: Tensor, shapes: dict[str, Tens
         out.write(len(text).to_bytes(8, "little") + text)
         for name in progress(foreign.tensors, unit=" tensors", desc="convert"):
             (tensor,) = llamagen.transformer_state_dict({name: _load(foreign, name)}, register).values()
-            out.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+            out.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _finish_run(run: Path, kind: str, config, source: Path) -> None:

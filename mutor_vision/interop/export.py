@@ -101,7 +101,9 @@ def vq_model(tokenizer: VQTokenizer) -> VQModel:
 def _samples(pipeline: MutorPipeline, loaded: LoadedModel):
     classes = spread_classes(len(loaded.class_names), 8)
     scale = 2.0 if loaded.config.label_dropout else 1.0
-    drawn = pipeline(classes, COLUMNS, cfg_scale=scale, generator=torch.Generator().manual_seed(0), output_type="pt")
+    generator = torch.Generator().manual_seed(0)
+    drawn = pipeline(list(classes), COLUMNS, cfg_scale=scale, generator=generator, output_type="pt")
+    assert not isinstance(drawn, tuple)  # which return_dict=False gives
     pixels = (drawn.images * 255).round().to(torch.uint8)
     return grid(pixels, COLUMNS, [title(loaded.class_names[number]) for number in classes])
 

@@ -10,6 +10,7 @@ import inspect
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ class MutorTransformer(ModelMixin, ConfigMixin):
                  num_classes: int = 1000, grid: tuple[int, int] = (16, 16), rope_base: float = 10000.0):  # fmt: skip
         super().__init__()
         self.model = Transformer(TransformerConfig(
-            layers, heads, dim, vocab_size, num_classes, tuple(grid), token_dropout=0.0, residual_dropout=0.0,
+            layers, heads, dim, vocab_size, num_classes, (grid[0], grid[1]), token_dropout=0.0, residual_dropout=0.0,
             ffn_dropout=0.0, rope_base=rope_base,
         ))  # fmt: skip
 
@@ -96,7 +97,7 @@ class MutorPipeline(DiffusionPipeline):
         labels = torch.tensor(chosen, device=device).repeat_interleave(num_images_per_class)
         codes = self._codes(labels, settings, generator)
         if output_type == "codes":
-            images = codes
+            images: Any = codes
         else:
             pixels = self._pixels(codes)
             if output_type == "pil":
@@ -165,4 +166,4 @@ def _seed(generator: torch.Generator | None) -> int:
         generator.get_state(), torch.Generator(device).manual_seed(generator.initial_seed()).get_state()
     )
     drawn = int(torch.randint(2**63 - 1, (1,), generator=generator, device=device))
-    return generator.initial_seed() if new else drawn
+    return generator.initial_seed() if generator is not None and new else drawn

@@ -32,11 +32,12 @@ class _Module:
 
     def _bind(self, statement: ast.stmt) -> None:
         if isinstance(statement, (ast.Import, ast.ImportFrom)):
-            ours = isinstance(statement, ast.ImportFrom) and statement.module.split(".")[0] == PACKAGE
+            module = (statement.module or "") if isinstance(statement, ast.ImportFrom) else ""
+            ours = module.split(".")[0] == PACKAGE
             for alias in statement.names:
                 name = alias.asname or alias.name.split(".")[0]
                 line = ast.unparse(type(statement)(**{**vars(statement), "names": [alias]}))
-                self.bound[name] = (statement.module, alias.name) if ours else line
+                self.bound[name] = (module, alias.name) if ours else line
         elif isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
             self.bound[statement.name] = statement
         elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
@@ -89,9 +90,9 @@ class _Gathered:
                 self.take(module, node.id)
         for node in ast.walk(bound):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                used = known.bound.get(node.value.id)
-                if isinstance(used, tuple) and _is_module(".".join(used)):
-                    self.take(".".join(used), node.attr)
+                owner = known.bound.get(node.value.id)
+                if isinstance(owner, tuple) and _is_module(".".join(owner)):
+                    self.take(".".join(owner), node.attr)
         self.sources.append(text)
 
 

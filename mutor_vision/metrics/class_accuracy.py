@@ -4,6 +4,8 @@ A model of 11 ImageNet classes is judged by a network of 1000: its answer is its
 stand beside the samples, since no classifier is always right, least of all about small images.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ class ClassAccuracy(Metric):
         if outputs is None or not 2 <= len(chosen) < measured.extractor.layers["logits"]:
             return Found()
         right = found_among(samples.rows("logits"), labels, outputs, chosen)
-        result = {"name": measured.title(f"Accuracy among {len(chosen)} classes")} | _share(right)
+        result: dict[str, Any] = {"name": measured.title(f"Accuracy among {len(chosen)} classes")} | _share(right)
         beside = measured.held_out or measured.reference
         real = _of_real(beside, names, outputs, chosen)
         if real is not None:

@@ -7,6 +7,7 @@ says something beside that of held-out images only.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class Copies(Metric):
             real = None
             if beside is not None and beside.rows("pool") is not None:
                 real = nearest(beside.rows("pool"), rows, measured.runtime)
-        results = {
+        results: dict[str, dict[str, Any]] = {
             "copies": {"name": measured.title("Near copies")} | _mean(found.near),
             "nearest_distance": {"name": measured.title("Nearest distance")} | _mean(found.distance),
         }

@@ -43,7 +43,7 @@ class DensityCoverage(Metric):
         density = {"name": measured.title("Density"), "value": found.density, "standard_error": found.density_error}
         coverage = {"name": measured.title("Coverage"), "value": found.coverage}
         protocol = {"k": k, "n_reference": len(reference), "distances": "float32", "layer": "pool"}
-        if real is not None:
+        if real is not None and held_out is not None:
             of = {"of": "held-out", "n": len(held_out)}
             density["real"] = {"value": real.density, "standard_error": real.density_error} | of
             coverage["real"] = {"value": real.coverage} | of

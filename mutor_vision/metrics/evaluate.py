@@ -3,15 +3,16 @@
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 import mutor_vision
 from mutor_vision.data.reading import source_kind
 from mutor_vision.errors import IntegrityError, UserError
 from mutor_vision.features.extract import extract
+from mutor_vision.features.extractors import Extractor
 from mutor_vision.features.moments import Statistics, read_protocol, read_statistics
 from mutor_vision.features.sources import NpzImages, SourceImages, check_count, check_labels, read_labels
 from mutor_vision.metrics import guards
@@ -79,7 +80,8 @@ def open_set(
     sampler left PATH.json beside its set, the labels and the protocol of sampling come from there."""
     claimed, path = source_kind(path) is not None, Path(path)
     if claimed or path.is_dir():
-        source, statistics = SourceImages(path, image_size=image_size, allow_lossy=allow_lossy), None
+        source: SourceImages | NpzImages | None = SourceImages(path, image_size=image_size, allow_lossy=allow_lossy)
+        statistics = None
         record = {"path": path.name}
     else:
         npz = Npz(path)
@@ -124,7 +126,7 @@ def check_outputs(runtime: Runtime, *, files: tuple = (), folders: tuple = ()) -
 
 
 def evaluate(
-    samples: ImageSet, reference: ImageSet, extractor: nn.Module, runtime: Runtime, options: Options,
+    samples: ImageSet, reference: ImageSet, extractor: Extractor, runtime: Runtime, options: Options,
     held_out: ImageSet | None = None,
 ) -> dict:  # fmt: skip
     """Collective. Returns a JSON-ready dict: 'metrics' (each with its own protocol), 'marks', 'warnings', 'protocol',
@@ -135,9 +137,9 @@ def evaluate(
     extractor.to(runtime.device)
     chosen = _choose(samples, reference, held_out, extractor, options)
     warnings = guards.extractor_weights(extractor)
-    for real, what in ((reference, "the reference"), (held_out, "the held-out images")):
-        if real is not None and real.images is not None:
-            guards.image_sizes(samples.images, real.images.height, real.images.width, what)
+    for side, what in ((reference, "the reference"), (held_out, "the held-out images")):
+        if side is not None and side.images is not None:
+            guards.image_sizes(samples.images, side.images.height, side.images.width, what)
     warnings += guards.lossy(samples.images, reference.images)
 
     needed = {layer for metric in chosen for layer in metric.reference_rows}
@@ -161,7 +163,8 @@ def evaluate(
     warnings += guards.counts(ours.n or 0, theirs.n, extractor.layers["pool"]) if ours.n else []
 
     measured = Measured(ours, theirs, extractor, runtime, options, real)
-    results, sections = {}, {}
+    results: dict[str, Any] = {}
+    sections: dict[str, Any] = {}
     for metric in (*chosen, *ALWAYS):
         of_metric = metric.compute(measured, prepared.get(metric.name))
         results |= of_metric.results
@@ -185,7 +188,7 @@ def evaluate(
 
 
 def _choose(
-    samples: ImageSet, reference: ImageSet, held_out: ImageSet | None, extractor: nn.Module, options: Options
+    samples: ImageSet, reference: ImageSet, held_out: ImageSet | None, extractor: Extractor, options: Options
 ) -> list[Metric]:
     """The metrics asked for, or all that are possible. Raises UserError for one that is not, before any feature is
     computed."""
@@ -202,7 +205,7 @@ def _choose(
 
 
 def _measure_real(
-    samples: ImageSet, real: ImageSet, needed: set[str], useful: set[str], extractor: nn.Module, runtime: Runtime,
+    samples: ImageSet, real: ImageSet, needed: set[str], useful: set[str], extractor: Extractor, runtime: Runtime,
     options: Options, groups: int = 1,
 ) -> tuple[Side, list[guards.Caveat]]:  # fmt: skip
     """Collective. The statistics of the reference or of held-out images, from their file where it has them, else from
@@ -214,7 +217,8 @@ def _measure_real(
         warnings += guards.recorded_extractor(protocol, extractor, real.name)
         warnings += guards.statistics_file(real.statistics)
         if protocol is not None and samples.images is not None:
-            guards.image_sizes(samples.images, *protocol["image_size"], f"images behind {real.name}")
+            height, width = protocol["image_size"]
+            guards.image_sizes(samples.images, height, width, f"images behind {real.name}")
         n = protocol["n"] if protocol else None
         statistics = _read_statistics(real, extractor, runtime)
     if real.images is not None and (real.statistics is None or needed):
@@ -230,7 +234,7 @@ def _measure_real(
 
 
 def _measure_samples(
-    samples: ImageSet, chosen: list[Metric], extractor: nn.Module, runtime: Runtime, options: Options
+    samples: ImageSet, chosen: list[Metric], extractor: Extractor, runtime: Runtime, options: Options
 ) -> tuple[Side, list[guards.Caveat]]:
     """Collective. Features and statistics of the samples, or the statistics that were given in their place."""
     if samples.images is None:
@@ -250,17 +254,17 @@ def _measure_samples(
     return Side(samples, n, statistics, extracted), warnings
 
 
-def _read_statistics(side: ImageSet, extractor: nn.Module, runtime: Runtime) -> dict[str, Statistics]:
+def _read_statistics(side: ImageSet, extractor: Extractor, runtime: Runtime) -> dict[str, Statistics]:
     found = read_statistics(side.statistics, extractor.layers)
     return {layer: to_device(statistics, runtime) for layer, statistics in found.items()}
 
 
-def _in_order(layers: set[str], extractor: nn.Module) -> tuple[str, ...]:
+def _in_order(layers: set[str], extractor: Extractor) -> tuple[str, ...]:
     """Those of the layers that the extractor has, in its own order."""
     return tuple(layer for layer in extractor.layers if layer in layers)
 
 
-def _groups(n: int, extractor: nn.Module, options: Options) -> int:
+def _groups(n: int, extractor: Extractor, options: Options) -> int:
     """Jackknife groups, or 1 for no error bars: while a covariance is singular, the bias does not fall as 1/n and the
     jackknife would correct it by a wrong amount."""
     if not options.groups or n * (options.groups - 1) / options.groups <= extractor.layers["pool"]:

@@ -8,22 +8,26 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mutor_vision.errors import UserError
 from mutor_vision.features.extract import Extracted
+from mutor_vision.features.extractors import Extractor
 from mutor_vision.features.moments import LAYER_KEYS, Statistics
+from mutor_vision.features.sources import Images
 from mutor_vision.metrics.guards import Caveat
 from mutor_vision.runtime import Runtime
 from mutor_vision.storage.npz import Npz
+
+# `| Any` stands for `| None`, unchecked: `impossible` has seen to it that a metric has what it says it needs.
 
 
 @dataclass
 class ImageSet:
     """One side of a comparison as it was given: images, statistics, or (ADM's reference files) both."""
 
-    images: object | None  # a source of features.sources
-    statistics: Npz | None
+    images: Images | Any
+    statistics: Npz | Any
     record: dict  # for the protocol
 
     def __post_init__(self) -> None:
@@ -65,9 +69,9 @@ class Side:
     """One side of a comparison after the extractor has seen it; the same on every rank."""
 
     given: ImageSet
-    n: int | None  # images behind the statistics; None where their file does not say
+    n: int | Any  # images behind the statistics; None where their file does not say
     statistics: dict[str, Statistics]  # layer -> mean and covariance, on the runtime's device
-    extracted: Extracted | None  # features of its images; None where there are none, or no metric needs them
+    extracted: Extracted | Any  # features of its images; None where there are none, or no metric needs them
     shared: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:
@@ -77,7 +81,7 @@ class Side:
             self.shared[key] = make()
         return self.shared[key]
 
-    def rows(self, layer: str) -> Tensor | None:
+    def rows(self, layer: str) -> Tensor | Any:
         """Features (N, D) float32 of every image on the CPU; None where they are not at hand."""
         return None if self.extracted is None else self.extracted.rows.get(layer)
 
@@ -88,10 +92,10 @@ class Measured:
 
     samples: Side
     reference: Side
-    extractor: nn.Module
+    extractor: Extractor
     runtime: Runtime
     settings: MetricSettings
-    held_out: Side | None = None  # real images that the model has not seen, where they were given
+    held_out: Side | Any = None  # real images that the model has not seen, where they were given
 
     def title(self, name: str) -> str:
         """The metric's name with the number of samples, such as 'FID@50000', as papers write it."""
@@ -134,7 +138,7 @@ class Metric:
 
 
 def impossible(
-    metric: Metric, samples: ImageSet, reference: ImageSet, held_out: ImageSet | None, extractor: nn.Module
+    metric: Metric, samples: ImageSet, reference: ImageSet, held_out: ImageSet | None, extractor: Extractor
 ) -> str | None:
     """Why a metric cannot be computed from these, in words that follow its name; None where it can."""
     if samples.images is None:

@@ -7,6 +7,7 @@ translation by t costs 3 |t|^2. Two samples of one distribution do not give 0, s
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Mind(Metric):
         n = min(len(rows) for rows in (samples, reference, held_out) if rows is not None)
         options = settings.directions, settings.groups, runtime
         found = monge_distance(samples, reference, n, *options)
-        result = {"name": f"MIND@{n}", "value": found.value}
+        result: dict[str, Any] = {"name": f"MIND@{n}", "value": found.value}
         if found.standard_error is not None:
             result["standard_error"] = found.standard_error
         warnings = []
@@ -54,7 +55,8 @@ class Mind(Metric):
                 text = f"MIND is of {n:,} images, as many as are held out; with more it is finer"
                 warnings.append(Caveat("mind-few-held-out", text))
         elif len(reference) >= 2 * n:
-            floor = monge_distance(*two_parts(reference, n), n, *options)
+            first, second = two_parts(reference, n)
+            floor = monge_distance(first, second, n, *options)
             result["real"] = {"value": floor.value, "standard_error": floor.standard_error, "of": "reference, split"}
         else:
             text = (f"MIND of {n:,} images stands alone: two sets of real images do not give 0 either; give "
@@ -92,7 +94,7 @@ def monge_distance(
     starts = range(0, directions, DIRECTIONS_AT_ONCE)
     for start in starts[runtime.rank :: runtime.world_size]:
         stop = start + DIRECTIONS_AT_ONCE
-        found[:, start:stop] = _along(*sets, units[start:stop].to(device).double(), groups)
+        found[:, start:stop] = _along(sets[0], sets[1], units[start:stop].to(device).double(), groups)
     means = 3 * first.shape[1] * runtime.all_reduce(found).mean(1)
     return MongeDistance(means[0].item(), jackknife_error(means[1:]) if groups else None)
 

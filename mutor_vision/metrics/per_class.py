@@ -5,10 +5,13 @@ A class has too few images for a covariance, so its distance is Fréchet's with 
 |m1 - m2|^2 + sum (s1 - s2)^2, with m means and s standard deviations of each feature.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mutor_vision.features.extract import Extracted
+from mutor_vision.features.extractors import Extractor
 from mutor_vision.metrics.metric import Found, Measured, Metric
 
 
@@ -36,7 +39,7 @@ class PerClass(Metric):
         return Found(results, sections={"classes": classes})
 
 
-def measure(samples, reference, ours: Extracted | None, theirs: Extracted | None, extractor: nn.Module) -> dict | None:
+def measure(samples, reference, ours: Extracted | None, theirs: Extracted | None, extractor: Extractor) -> dict | None:
     """Per-class results as lists in class order, JSON-ready; None when the samples have no labels.
 
     'distance' is None without a labelled reference, and has None for a class with fewer than two samples or reference
@@ -49,7 +52,7 @@ def measure(samples, reference, ours: Extracted | None, theirs: Extracted | None
         num_classes = max(num_classes, int(reference.labels.max()) + 1)
         names = names or list(reference.class_names)
     num_classes = max(num_classes, len(names))
-    found = {
+    found: dict[str, Any] = {
         "names": names or [str(number) for number in range(num_classes)],
         "samples": torch.bincount(samples.labels, minlength=num_classes).tolist(),
         "distance": None,
@@ -58,7 +61,7 @@ def measure(samples, reference, ours: Extracted | None, theirs: Extracted | None
         "matched_by": None,
     }
     labels_of_reference = matched_labels(reference, names) if theirs is not None else None
-    if labels_of_reference is not None:
+    if theirs is not None and labels_of_reference is not None:
         found["distance"] = diagonal_distances(
             ours.rows["pool"], samples.labels, theirs.rows["pool"], labels_of_reference, num_classes
         )
@@ -78,7 +81,7 @@ def diagonal_distances(
     ours: Tensor, our_labels: Tensor, theirs: Tensor, their_labels: Tensor, num_classes: int
 ) -> list[float | None]:
     """(N, D) and (M, D) features with labels -> distance of each class, None where a side has fewer than 2 images."""
-    distances = []
+    distances: list[float | None] = []
     for number in range(num_classes):
         a, b = ours[our_labels == number].double(), theirs[their_labels == number].double()
         if len(a) < 2 or len(b) < 2:
@@ -100,7 +103,7 @@ def matched_labels(reference, names: list[str]) -> Tensor | None:
     return table[reference.labels]
 
 
-def match_classes(names: list[str], num_classes: int, extractor: nn.Module) -> tuple[Tensor | None, str | None]:
+def match_classes(names: list[str], num_classes: int, extractor: Extractor) -> tuple[Tensor | None, str | None]:
     """(num_classes,) index of each class among the classifier's outputs, and 'name' or 'number'; (None, None) where
     they cannot be matched."""
     if not extractor.class_names or "logits" not in extractor.layers:

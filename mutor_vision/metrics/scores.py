@@ -78,6 +78,7 @@ class PrecisionRecall(Metric):
     rows = reference_rows = ("pool",)
 
     def check(self, num_samples: int, num_reference: int | None, settings: MetricSettings) -> None:
+        assert num_reference is not None  # there are reference_rows
         smaller = min(num_samples, num_reference)
         if settings.k >= smaller:
             raise UserError(f"precision and recall with k {settings.k} and {smaller} images; k must be less")
@@ -98,9 +99,9 @@ def precision_recall(samples: Tensor, reference: Tensor, runtime: Runtime, k: in
     recall: share of reference images within a sample's ball. A ball reaches to the k-th nearest neighbour in its own
     set (Kynkäänniemi et al. 2019, arXiv 1904.06991). Every rank gives the same features; blocks are split over ranks.
     """
-    for name, rows in (("samples", samples), ("reference images", reference)):
-        if not 1 <= k < len(rows):
-            raise UserError(f"precision and recall with k {k} and {len(rows)} {name}; k must be 1 to {len(rows) - 1}")
+    for name, own in (("samples", samples), ("reference images", reference)):
+        if not 1 <= k < len(own):
+            raise UserError(f"precision and recall with k {k} and {len(own)} {name}; k must be 1 to {len(own) - 1}")
     # Subtracting the same mean from both sets changes no distance, and makes its rounding smaller.
     center = reference.mean(0)
     samples = (samples - center).to(runtime.device)

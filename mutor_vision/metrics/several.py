@@ -2,6 +2,7 @@
 one looks better to it than to others."""
 
 import math
+from typing import Any
 
 # What is measured in the features of every further network; all else is of the first.
 IN_EVERY_NETWORK = ("fid", "fdr")
@@ -22,7 +23,7 @@ def combine(results: list[dict]) -> dict:
     ratios = [entry for key, entry in metrics.items() if key.partition(" ")[0] == "fdr"]
     if len(ratios) > 1:
         n = first["protocol"]["n"]
-        mean = {"name": f"FDr, geometric mean of {len(ratios)}" + (f"@{n}" if n else "")}
+        mean: dict[str, Any] = {"name": f"FDr, geometric mean of {len(ratios)}" + (f"@{n}" if n else "")}
         mean["value"] = math.exp(sum(math.log(max(entry["value"], 1e-300)) for entry in ratios) / len(ratios))
         mean["protocol"] = {"of": [entry["name"] for entry in ratios]}
         metrics["fdr_mean"] = mean

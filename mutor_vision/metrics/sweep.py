@@ -4,6 +4,7 @@ has the same seeds and labels, so that points differ by their guidance and hardl
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
 from mutor_vision.metrics.report import markdown, number
@@ -48,7 +49,7 @@ def read_record(path: Path, binding: dict) -> dict:
 
 
 def _is_point(point) -> bool:
-    kinds = {"cfg_scale": (int, float), "value": (int, float), "name": str, "result": dict}
+    kinds: dict[str, Any] = {"cfg_scale": (int, float), "value": (int, float), "name": str, "result": dict}
     return isinstance(point, dict) and all(isinstance(point.get(name), kind) for name, kind in kinds.items())
 
 
@@ -60,7 +61,7 @@ def best_of(points: list[dict]) -> dict:
 def table(points: list[dict], name: str) -> str:
     """Markdown: scale, distance, its standard error and Inception Score where there are any; the best is marked."""
     best = best_of(points)
-    rows = [("cfg scale", name, "± s.e.", "IS", "")]
+    rows: list[tuple[str, ...]] = [("cfg scale", name, "± s.e.", "IS", "")]
     for point in sorted(points, key=lambda point: point["cfg_scale"]):
         numbers = (number(point["value"]), number(point.get("standard_error")), number(point.get("is")))
         rows.append((f"{point['cfg_scale']:g}", *numbers, "best" if point is best else ""))

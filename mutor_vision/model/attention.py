@@ -66,7 +66,7 @@ class SplitAttention:
         on_cpu = pattern.last_visible.device.type == "cpu"
         self.merged = pattern.sees_itself and on_cpu and fast_paths.prefix_attention()
         if not self.merged:
-            self.mask = additive_mask(pattern.register_mask(), dtype)
+            self.mask: Tensor | None = additive_mask(pattern.register_mask(), dtype)
         elif _is_one_per_slot(pattern):
             self.mask = None
         else:

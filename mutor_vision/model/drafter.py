@@ -6,6 +6,8 @@ mask tokens have such an adapter.
 Legend: B batch, T inputs, R of them registers, which come last.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ class GatedLinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, scale: float, gate: Gate):
         super().__init__()
         self.base, self.scale, self.gate = base, scale, gate
-        like = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
+        like: dict[str, Any] = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
         self.draft_down = nn.Linear(base.in_features, rank, **like)
         self.draft_up = nn.Linear(rank, base.out_features, **like)
         nn.init.zeros_(self.draft_up.weight)
@@ -56,7 +58,7 @@ class TokenTable(nn.Module):
         return torch.where(is_register[..., None], self.draft_row, self.base(tokens))
 
 
-def add_drafter(model: nn.Module, rank: int, alpha: float) -> None:
+def add_drafter(model: Any, rank: int, alpha: float) -> None:
     """Put a drafter into a Transformer, in place, scaled by alpha / rank; afterwards only the drafter takes
     gradients."""
     model.requires_grad_(False)

@@ -50,9 +50,9 @@ def prepare(model: Transformer, dtype: torch.dtype | None, quantize: str = "none
 
 def _pack(module: nn.Module) -> None:
     for name, child in module.named_children():
-        plain = type(child) is nn.Linear and child.bias is None and type(child.weight) is nn.Parameter
-        if plain and fast_paths.packed_products(child.weight.dtype):
-            setattr(module, name, PackedLinear(child.weight.detach()))
+        weight = child.weight if type(child) is nn.Linear and child.bias is None else None
+        if type(weight) is nn.Parameter and fast_paths.packed_products(weight.dtype):
+            setattr(module, name, PackedLinear(weight.detach()))
         else:
             _pack(child)
 

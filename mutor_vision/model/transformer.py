@@ -22,6 +22,8 @@ class Transformer(nn.Module):
     """Sizes of LlamaGen (parameters without the register's row): B 12 layers, 12 heads, 768 wide, 110,888,448;
     L 24/16/1024; XL 36/20/1280; XXL 48/24/1536; 3B 24/32/3200 (1000 classes, V = 16384, 16x16 tokens)."""
 
+    rope: Tensor
+
     def __init__(self, config: TransformerConfig):
         super().__init__()
         assert config.vocab_size > 0 and config.num_classes > 0 and config.num_tokens > 0, "resolve the config first"

@@ -21,6 +21,7 @@ from mutor_vision.offsets import look_ahead
 
 class AlignedStates(Alignment):
     name = "aligned_states"
+    own: AlignedStatesConfig
 
     def __init__(self, own: AlignedStatesConfig, config: TrainConfig):
         pairs = [_pairs(offset, own, config) for offset in own.list_of_offsets()]
@@ -29,7 +30,7 @@ class AlignedStates(Alignment):
         model = dataclasses.replace(config.model, layers=self.blocks, token_dropout=0.0, residual_dropout=0.0,
                                     ffn_dropout=0.0, drop_path=0.0)  # fmt: skip
         self.teacher = Transformer(model)
-        self.teacher.norm = self.teacher.head = nn.Identity()  # states are compared before any norm
+        self.teacher.norm = self.teacher.head = nn.Identity()  # type: ignore[assignment]  # states are compared before any norm
         self.teacher.requires_grad_(False)
 
     @torch.no_grad()

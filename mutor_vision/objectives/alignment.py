@@ -21,9 +21,10 @@ class Projector(nn.Sequential):
     def __init__(self, dim: int, hidden: int, out: int):
         super().__init__(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
                          nn.Linear(hidden, out))  # fmt: skip
-        for layer in (self[0], self[2], self[4]):
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+        for layer in self:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
 
 
 class Alignment(Auxiliary):

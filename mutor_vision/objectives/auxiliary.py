@@ -3,7 +3,7 @@
 Legend: B batch, N slots, C width.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from importlib import import_module
 
 import numpy as np
@@ -21,7 +21,7 @@ class Auxiliary(nn.Module):
     are kept in a checkpoint as NAME.safetensors; a loss without any is also computed on held-out images."""
 
     name = ""  # of the loss in the log, and of the file of weights
-    taps: Collection[str] = ()  # states that it needs beside the last: names that Transformer.states takes
+    taps: Sequence[str] = ()  # states that it needs beside the last: names that Transformer.states takes
 
     part_names: Collection[str] = ()  # of the parts that its targets fall into; held-out losses are also by part
 
@@ -70,6 +70,8 @@ class Auxiliary(nn.Module):
 
 class Places(nn.Module):
     """Some of the slots or cells of every image: x (B, N, ...) -> (B, P, ...). places (P,) int64, ascending."""
+
+    places: Tensor
 
     def __init__(self, places: np.ndarray):
         super().__init__()

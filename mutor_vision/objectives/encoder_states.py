@@ -24,4 +24,5 @@ class EncoderStates(Alignment):
         super().__init__(own, config, own.features_width, [(slots, cells - 1) for slots, cells in pairs])
 
     def forward(self, states: dict[str, Tensor], sequence: TrainingSequence, transformer: Transformer) -> Tensor:
+        assert sequence.features is not None  # the configuration says reads_features
         return self.compare(states, sequence.features)

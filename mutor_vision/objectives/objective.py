@@ -4,7 +4,8 @@ With MuToR's registers it is equation 4 of arXiv 2505.10518, L = (1 - a) L_next 
 Legend: B batch, N slots.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -25,7 +26,8 @@ class Objective(nn.Module):
         """by_part: give the losses of each auxiliary's parts, too, as 'NAME PART' and with weight 0."""
         super().__init__()
         self.transformer = transformer
-        self.auxiliaries = nn.ModuleDict({auxiliary.name: auxiliary for auxiliary in auxiliaries})
+        modules: Any = nn.ModuleDict({auxiliary.name: auxiliary for auxiliary in auxiliaries})
+        self.auxiliaries: Mapping[str, Auxiliary] = modules  # torch's stubs do not say what a ModuleDict holds
         for auxiliary in self.auxiliaries.values():
             auxiliary.begin(transformer)
         # Name of each loss but the next token's -> its auxiliary and part, '' = all of it.
@@ -94,4 +96,4 @@ class Objective(nn.Module):
 
 def total_loss(sums: dict[str, Tensor], counts: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
     """The weighed sum of means. counts: of the whole batch, over all ranks; 0 is taken for 1."""
-    return sum(weights[name] * sums[name] / counts[name].clamp(min=1) for name in sums)
+    return cast(Tensor, sum(weights[name] * sums[name] / counts[name].clamp(min=1) for name in sums))

@@ -5,6 +5,8 @@ loss, and its token drop, a choice of the cells that are trained on, are left ou
 Legend: B batch, N slots, C width.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -28,12 +30,13 @@ class PrivateBlocks(Auxiliary):
     def __init__(self, own: PrivateBlocksConfig, config: TrainConfig):
         super().__init__(own, config)
         model, offsets = config.model, own.list_of_offsets()
-        self.heads = nn.ModuleList(nn.Linear(model.dim, model.vocab_size, bias=False) for _ in offsets)
+        heads = [nn.Linear(model.dim, model.vocab_size, bias=False) for _ in offsets]
+        self.heads = nn.ModuleList(heads)
         self.blocks = nn.ModuleList(
             nn.ModuleList(Block(model, model.drop_path) for _ in range(own.blocks)) for _ in offsets
         )
         self.apply(initialise)
-        for head in self.heads:
+        for head in heads:
             nn.init.zeros_(head.weight)
         pairs = [look_ahead(offset, model.grid, own.edge) for offset in offsets]
         self.slots = nn.ModuleList(Places(slots) for slots, _ in pairs)
@@ -44,8 +47,8 @@ class PrivateBlocks(Auxiliary):
         sin, cos = transformer.rope[:, None, None, :n]
         for blocks, head, slots, targets in zip(self.blocks, self.heads, self.slots, self.targets, strict=True):
             hidden = states["last"][:, :n]
-            for block in blocks:
+            for block in cast(nn.ModuleList, blocks):
                 hidden = block(hidden, sin, cos, causal_attention)
             wanted = targets(sequence.targets).flatten()
-            terms.append(linear_cross_entropy(slots(hidden).flatten(0, 1), head.weight, wanted))
+            terms.append(linear_cross_entropy(slots(hidden).flatten(0, 1), cast(Tensor, head.weight), wanted))
         return torch.stack(terms).sum()

@@ -22,6 +22,7 @@ from mutor_vision.runtime import to_device
 
 class RegisterLoss(Auxiliary):
     name = "register"
+    own: RegisterConfig
 
     def __init__(self, own: RegisterConfig, config: TrainConfig):
         super().__init__(own, config)
@@ -41,6 +42,7 @@ class RegisterLoss(Auxiliary):
     def part(self, sequence: TrainingSequence, name: str) -> TrainingSequence:
         """The registers of one offset, which is named as mutor_vision/offsets.py counts."""
         pair = [int(number) + 1 for number in name.split(",")]
+        assert sequence.offsets is not None  # extend has set them
         rows = np.flatnonzero((sequence.offsets == pair).all(axis=1))
         kept = sequence.with_target[to_device(torch.from_numpy(rows), sequence.with_target.device)]
         return dataclasses.replace(sequence, with_target=kept, offsets=sequence.offsets[rows])

@@ -77,7 +77,8 @@ def add_registers(
     register_token: id of the register's embedding, V. seed and sample_index (B,) fix every draw, whatever the batch;
     step does for offsets drawn per batch. Raises UserError when the grid cannot hold the registers.
     """
-    placed, pairs = place_registers(config, codes.shape[1:], seed=seed, sample_index=sample_index, step=step)
+    _, h, w = codes.shape
+    placed, pairs = place_registers(config, (h, w), seed=seed, sample_index=sample_index, step=step)
     return with_registers(sequence, codes, placed, pairs, config, register_token=register_token)
 
 

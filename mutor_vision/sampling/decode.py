@@ -30,7 +30,8 @@ class Plain:
         cache = KVCache(model.config, len(rows), device=labels.device, dtype=dtype)
         slots = torch.arange(len(scales), device=labels.device)[None]
         codes = torch.empty(batch, count, dtype=torch.int64, device=labels.device)
-        tokens, first = rows.new_empty(len(rows), 0), rows
+        tokens = rows.new_empty(len(rows), 0)
+        first: Tensor | None = rows
         for i in range(count):
             if i == num_guided > 0:
                 cache = cache.rows(batch)  # the null class's stream ends with the last guided token

@@ -54,6 +54,9 @@ class Forecast:
     an image took part in, and its tokens."""
 
     REACH = 64  # cache slots are read in multiples of it, so that a recorded step serves many passes
+    _recorder: Callable[[Step], Step] | None
+    _kept: _Work | None
+    _made_for: tuple | None
 
     def __init__(self, window: int = 8, drafts: int = 0, record: Callable[[Step], Step] | None = None):
         """window: inputs W in a row, 1 or more. drafts: registers m behind them, see `most_drafts`. record: a step ->
@@ -84,7 +87,7 @@ class Forecast:
                 continue
             reach = min(slots, -(-(max(starts) + self.window + self.drafts) // self.REACH) * self.REACH)
             if (reach, bool(guided_until)) not in work.steps:
-                step = partial(
+                step: Step = partial(
                     forecast_step, model, cache, work.tokens, work.start, work.keys, work.scales, guided_until, reach,
                     settings, self.window, self.drafts,
                 )  # fmt: skip
@@ -109,7 +112,7 @@ class Forecast:
         n, num_guided, batch = model.config.num_tokens, num_guided_tokens(scales), len(labels)
         dtype = compute_dtype(model.token_embedding.weight)
         made_for, kept = (model, settings, dtype), self._kept
-        if not keep or made_for != self._made_for or batch > len(kept.start):
+        if not keep or kept is None or made_for != self._made_for or batch > len(kept.start):
             kept = self._kept = None  # the old memory goes before the new comes
             cache = KVCache(model.config, len(streams(model, labels, num_guided)), device=labels.device, dtype=dtype,
                             slots=n + self.window + self.drafts)  # fmt: skip

@@ -19,7 +19,9 @@ from mutor_vision.sampling.draw import SampleSettings, guidance_scales, noise_ke
 class Decoder(Protocol):
     """How codes are drawn. All decoders draw the codes that decode.Plain draws; they differ in how they get there."""
 
-    tokens_per_pass: float  # over the images that this process has drawn so far; 1 before the first
+    @property
+    def tokens_per_pass(self) -> float:
+        """Over the images that this process has drawn so far; 1 before the first."""
 
     def decode(
         self, model: Transformer, labels: Tensor, keys: Tensor, scales: list[float], settings: SampleSettings,

@@ -7,6 +7,7 @@ Legend: B images, N = h * w tokens.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,10 @@ class StaticSteps:
 
     REACH = 64
     tokens_per_pass = 1.0
+    _made_for: tuple | None
+    _cache: KVCache | Any  # None only while a new one is made
+    _codes: Tensor
+    _steps: dict[tuple[int, bool], Step]
 
     def __init__(self, backend: str = "", record: Callable[[Step], Step] | None = None):
         """backend: torch.compile's for each step; '' = none; 'inductor' fuses the small kernels, at the price of some

@@ -9,6 +9,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ def sample_batches(
     On CUDA a batch is yielded when the next one has been launched, so that the device goes on while its images are
     fetched, measured or written."""
     ahead = 1 if loaded.runtime.device.type == "cuda" else 0
-    waiting = deque()
+    waiting: deque[Any] = deque()
     for indices in batches:
         if len(indices):
             launched = _launch(loaded, labels[torch.from_numpy(indices)], indices, settings, seed)
@@ -147,7 +148,7 @@ def default_batch_size(loaded: LoadedModel) -> int:
     runtime = loaded.runtime
     memory = free_bytes(runtime.device) / 2 - DECODED_AT_ONCE[runtime.device.type] * decoder_bytes(loaded)
     fitting = max(1, int(memory / bytes_per_image(loaded)))
-    fitting = runtime.gather(torch.tensor([fitting], device=runtime.device)).min().item()
+    fitting = int(runtime.gather(torch.tensor([fitting], device=runtime.device)).min())
     return min(LARGEST_BATCH[runtime.device.type], 2 ** (fitting.bit_length() - 1))
 
 

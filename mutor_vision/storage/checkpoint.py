@@ -13,6 +13,7 @@ tensors and numbers only and is read with weights_only=True.
 
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def read_config(folder: Path, kind: str, config_type: type) -> Any:
     """The configuration in folder/config.json, which must be of `kind`; older formats are migrated."""
     path = folder / "config.json"
     values = _read_kind(folder, kind)
-    written = values.get("format")
+    written: Any = values.get("format")
     if written not in range(1, FORMAT + 1):
         raise MismatchError(f"{path} has format {written}, this version reads up to {FORMAT}; upgrade mutor_vision")
     try:
@@ -93,8 +94,11 @@ def open_run(out: Path, kind: str) -> Path | None:
     return None
 
 
+Weights = Mapping[str, dict[str, Tensor] | Path]  # see save
+
+
 def save(
-    run: Path, step: int, kind: str, config: Any, weights: dict[str, dict[str, Tensor] | Path], state: dict, keep: int,
+    run: Path, step: int, kind: str, config: Any, weights: Weights, state: dict, keep: int,
     shards: Path | None = None,
 ) -> Path:  # fmt: skip
     """Save RUN/checkpoints/step-<step>, then remove checkpoints older than the newest `keep` that verify. Call on one
@@ -129,7 +133,7 @@ def save(
 
 
 def _fill(
-    partial: Path, step: int, kind: str, config: Any, weights: dict[str, dict[str, Tensor] | Path], state: dict,
+    partial: Path, step: int, kind: str, config: Any, weights: Weights, state: dict,
     shards: Path | None,
 ) -> None:  # fmt: skip
     write_config(partial, kind, config)

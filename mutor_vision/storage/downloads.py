@@ -21,7 +21,7 @@ def host_answers(url: str) -> bool:
         parts = urlsplit(url)
         proxies = urllib.request.getproxies()
         proxy = proxies.get(parts.scheme) or proxies.get("all")
-        if proxy and not urllib.request.proxy_bypass(parts.hostname):
+        if proxy and not urllib.request.proxy_bypass(parts.hostname or ""):
             parts = urlsplit(proxy if "//" in proxy else f"//{proxy}", scheme="http")
         port = parts.port or {"https": 443, "socks5": 1080, "socks5h": 1080}.get(parts.scheme, 80)
         socket.create_connection((parts.hostname, port), timeout=CONNECT_SECONDS).close()

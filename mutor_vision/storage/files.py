@@ -127,9 +127,10 @@ def _is_a(value: Any, form: Any) -> bool:
 def _form_text(form: Any) -> str:
     if isinstance(form, tuple):
         return " or ".join(map(_form_text, form))
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null",
+             dict: "an object", list: "a list"}  # fmt: skip
     kind = form if isinstance(form, type) else type(form)
-    return {dict: "an object", list: "a list"}.get(kind) or names[kind]
+    return names[kind]
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -185,5 +186,5 @@ def state_sha256(state: dict[str, Tensor], mark: str = ";") -> str:
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}{mark}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -59,6 +59,7 @@ class ForeignCheckpoint:
         storage = tensor.untyped_storage()
         data = bytearray(storage.nbytes())
         with open(self.path, "rb") as file:
+            assert storage._checkpoint_offset is not None  # torch.load sets it under FakeTensorMode
             file.seek(storage._checkpoint_offset)
             if file.readinto(data) != len(data):
                 raise IntegrityError(f"{self.path} ends before the numbers of '{name}'; download it again")
@@ -87,7 +88,7 @@ def read(path: str | Path, weights: str = "") -> ForeignCheckpoint:
             _check_start(path, file.read(512))
         content = read_tensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     tensors, layout, weights = _choose(path, content, weights)
-    arguments = content.get("args")
+    arguments: Any = content.get("args")
     arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
     tensors, taken_off = _unwrapped(path, tensors, weights, layout)
     for name, tensor in tensors.items():
@@ -99,7 +100,7 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
     names = sorted(set(read_json(index, {"weight_map": {str: str}})["weight_map"].values()))
     if not all(Path(name).name == name for name in names):
         raise IntegrityError(f"{index} names files outside of its folder; it is refused")
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for path in (index.parent / name for name in names):
         if not path.is_file():
             raise IntegrityError(f"{path}, which {index.name} names, does not exist; download it")
@@ -201,22 +202,25 @@ def _holds_tensors(entry: Any, depth: int = 3) -> bool:
     return any(isinstance(value, Tensor) or (depth and _holds_tensors(value, depth - 1)) for value in entry.values())
 
 
+_Named = dict[tuple[str, ...], tuple[str, Any]]  # parts of a name -> (the name in the file, the tensor)
+
+
 def _unwrapped(path: Path, tensors: dict[str, Any], weights: str, layout: str) -> tuple[dict[str, Any], str]:
     """The network's tensors without what training frameworks add: parts of names, and tensors of their own. Also
     returns a text that says what was removed.
 
     weights: which of several networks to take, by the first part of its names; '' when there is one. Raises
     MismatchError when two tensors get the same name."""
-    named = {}
+    named: _Named = {}
     for name, tensor in tensors.items():
         if not isinstance(name, str):
             raise MismatchError(f"{path}: '{name}' is a {type(name).__name__}, expected the name of a tensor")
         parts = tuple(part for part in name.split(".") if part not in _WRAPPERS)
         if parts and not _is_beside(parts, tensor, tensors):
             _put(path, named, parts, name, tensor)
-    prefix = ()
+    prefix: tuple[str, ...] = ()
     while named:
-        groups = {}
+        groups: dict[str, _Named] = {}
         for parts, (name, tensor) in named.items():
             groups.setdefault(parts[0], {})[parts[1:]] = (name, tensor)
         if () in set().union(*groups.values()) and weights not in groups:
@@ -265,7 +269,8 @@ def _check_tensor(path: Path, name: Any, tensor: Any) -> None:
     if not plain or (isinstance(tensor, FakeTensor) and not hasattr(tensor.untyped_storage(), "_checkpoint_offset")):
         raise MismatchError(f"{path}: '{name}' is sparse, quantised or without data, expected a plain tensor")
     storage = tensor.untyped_storage()
-    stored = path.stat().st_size - storage._checkpoint_offset if isinstance(tensor, FakeTensor) else storage.nbytes()
+    begins: Any = storage._checkpoint_offset
+    stored = path.stat().st_size - begins if isinstance(tensor, FakeTensor) else storage.nbytes()
     if max(tensor.numel() * tensor.element_size(), storage.nbytes()) > max(stored, 0):
         raise IntegrityError(f"{path}: '{name}' claims {tensor.numel():,} numbers, more than are stored; it is refused")
 

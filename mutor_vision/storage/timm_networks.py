@@ -4,10 +4,10 @@ whatever looks at images with a network that others trained."""
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from torch import nn
 
 from mutor_vision.errors import DataError, IntegrityError, UserError, short
 from mutor_vision.storage.checkpoint import load_strictly
@@ -21,7 +21,7 @@ from mutor_vision.storage.package_weights import PACKAGES, load_package_weights
 class Network:
     """A timm model on the CPU, and how its weights want to see an image."""
 
-    model: nn.Module
+    model: Any  # timm's classes have no common one with their methods
     size: int  # pixels, square
     mean: tuple[float, float, float]  # of pixels in [0, 1]
     std: tuple[float, float, float]
@@ -73,7 +73,7 @@ def timm_network(name: str, weights: str | None = None) -> Network:
     return Network(model, size, settings["mean"], settings["std"], identity)
 
 
-def _create(name: str, config, sized: dict, pretrained: bool) -> nn.Module:
+def _create(name: str, config, sized: dict, pretrained: bool) -> Any:
     """A timm model. When the hub's host does not answer, its cache is used at once, without the client's retries."""
     import huggingface_hub.constants as hub
     import timm
@@ -105,7 +105,7 @@ def _create(name: str, config, sized: dict, pretrained: bool) -> nn.Module:
         hub.HF_HUB_OFFLINE = offline
 
 
-def _create_from_file(name: str, config, sized: dict, weights: str) -> nn.Module:
+def _create_from_file(name: str, config, sized: dict, weights: str) -> Any:
     """A timm model with the weights of a file. Tensors have timm's names, or the names of the model's first publication
     where timm can convert them. timm resizes position embeddings to the image size."""
     import timm
@@ -119,9 +119,9 @@ def _create_from_file(name: str, config, sized: dict, weights: str) -> nn.Module
                 raise IntegrityError(f"{weights}: '{key}' holds values that are not finite; download it again")
         try:
             given = {"state_dict": dict(state)}
-            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=given, **sized)
-            model.pretrained_cfg.pop("state_dict")
-            return model
+            loaded: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=given, **sized)
+            loaded.pretrained_cfg.pop("state_dict")
+            return loaded
         except Exception:  # timm's conversion fails in many ways on names that it does not know
             pass  # load_strictly below names the tensor that is missing
     load_strictly(model, state, weights)

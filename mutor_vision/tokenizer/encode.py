@@ -147,6 +147,7 @@ def _encode_shards(
             codes_name, labels_name = shard_names(shard)
             save_array(out / codes_name, codes)
             # Labels last: a shard counts as finished when both files exist.
+            assert views.source.labels is not None
             labels = [views.source.labels[i] for i in _images_of(shard, plan)]
             save_array(out / labels_name, np.array(labels, dtype=np.int64))
 

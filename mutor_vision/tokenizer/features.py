@@ -34,6 +34,9 @@ class CellFeatures(nn.Module):
     with timm's names for its tensors, '' = timm's own, downloaded. Raises UserError, DataError, IntegrityError or
     MismatchError."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, name: str, weights: str, grid: tuple[int, int]):
         super().__init__()
         if not name.startswith("timm:"):

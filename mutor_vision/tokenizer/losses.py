@@ -17,6 +17,7 @@ the heads are lpips/weights/v0.1/vgg.pth of github.com/richzhang/PerceptualSimil
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ ENTROPY_TEMPERATURE = 0.01  # LlamaGen's
 
 def generator_losses(
     images: Tensor, reconstruction: Reconstruction, config: TokenizerTrainConfig,
-    distances: Mapping[str, nn.Module] = MappingProxyType({}), fake_scores: Tensor | None = None,
+    distances: Mapping[str, nn.Module] | nn.ModuleDict = MappingProxyType({}), fake_scores: Tensor | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Terms of the autoencoder's loss, not weighted, and their weighted sum 'loss', all 0-dim float32.
 
@@ -55,7 +56,7 @@ def generator_losses(
     if fake_scores is not None:
         weighted.append(("adversarial", config.adversarial_weight, -fake_scores.float().mean()))
     terms = {name: value for name, _, value in weighted}
-    return {"loss": sum(weight * value for _, weight, value in weighted), **terms}
+    return {"loss": cast(Tensor, sum(weight * value for _, weight, value in weighted)), **terms}
 
 
 def perceptual_distances(config: TokenizerTrainConfig) -> nn.ModuleDict:
@@ -103,6 +104,8 @@ class LPIPS(nn.Module):
     """Perceptual distance (Zhang et al. 2018, arXiv 1801.03924), VGG16, version 0.1, without its training dropout.
     Frozen. weights: the file described at the top of this module."""
 
+    shift: Tensor
+    scale: Tensor
     _LAST_LAYERS = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 in torchvision's vgg16.features
     _CHANNELS = (64, 128, 256, 512, 512)
 

@@ -6,6 +6,7 @@ Legend: B batch, H x W pixels, h x w codes, V codebook size.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class VQTokenizer(nn.Module):
         up = ["UpDecoderBlock2D"] * levels
         if config.attention:  # at the lowest resolution only: the encoder's last level, the decoder's first
             down[-1], up[0] = "AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D"
-        layers = {
+        layers: dict[str, Any] = {
             "block_out_channels": config.channels,
             "layers_per_block": config.layers_per_block,
             "norm_num_groups": config.norm_groups,

@@ -20,6 +20,9 @@ class TimmDistance(nn.Module):
     weights: a file with timm's names for its tensors, '' = timm's own, downloaded; stages: which of the network's
     stages, from 0. Raises UserError, DataError, IntegrityError or MismatchError."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, name: str, weights: str = "", stages: tuple[int, ...] = (0, 1, 2, 3)):
         super().__init__()
         network = timm_network(name.removeprefix("timm:"), weights or None)

@@ -4,6 +4,7 @@ A command that stops at a bad image writes the image's name to bad-images-<rank>
 again and images have changed, it continues if the change is limited to the classes of those bad images."""
 
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ def forget_bad(out: Path) -> None:
         path.unlink()
 
 
-def only_repaired(bad: list[str], before: list[str], now: list[str], class_names: list[str]) -> bool:
+def only_repaired(bad: list[str], before: list[str], now: list[str], class_names: Sequence[str]) -> bool:
     """Whether every class that has changed had a bad image. before, now: Source.fingerprints_of_classes."""
     touched = {unicodedata.normalize("NFC", path.partition("/")[0]) for path in bad}
     return len(before) == len(now) and all(

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from mutor_vision.storage.run_log import RunLog, write_status
 from mutor_vision.storage.trackers import check_trackers
 from mutor_vision.tokenizer import losses
 from mutor_vision.tokenizer.model import VQTokenizer
-from mutor_vision.tokenizer.quantizer import count_codes, quantizer_named, usage
+from mutor_vision.tokenizer.quantizer import VectorQuantizer, count_codes, quantizer_named, usage
 from mutor_vision.tokenizer.reconstruction import reconstruct, score_reconstructions, side_by_side
 from mutor_vision.tokenizer.repairs import forget_bad, listed, only_repaired, recall_bad, record_bad, without_bad
 
@@ -87,12 +88,13 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path, trackers: Seq
         ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=config.betas, fused=True)
     distances = losses.perceptual_distances(config).to(device)
-    discriminator = optimizer_d = None
+    discriminator: Any = None  # both, without its loss
+    optimizer_d: Any = None
     if config.adversarial_weight > 0:
         discriminator = losses.PatchDiscriminator(config.discriminator_width, config.discriminator_layers).to(device)
         optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=config.lr, betas=config.betas, fused=True)
     idle_steps = torch.zeros(config.model.codebook_size, dtype=torch.int64, device=device)
-    weights = {"model": model, "ema": ema and ema.module, "discriminator": discriminator}
+    weights: dict[str, Any] = {"model": model, "ema": ema and ema.module, "discriminator": discriminator}
     weights = {name: module for name, module in weights.items() if module is not None}
 
     # Begin, or continue.
@@ -125,6 +127,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path, trackers: Seq
             write_status(out, "done", first_step, first_step)  # not said yet, if it was killed after its last save
             more = "; a larger --steps goes on" if config.schedule == "constant" else ""
             print(f"{out} has {first_step} of {config.steps} steps already{more}", flush=True)
+        assert newest is not None  # it has the steps
         return newest
     if runtime.is_main:
         checkpoint.write_config(out, "tokenizer", config)
@@ -138,7 +141,8 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path, trackers: Seq
         range(step * config.batch_size + runtime.rank, (step + 1) * config.batch_size, runtime.world_size)
         for step in range(first_step, config.steps)
     ]
-    sums, counts, rounds, clock = {}, torch.zeros_like(idle_steps), 0, time.monotonic()
+    sums: dict[str, Any] = {}
+    counts, rounds, clock = torch.zeros_like(idle_steps), 0, time.monotonic()
     bar = progress(total=config.steps, initial=first_step, unit="step")
     step = first_step
     try:
@@ -177,7 +181,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path, trackers: Seq
                 some = reconstruction.quantized.encoded[: max(1, 8 // runtime.world_size)].detach().contiguous()
                 some = rearrange(runtime.gather(some), "(rank i) c h w -> (i rank h w) c", rank=runtime.world_size)
                 draws = torch.from_numpy(uniforms(config.seed, "revive", np.array([step]), len(counts))[0])
-                model.quantizer.revive_dead_codes(
+                cast(VectorQuantizer, model.quantizer).revive_dead_codes(
                     idle_steps, runtime.all_reduce(new_counts), some, config.dead_code_steps, draws.to(device)
                 )
             if ema is not None:

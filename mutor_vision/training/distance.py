@@ -3,13 +3,15 @@ each other and with nothing else."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mutor_vision.config import TrainConfig
 from mutor_vision.errors import MismatchError
 from mutor_vision.features import extractors
+from mutor_vision.features.extractors import Extractor
 from mutor_vision.features.moments import Moments, read_protocol, read_statistics
 from mutor_vision.metrics import frechet
 from mutor_vision.metrics.evaluate import to_device
@@ -36,7 +38,7 @@ def distance_measure(config: TrainConfig, runtime: Runtime) -> Callable[[Transfo
     return measure
 
 
-def load_reference(path, extractor: nn.Module, runtime: Runtime) -> frechet.Root:
+def load_reference(path, extractor: Extractor, runtime: Runtime) -> frechet.Root:
     """Statistics made by eval/reference.py with this extractor, or ADM's for Inception, ready for `distance`."""
     npz = Npz(path)
     npz.check_crc()
@@ -49,7 +51,7 @@ def load_reference(path, extractor: nn.Module, runtime: Runtime) -> frechet.Root
 
 @torch.no_grad()
 def distance(
-    extractor: nn.Module, reference: frechet.Root, batches: Iterable[Tensor], runtime: Runtime
+    extractor: Extractor, reference: frechet.Root, batches: Iterable[Tensor], runtime: Runtime
 ) -> dict[str, float]:
     """Collective. uint8 batches (B, 3, H, W), each rank its own share (a batch may be empty) -> {'fd': distance,
     'fd_images': how many images of all ranks it is from}. The extractor is on runtime.device."""
@@ -60,4 +62,4 @@ def distance(
                 moments.update(extractor(images.to(runtime.device))["pool"])
     moments.all_reduce(runtime)
     statistics = moments.total()
-    return {"fd": frechet.distance(statistics, reference), "fd_images": statistics.n}
+    return {"fd": frechet.distance(statistics, reference), "fd_images": cast(int, statistics.n)}

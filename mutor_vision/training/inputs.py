@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -66,13 +67,13 @@ def resolve(config: TrainConfig, token_set: TokenSet) -> TrainConfig:
     ):
         current = getattr(model, name)
         if current in (0, (0, 0)):
-            model = dataclasses.replace(model, **{name: value})
+            model = dataclasses.replace(model, **cast(dict[str, Any], {name: value}))
         elif current != value:
             raise MismatchError(
                 f"model.{name} is {current}, but the token set {config.codes} has {value}; "
                 f"encode with another tokenizer or set model.{name}={value}"
             )
-    features = {name: own.of_features(token_set.features) for name, own in config.auxiliaries.items()}
+    features: dict[str, Any] = {name: own.of_features(token_set.features) for name, own in config.auxiliaries.items()}
     return dataclasses.replace(config, model=model, **features)
 
 

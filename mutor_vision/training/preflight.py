@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,7 +91,8 @@ def _overfit(inputs: Inputs, runtime: Runtime) -> tuple[float, list[float], floa
         world_size=runtime.world_size, label_dropout=config.label_dropout, device=runtime.device,
         features=config.reads_features,
     )  # fmt: skip
-    means, seconds, begun = [], [], time.perf_counter()
+    means: list[Any] = []
+    seconds, begun = [], time.perf_counter()
     while len(means) <= STEPS and (len(means) < 4 or not _late(begun, runtime)):
         started, sums = time.perf_counter(), zero_sums(state.objective, runtime)
         train_step(state.parallel, state.objective, state.optimizer, batch, config, runtime, step=0, sums=sums,

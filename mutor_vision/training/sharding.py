@@ -8,14 +8,17 @@ weights reads both; FSDP's optimizer state is a folder of safetensors shards, wh
 """
 
 import warnings
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from mutor_vision.model.layers import Block
 from mutor_vision.model.transformer import Transformer
 from mutor_vision.objectives.objective import Objective
 from mutor_vision.runtime import Runtime
@@ -25,7 +28,7 @@ from mutor_vision.storage.files import clear
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def parallelize(objective: Objective, ema: nn.Module | None, kind: str, runtime: Runtime) -> nn.Module:
+def parallelize(objective: Objective, ema: Transformer | None, kind: str, runtime: Runtime) -> nn.Module:
     """What to call instead of `objective`, whose weights `ema` averages; kind 'ddp' or 'fsdp'. FSDP shards both in
     place, so the optimizer is built afterwards."""
     if runtime.world_size == 1:
@@ -51,7 +54,7 @@ def _shard(objective: Objective, runtime: Runtime) -> None:
     precision = MixedPrecisionPolicy(
         param_dtype=runtime.autocast_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    for block in objective.transformer.blocks:
+    for block in cast(Iterable[Block], objective.transformer.blocks):
         # As under autocast, norms keep float32 weights. In bfloat16 they would be rounded, and with float32 inputs the
         # fused kernel refuses them.
         fully_shard([block.attention_norm, block.ffn_norm], mesh=mesh)
@@ -64,7 +67,7 @@ def gradients_of(parallel: nn.Module, last_part: bool) -> AbstractContextManager
     if isinstance(parallel, DistributedDataParallel):
         return nullcontext() if last_part else parallel.no_sync()
     if _is_sharded(parallel):
-        parallel.set_requires_gradient_sync(last_part)
+        cast(Any, parallel).set_requires_gradient_sync(last_part)
     return nullcontext()
 
 
@@ -78,7 +81,7 @@ def set_found_inf(optimizer: torch.optim.Optimizer, found: Tensor) -> None:
     first = optimizer.param_groups[0]["params"][0]
     if isinstance(first, DTensor):
         found = DTensor.from_local(found, first.device_mesh, [Replicate()] * first.device_mesh.ndim, run_check=False)
-    optimizer.found_inf = found
+    optimizer.found_inf = found  # type: ignore[attr-defined]
 
 
 def gather(tensors: dict[str, Tensor], wanted: bool) -> dict[str, Tensor]:

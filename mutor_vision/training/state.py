@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from timm.utils import ModelEmaV3
@@ -38,7 +39,7 @@ class State:
         if config.lora_rank:
             lora.add_adapter(self.model, config.lora_rank, config.lora_alpha, config.lora_inputs)
         self.model.to(runtime.device)
-        warmup = {"use_warmup": True, "warmup_gamma": 10, "warmup_power": 1}
+        warmup: dict[str, Any] = {"use_warmup": True, "warmup_gamma": 10, "warmup_power": 1}
         self.ema = ModelEmaV3(self.model, config.ema_decay, **warmup) if config.ema_decay else None
         self.objective = Objective(self.model, [each.to(runtime.device) for each in auxiliaries_of(config)])
         self.compiled = config.compile == "on" or (config.compile == "auto" and runtime.device.type == "cuda")
@@ -55,7 +56,7 @@ class State:
     def trained(self) -> dict[str, nn.Module]:
         """File stem in a checkpoint -> what has weights that the optimizer changes."""
         own = {name: module for name, module in self.objective.auxiliaries.items() if module.state_dict()}
-        return {"model": self.model} | own
+        return {"model": self.model, **own}
 
     @property
     def kept(self) -> dict[str, nn.Module]:
@@ -72,7 +73,7 @@ class State:
         for name, module in self.kept.items():
             load = lora.load_adapter if self._is_adapter(name) else checkpoint.load_strictly
             load(module, checkpoint.read_weights(folder, name), folder / f"{name}.safetensors")
-        self.step = checkpoint.step_of(folder)
+        self.step = cast(int, checkpoint.step_of(folder))
 
     def parallelize(self, found: Path | None) -> None:
         """Shard or wrap, and build the optimizer with the state of the checkpoint `found`."""
@@ -130,7 +131,7 @@ class State:
         weights = {name: sharding.gather(own, self.runtime.is_main) for name, own in self.weights().items()}
         shards = sharding.save_optimizer(self.optimizer, self.trained, out, self.runtime)
         if self.runtime.is_main:
-            state = {"step": self.step, "processes": self.runtime.world_size}
+            state: dict[str, Any] = {"step": self.step, "processes": self.runtime.world_size}
             state |= {} if shards else {"optimizer": self.optimizer.state_dict()}
             checkpoint.save(out, self.step, self.kind, self.config, weights, state, self.config.keep, shards)
 
