@@ -25,7 +25,7 @@ class Settings:
     _absent_in: ClassVar[dict[int, dict[str, Any]]] = {}
 
     def __post_init__(self) -> None:
-        for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]  # python/mypy#11470
+        for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]  # a class is Hashable
             self._require(name, functools.partial(_is_of, hint=hint), _described(hint))
 
     @classmethod
@@ -129,7 +129,7 @@ def _build(kind: type[Config], values: dict[str, Any], prefix: str = "") -> Conf
     """Dataclass of the values under dotted names, one for each."""
     return kind(**{
         name: _build(hint, values, f"{prefix}{name}.") if _is_nested(hint) else values[prefix + name]
-        for name, hint in _hints(kind).items()  # type: ignore[arg-type]  # python/mypy#11470
+        for name, hint in _hints(kind).items()  # type: ignore[arg-type]  # as above
     })  # fmt: skip
 
 

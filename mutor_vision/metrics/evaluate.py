@@ -292,7 +292,7 @@ def _protocol(measured: Measured, warnings: list[guards.Caveat]) -> dict:
     }  # fmt: skip
 
 
-def _take_sampling_record(source, record: dict, beside: Path) -> None:
+def _take_sampling_record(source: SourceImages | NpzImages, record: dict, beside: Path) -> None:
     """Add the labels and the protocol that `mutor sample --num` wrote beside a set."""
     made = read_json(beside)
     if not isinstance(made, dict) or "labels_of_images" not in made:

@@ -59,13 +59,17 @@ class Transformer(nn.Module):
         """
         return self.logits(self.hidden(tokens, labels, positions, pattern, cache))
 
-    def hidden(self, tokens, labels, positions, pattern=None, cache=None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, labels: Tensor | None, positions: Tensor, pattern: AttentionPattern | None = None,
+        cache: KVCache | StaticStep | WindowStep | None = None,
+    ) -> Tensor:  # fmt: skip
         """The normalised last hidden states (B, T, C); arguments as in forward."""
         return self.states(tokens, labels, positions, pattern, cache)["last"]
 
     def states(
-        self, tokens, labels, positions, pattern=None, cache=None, taps: Collection[str] = ()
-    ) -> dict[str, Tensor]:
+        self, tokens: Tensor, labels: Tensor | None, positions: Tensor, pattern: AttentionPattern | None = None,
+        cache: KVCache | StaticStep | WindowStep | None = None, taps: Collection[str] = (),
+    ) -> dict[str, Tensor]:  # fmt: skip
         """'last': the normalised last hidden states; and under the name of each tap, 'blocks.0' to
         'blocks.<layers - 1>', what that block puts out; each (B, T, C). Other arguments as in forward."""
         assert pattern is None or cache is None, "a cache holds causal inputs only"

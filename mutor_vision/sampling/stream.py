@@ -53,7 +53,9 @@ def sample_images(
 
 
 @torch.no_grad()
-def _launch(loaded, labels, indices, settings, seed) -> tuple[Tensor, torch.cuda.Event | None]:
+def _launch(
+    loaded: LoadedModel, labels: Tensor, indices: np.ndarray, settings: SampleSettings, seed: int
+) -> tuple[Tensor, torch.cuda.Event | None]:
     """As sample_images, but on CUDA the host does not wait: the images are there once the event has happened."""
     device = loaded.runtime.device
     with loaded.runtime.autocast():

@@ -52,7 +52,7 @@ def timm_network(name: str, weights: str | None = None) -> Network:
     sized = {"img_size": int(size_text)} if size_text and (config is None or config.fixed_input_size) else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if weights in (None, "random", "package"):
+        if weights is None or weights in ("random", "package"):
             model = _create(name, config, sized, pretrained=weights is None)
         else:
             model = _create_from_file(name, config, sized, weights)
