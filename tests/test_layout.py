@@ -165,7 +165,9 @@ def test_a_wheel_holds_the_package_alone(root, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     (wheel,) = tmp_path.glob("*.whl")
-    tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "mutor_vision/py.typed" in names
+    tops = {name.split("/")[0] for name in names}
     assert "mutor_vision" in tops and all(top == "mutor_vision" or top.endswith(".dist-info") for top in tops)
 
 
