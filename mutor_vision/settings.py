@@ -2,10 +2,10 @@
 
 import dataclasses
 import difflib
-import functools
 import json
 import sys
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from mutor_vision.errors import UserError
@@ -26,7 +26,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]  # a class is Hashable
-            self._require(name, functools.partial(_is_of, hint=hint), _described(hint))
+            self._require(name, partial(_is_of, hint=hint), _described(hint))
 
     @classmethod
     def _migrated(cls, given: dict[str, Any], format: int) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _build(kind: type[Config], values: dict[str, Any], prefix: str = "") -> Conf
     })  # fmt: skip
 
 
-@functools.cache
+@cache
 def _hints(kind: type) -> dict[str, Any]:
     """Name -> type of each field."""
     hints = get_type_hints(kind)
