@@ -12,7 +12,7 @@ PLAIN := $(addprefix tests/test_,$(addsuffix .py,adding_an_objective aligned_sta
 
 # Every case of the tests of promises (docs/reliability.md): crash points, damage, changed bytes, lost processes.
 FAULTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,crash_points preemption nonfinite resume damage fuzz catalogue \
-    catalogue_checkpoints catalogue_images catalogue_scores catalogue_settings hostile lost_process skip_bad multi_node)))
+    catalogue_checkpoints catalogue_images catalogue_scores catalogue_settings hostile killed_jobs lost_process skip_bad multi_node)))
 
 .PHONY: install check test test-slow test-plain test-lowest demo lint
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from safetensors import safe_open
 
 NAMES = ("rename", "replace", "unlink", "remove", "rmdir", "mkdir", "link", "symlink", "truncate")
 TIMES = ("images_per_second", "images_per_s", "seconds")  # of log lines, which differ from run to run
@@ -93,7 +94,8 @@ class Counted:
 
 def tree(folder: Path) -> dict[str, str]:
     """Relative path -> hash of what every file that a job leaves says. Left out: times of log lines, TensorBoard's
-    files, and how pickle numbers what training.pt holds, which a continued run does otherwise."""
+    files, how pickle numbers what training.pt holds, which a continued run does otherwise, and in which order, drawn at
+    random, safetensors lists what torch says of an optimizer's shard."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_dir() or "tensorboard" in path.parts or path.name == ".lock":
@@ -104,9 +106,14 @@ def tree(folder: Path) -> dict[str, str]:
             content = json.dumps([{key: line[key] for key in line if key not in TIMES} for line in lines]).encode()
         elif path.name == "training.pt":
             content = _plain(torch.load(path, weights_only=True)).encode()
+        elif path.parent.name == "optimizer" and path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                tensors = [(name, file.get_tensor(name)) for name in sorted(file.keys())]
+                content = _plain([sorted(file.metadata().items()), tensors]).encode()
         elif path.name == "MANIFEST.json":
             manifest = json.loads(content)
-            manifest["files"].pop("training.pt", None)
+            of_contents = {name for name in manifest["files"] if name == "training.pt" or name.startswith("optimizer/")}
+            manifest["files"] = {name: manifest["files"][name] for name in manifest["files"] if name not in of_contents}
             manifest.pop("seal", None)  # which is over the rest
             content = json.dumps(manifest).encode()
         found[path.relative_to(folder).as_posix()] = hashlib.sha256(content).hexdigest()

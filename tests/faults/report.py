@@ -18,6 +18,10 @@ PROMISES = {
         "SIGKILL before every change of a file, then the same command: the files of a job that was never killed",
         "test_crash_points.py",
     ),
+    "A job of several processes survives kills": (
+        "one or both of two processes under torchrun killed at random moments, again and again, then the same command: "
+        "the files of a job that was never killed", "test_killed_jobs.py",
+    ),
     "A full disk is told, and space mends it": (
         "on disks from 8 kB to nearly what the job needs: one line, no wreck, the last checkpoint whole; then, with "
         "space, the same command ends as it would have", "test_crash_points.py",
