@@ -53,6 +53,11 @@ def setting(**changes):
     return config(lambda values: values | {"config": values["config"] | changes})
 
 
+def twice(values):
+    """The settings, of which one stands there twice."""
+    return json.dumps(values).replace('"steps": 10', '"steps": 10, "steps": 20')
+
+
 def crlf(values):
     return json.dumps(values, indent="\t").replace("\n", "\r\n")
 
@@ -64,6 +69,7 @@ FILES = {
     "D3 empty": (config(""), GRID, 4, "is not complete JSON"),
     "D4 a list": (config("[]"), GRID, 4, "holds [], expected an object"),
     "D5 an unknown name in a file": (setting(leraning_rate=1), GRID, 4, "unknown setting 'leraning_rate'"),
+    "D6 a name twice": (config(twice), GRID, 4, "'steps' stands there twice"),
     "D7 a number as text": (setting(lr="1e-4"), GRID, 4, "lr is '1e-4', expected a finite number"),
     "D8 NaN in a file": (setting(lr=float("nan")), GRID, 4, "lr is nan, expected a finite number"),
     "D12 a truth value as text": (setting(activation_checkpointing="False"), GRID, 4, "is 'False', expected true or f"),

@@ -86,7 +86,7 @@ def read_json(path: Path, form: Any = None) -> Any:
     form: a type (int, float, str, dict, list; whole numbers are floats, too), [form] for a list of it, {str: form} for
     an object with any names, {"name": form, ...} for one with at least these names, a tuple for one of several."""
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8"), object_pairs_hook=_once)
     except OSError as error:
         raise IntegrityError(f"{path} cannot be read ({error.strerror}); restore it or make it anew") from None
     except (ValueError, RecursionError) as error:
@@ -95,6 +95,15 @@ def read_json(path: Path, form: Any = None) -> Any:
     if form is not None:
         check_form(path, value, form)
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Python would keep the last of two values of one name, and say nothing."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"'{next(name for name in names if names.count(name) > 1)}' stands there twice")
+    return values
 
 
 def check_form(path: Path, value: Any, form: Any, where: str = "") -> None:
