@@ -53,6 +53,9 @@ class Settings:
     def _require_share(self, names: str) -> None:
         self._require(names, lambda value: 0 <= value < 1, "at least 0 and below 1")
 
+    def _require_seed(self) -> None:
+        self._require("seed", lambda seed: 0 <= seed < 2**63, "0 to 2^63 - 1")
+
     def _require_betas(self) -> None:
         self._require("betas", lambda betas: all(0 <= beta < 1 for beta in betas), "two numbers of at least 0, below 1")
 

@@ -119,6 +119,8 @@ SETTINGS = {
     "E4 an option twice": ("--steps 3 --steps 4", 0, '"steps": 4'),
     "E4 an option and a setting": ("--steps 3 --set steps=4", 2, "--steps 3 and --set steps=4 contradict each other"),
     "E2 an unknown preset": ("--preset owm", 2, "unknown preset 'owm'; did you mean 'own'?"),
+    "E16 -1, of a training": ("--set seed=-1", 2, "seed is -1, expected 0 to 2^63 - 1"),
+    "E16 2^64, of a training": ("--set seed=18446744073709551616", 2, "seed is 18446744073709551616, expected 0 to"),
 }  # fmt: skip
 
 
@@ -183,6 +185,7 @@ WORDS = {
     "E15 no null class": (no_labels_dropped, GRID, 2, "trained with label_dropout 0 and has no null class; use --cfg-"),
     "E16 -1": (nothing, GRID + "--seed -1", 2, "--seed is -1, expected 0 to 2^63 - 1"),
     "E16 2^64": (nothing, GRID + "--seed 18446744073709551616", 2, "expected 0 to 2^63 - 1"),
+    "E16 -1, of a tokenizer": (nothing, TOKENIZER + "--set seed=-1", 2, "seed is -1, expected 0 to 2^63 - 1"),
     "E17 no seed": (nothing, GRID, 0, "seed 0"),
     "E21 float8": (nothing, GRID + "--precision float8", 2, "precision is 'float8', expected one of auto, float32, bf"),
     "E21 half": (nothing, GRID + "--precision half", 2, "precision is 'half', expected one of auto, float32, bfloat16"),
