@@ -52,7 +52,8 @@ class TokenizerConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("image_size layers_per_block latent_channels code_dim codebook_size norm_groups")
+        self._require_positive("image_size layers_per_block latent_channels code_dim norm_groups")
+        self._require("codebook_size", lambda size: 2 <= size <= 2**32, "2 to 2^32, the most that token sets can hold")
         if odd := [channels for channels in self.channels if channels < 1 or channels % self.norm_groups]:
             raise UserError(f"model.channels has {odd[0]}, expected multiples of model.norm_groups {self.norm_groups}")
         if self.image_size % self.downsample:
