@@ -121,6 +121,7 @@ SETTINGS = {
     "E2 an unknown preset": ("--preset owm", 2, "unknown preset 'owm'; did you mean 'own'?"),
     "E16 -1, of a training": ("--set seed=-1", 2, "seed is -1, expected 0 to 2^63 - 1"),
     "E16 2^64, of a training": ("--set seed=18446744073709551616", 2, "seed is 18446744073709551616, expected 0 to"),
+    "E14 -1, of the pictures of a training": ("--set sample_cfg_scale=-1", 2, "sample_cfg_scale is -1.0, expected 0 or"),
 }  # fmt: skip
 
 
