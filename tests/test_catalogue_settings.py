@@ -200,6 +200,8 @@ WORDS = {
     "E23 a bucket": (nothing, GRID.replace("{out}", "s3://bucket/x"), 2, "begins with 's3:/', expected a path on this"),
     "E23 a file as a folder": (only_a_file, TRAIN.replace("{out}", "{out}/run"), 2, "cannot be written (Not a directo"),
     "E23 above what is not there": (nothing, TRAIN.replace("{out}", "{run}/samples/../new"), 0, "1 process(es)"),
+    "E24 this folder, for a set": (nothing, SET.replace("{out}.npz", "."), 2, "--out is .; use FILE.npz or a folder"),
+    "E24 the root, for a set": (nothing, SET.replace("{out}.npz", "/"), 2, "--out is /; use FILE.npz or a folder"),
     "E24 the root": (nothing, TRAIN.replace("{out}", "/"), 2, "/ is not empty and no transformer run; give a new --ou"),
     "E24 the root, for codes": (nothing, ENCODE.replace("{out}", "/"), 2, "lie in one another; give folders apart"),
     "E24 this folder": (nothing, TRAIN.replace("{out}", "."), 2, ". is not empty and no transformer run; give a new"),

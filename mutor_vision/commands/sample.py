@@ -68,7 +68,7 @@ def main(arguments: argparse.Namespace) -> None:
             raise UserError(f"--num is {arguments.num}, expected 1 or more")
         if arguments.classes is not None or arguments.named:
             raise UserError("--num makes a set over all classes; drop --classes, or drop --num for a grid")
-        if out.suffix == ".png":
+        if out.suffix == ".png" or not out.name:
             raise UserError(f"--num makes a set, but --out is {out}; use FILE.npz or a folder")
         if out.exists() and not _record_of(out).exists():
             raise UserError(f"{out} exists already; remove it or give another --out")
