@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mutor_vision.errors import UserError
@@ -170,9 +171,16 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        self.register("type", Path, _path)  # what `type=Path` means
 
     def error(self, message: str):
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _path(text: str) -> Path:
+    if not text:  # an empty variable of a script, which Path takes for the current folder
+        raise argparse.ArgumentTypeError("'' is given, expected a path; give one")
+    return Path(text)
 
 
 # Subcommand of `mutor`, in the order of the pipeline -> what it does, for --help, and the script that is its door. Each
@@ -239,6 +247,8 @@ def _add_arguments(parser: Parser, command) -> None:
 
 
 def _call(command, arguments: argparse.Namespace) -> None:
+    if getattr(arguments, "out", None) == "":
+        raise UserError("out is '', expected a path; give one")
     if arguments.quiet:
         os.environ[QUIET] = "1"
     command.main(arguments)

@@ -200,6 +200,10 @@ WORDS = {
     "E23 a bucket": (nothing, GRID.replace("{out}", "s3://bucket/x"), 2, "begins with 's3:/', expected a path on this"),
     "E23 a file as a folder": (only_a_file, TRAIN.replace("{out}", "{out}/run"), 2, "cannot be written (Not a directo"),
     "E23 above what is not there": (nothing, TRAIN.replace("{out}", "{run}/samples/../new"), 0, "1 process(es)"),
+    "E24 nothing": (nothing, TRAIN.replace("{out}", "{nothing}"), 2, "out is '', expected a path; give one"),
+    "E24 nothing, for a set": (nothing, SET.replace("{out}.npz", "{nothing}"), 2, "out is '', expected a path; give one"),
+    "E24 nothing, for a folder of features": (
+        nothing, "features --data {data} --out {nothing}", 2, "argument --out: '' is given, expected a path; give one"),
     "E24 this folder, for a set": (nothing, SET.replace("{out}.npz", "."), 2, "--out is .; use FILE.npz or a folder"),
     "E24 the root, for a set": (nothing, SET.replace("{out}.npz", "/"), 2, "--out is /; use FILE.npz or a folder"),
     "E24 the root": (nothing, TRAIN.replace("{out}", "/"), 2, "/ is not empty and no transformer run; give a new --ou"),
