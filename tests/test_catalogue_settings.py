@@ -198,6 +198,8 @@ WORDS = {
     "E23 no parent": (nothing, GRID.replace("{out}", "{out}/deeper/x"), 0, "1 images"),
     "E23 read-only": (nothing, GRID.replace("{out}", "/proc/x"), 2, "/proc/x.png cannot be written ("),
     "E23 a bucket": (nothing, GRID.replace("{out}", "s3://bucket/x"), 2, "begins with 's3:/', expected a path on this"),
+    "E23 read-only, for figures": (
+        nothing, "plan --preset own-mutor-2d-80 --json /proc/x.json", 2, "/proc/x.json cannot be written ("),
     "E23 a file as a folder": (only_a_file, TRAIN.replace("{out}", "{out}/run"), 2, "cannot be written (Not a directo"),
     "E23 above what is not there": (nothing, TRAIN.replace("{out}", "{run}/samples/../new"), 0, "1 process(es)"),
     "E24 nothing": (nothing, TRAIN.replace("{out}", "{nothing}"), 2, "out is '', expected a path; give one"),

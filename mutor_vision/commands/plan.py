@@ -14,6 +14,7 @@ from mutor_vision.errors import UserError
 from mutor_vision.presets import TOKENIZERS, TRANSFORMERS
 from mutor_vision.settings import override, preset
 from mutor_vision.storage.files import write_json
+from mutor_vision.storage.outputs import check_out_file
 from mutor_vision.training.cost import (
     ACCELERATORS,
     CPU_CORE,
@@ -195,6 +196,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        check_out_file(arguments.json)
     config = override(preset(TRANSFORMERS, arguments.preset), arguments.set)
     config, assumed = with_token_set(arguments.preset, config)
     gpus = (1 if arguments.gpu == "cpu" else 8) if arguments.gpus is None else arguments.gpus
