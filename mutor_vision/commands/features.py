@@ -8,6 +8,7 @@ Images are held in memory as uint8: 100,000 of 64 pixels are 1.2 GB.
 
 import argparse
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    if not 8 <= arguments.image_size <= LARGEST or arguments.shift < 0 or arguments.lr <= 0:
-        raise UserError(f"--image-size must be 8 to {LARGEST}, --shift 0 or more, and --lr more than 0")
+    if not 8 <= arguments.image_size <= LARGEST or arguments.shift < 0 or not 0 < arguments.lr < math.inf:
+        raise UserError(f"--image-size must be 8 to {LARGEST}, --shift 0 or more, and --lr a number of more than 0")
+    if not 0 <= arguments.seed < 2**63:
+        raise UserError(f"--seed is {arguments.seed}, expected 0 to 2^63 - 1")
     check_apart(arguments.data, arguments.out)
     runtime = start("float32", arguments.device)
     if runtime.world_size > 1:

@@ -46,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     if arguments.num < 0 or arguments.grid < 1 or arguments.batch_size < 1:
         raise UserError("--num, --grid and --batch-size must be positive")
+    if not 0 <= arguments.seed < 2**63:
+        raise UserError(f"--seed is {arguments.seed}, expected 0 to 2^63 - 1")
 
     from mutor_vision.tokenizer.model import load_tokenizer, tokenizer_identity
     from mutor_vision.tokenizer.reconstruction import reconstruct, score_reconstructions, side_by_side
