@@ -302,7 +302,7 @@ class TrainConfig(Settings):
         self._require_positive("steps batch_size lr lora_alpha sample_classes eval_images")
         self._require_not_negative(
             "max_skipped micro_batch lora_rank weight_decay clip warmup_steps min_lr val_images log_every val_every "
-            "sample_every sample_cfg_scale eval_every save_every epoch_images"
+            "sample_every eval_every save_every epoch_images"
         )
         self._require_betas()
         self._require_share("label_dropout val_fraction ema_decay")
@@ -310,6 +310,7 @@ class TrainConfig(Settings):
         self._require_seed()
         self._require_one_of("schedule", "constant", "cosine")
         self._require_one_of("precision", "auto", "float32", "bfloat16")
+        self._require("sample_cfg_scale", lambda scale: 0 <= scale <= 1e6, "0 to 1e6")
         self._require_one_of("compile", "auto", "on", "off")
         self._require_one_of("parallel", "ddp", "fsdp")
         self._require_one_of("lora_inputs", "all", "registers")

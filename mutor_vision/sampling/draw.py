@@ -13,6 +13,7 @@ from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import bits
 
 CFG_SCHEDULES = ("constant", "linear", "power-cosine")
+MOST = 1e6  # of a scale or temperature: with more, float32 logits could become infinite, and their draws the code 0
 LAW = "gumbel-max 1"  # of `draw`, for protocols: with another law or another noise a seed gives other images
 
 
@@ -30,14 +31,15 @@ class SampleSettings:
 
     def __post_init__(self) -> None:
         for name, value, valid, expected in (
-            ("cfg_scale", self.cfg_scale, 0 <= self.cfg_scale < math.inf, "0 or more (1 = no guidance)"),
+            ("cfg_scale", self.cfg_scale, 0 <= self.cfg_scale <= MOST, "0 to 1e6 (1 = no guidance)"),
             ("cfg_power", self.cfg_power, 0 < self.cfg_power < math.inf, "more than 0"),
-            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more (0 = greedy)"),
+            ("temperature", self.temperature, self.temperature == 0 or 1 / MOST <= self.temperature <= MOST,
+             "0 (greedy), or 1e-6 to 1e6"),
             ("top_k", self.top_k, self.top_k >= 0, "0 or more (0 = all)"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1 (1 = all)"),
             ("cfg_schedule", self.cfg_schedule, self.cfg_schedule in CFG_SCHEDULES, ", ".join(CFG_SCHEDULES)),
             ("cfg_interval", self.cfg_interval, _is_interval(self.cfg_interval), "first,end with 0 <= first < end"),
-        ):
+        ):  # fmt: skip
             if not valid:
                 raise UserError(f"{name} is {value}, expected {expected}")
 
