@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mutor_vision.errors import UserError
+from mutor_vision.errors import UserError, short
 from mutor_vision.names import printable
 from mutor_vision.progress import QUIET
 from mutor_vision.settings import override, preset
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Training = TypeVar("Training", "TokenizerTrainConfig", "TrainConfig")
 
 LONGEST = 4000  # characters of an error, in which a file's own names may stand
+_MEMORY = re.compile("out of memory|can't allocate memory")  # of CUDA, of the CPU; torch's errors
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # full, over a quota, of small files (FAT), read-only
 
 
@@ -43,7 +44,7 @@ def run_command(main: Callable[[], None]) -> None:
     warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # more --workers than cores
     sys.stdout, sys.stderr = _unbreakable(sys.stdout, sys.__stdout__), _unbreakable(sys.stderr, sys.__stderr__)
     try:
-        _recorded(_peers_told(_disk_told(main)))()
+        _recorded(_peers_told(_shortage_told(main)))()
     except UserError as error:
         if os.environ.get("MUTOR_DEBUG") == "1":
             raise
@@ -74,8 +75,9 @@ def _one_line(error: UserError) -> str:
     return f"{where}: {printable(text, LONGEST)}"
 
 
-def _disk_told(main: Callable[[], None]) -> Callable[[], None]:
-    """main, in which a disk that has become full or read-only since it was tried is a user's matter, not a bug."""
+def _shortage_told(main: Callable[[], None]) -> Callable[[], None]:
+    """main, in which memory that is short, or a disk that has become full or read-only since it was tried, is a user's
+    matter, not a bug."""
 
     def run() -> None:
         try:
@@ -83,6 +85,11 @@ def _disk_told(main: Callable[[], None]) -> Callable[[], None]:
         except UserError:  # which may say more of the disk
             raise
         except Exception as error:
+            if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _MEMORY.search(str(error))):
+                raise UserError(
+                    f"memory is short ({short(error)}); do less at once: --batch-size, --set micro_batch=N, "
+                    "--set activation_checkpointing=true, fewer images of a grid"
+                ) from error
             # What torch.save raises says nothing of the disk, what came before it does.
             failed: BaseException | None = error
             while failed is not None and _disk_number(failed) not in _DISK:

@@ -341,9 +341,14 @@ def clock_that_stands(place, patch):
     patch.setattr(time, "time", lambda: 1.0)
 
 
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 SHARED = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 # Row -> how the surroundings are made, of a folder and a monkeypatch; words, exit code, what the line says.
 SURROUNDINGS = {
+    "E18 a card that is too small": (
+        raising("mutor_vision.sampling.stream.generate", CUDA), GRID, 2, "memory is short (CUDA out of memory. Tried"),
+    "E18 memory that is too small": (
+        environment(), "sample {run} --num 9999999999999999 --out {out}.npz", 2, "memory is short (Unab"),
     "E19 no CUDA": (cards(0), GRID + "--device cuda", 2, "device is 'cuda', but no CUDA device is visible; use cpu or"),
     "E20 a tenth card": (cards(1), GRID + "--device cuda:9", 2, "device is 'cuda:9', expected one of auto, cpu, cuda"),
     "E26 full for a checkpoint": (small_disk, TRAIN, 2, "MB are free at "),
