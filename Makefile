@@ -40,6 +40,7 @@ test-slow: install
 	mkdir -p build && rm -f build/scores.jsonl
 	MUTOR_FAULTS=all MUTOR_SCORE=$(CURDIR)/build/scores.jsonl $(PYTEST) $(FAULTS)
 	MUTOR_SCORE=$(CURDIR)/build/scores.jsonl $(PYTEST) -m bad_input
+	rm -rf build/long-run && MUTOR_SCORE=$(CURDIR)/build/scores.jsonl $(PY) tests/faults/long_run.py build/long-run
 	$(PY) tests/faults/report.py build/scores.jsonl
 
 # What other processors do, and other releases of PyTorch: no packed matrices, no merged kernel.

@@ -102,6 +102,10 @@ def random_model(tiny_config):
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer_path(tmp_path_factory) -> Path:
+    return write_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer") / "run")
+
+
+def write_tiny_tokenizer(run: Path) -> Path:
     """An exported tokenizer with random weights: 16 pixels, 4x4 codes of 32."""
     from mutor_vision.config import TokenizerConfig, TokenizerTrainConfig
     from mutor_vision.storage import checkpoint
@@ -112,7 +116,6 @@ def tiny_tokenizer_path(tmp_path_factory) -> Path:
         image_size=16, channels=(8, 8, 8), layers_per_block=1, latent_channels=8, code_dim=4, codebook_size=32,
         attention=False, norm_groups=4,
     )  # fmt: skip
-    run = tmp_path_factory.mktemp("tokenizer") / "run"
     weights = {"model": VQTokenizer(config).state_dict()}
     checkpoint.save(run, 1, "tokenizer", TokenizerTrainConfig(model=config), weights, {}, keep=2)
     return run

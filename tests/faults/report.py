@@ -1,6 +1,6 @@
 """docs/reliability.md from what the tests found.
 
-    make test-slow                                  # writes build/scores.jsonl
+    make test-slow                                  # writes build/scores.jsonl; hours on two cores
     python tests/faults/report.py build/scores.jsonl
 
 The figures are kept in tests/faults/scores.json; a test makes the page of them again and compares.
@@ -21,6 +21,10 @@ PROMISES = {
     "A job of several processes survives kills": (
         "one or both of two processes under torchrun killed at random moments, again and again, then the same command: "
         "the files of a job that was never killed", "test_killed_jobs.py",
+    ),
+    "A long run stays as it is": (
+        "200,000 steps of a tiny model: memory, open files and the folder, left alone and killed every two minutes",
+        "faults/long_run.py",
     ),
     "A full disk is told, and space mends it": (
         "on disks from 8 kB to nearly what the job needs: one line, no wreck, the last checkpoint whole; then, with "
