@@ -83,7 +83,7 @@ def main() -> None:
             kills += 1
     expected, found = tree(folder / "alone"), tree(folder / "killed")
     differing = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
-    print(f"{kills} kills, exit code {code}, {len(found)} files; those that differ or are left over: {differing or 'none'}")
+    print(f"{kills} kills, exit code {code}, {len(found)} files; that differ or are left over: {differing or 'none'}")
     record(PROMISE, f"the same files after {kills} kills", int(not code and not differing), 1)
 
 
