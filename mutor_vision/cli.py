@@ -209,6 +209,7 @@ COMMANDS = {
     "merge": "a base and its LoRA adapter -> a plain run",
     "export": "a run -> a folder that diffusers loads, with a model card",
     "convert": "LlamaGen's checkpoints and codes in, our checkpoints out",
+    "shell-completion": "a script with which bash completes these commands",
 }
 
 
@@ -239,13 +240,15 @@ def _main() -> None:
 def door(name: str, script: str) -> None:
     """The command `mutor name` as a script of its own, called `script` in its messages."""
 
-    def run() -> None:
-        command = _command(name)
-        parser = Parser(prog=script, description=command.__doc__)
-        _add_arguments(parser, command)
-        _call(command, parser.parse_args())
+    run_command(lambda: _call(_command(name), parser_of(name, script).parse_args()))
 
-    run_command(run)
+
+def parser_of(name: str, program: str = "") -> Parser:
+    """The parser of the command `name`, called `program` in its messages."""
+    command = _command(name)
+    parser = Parser(prog=program or f"mutor {name}", description=command.__doc__)
+    _add_arguments(parser, command)
+    return parser
 
 
 def _add_arguments(parser: Parser, command) -> None:

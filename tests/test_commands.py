@@ -221,3 +221,36 @@ def test_the_demo_goes_through_every_stage(command, starts_are_forked, tmp_path,
     results = json.loads((tmp_path / "demo.json").read_text())["results"]
     assert results.keys() == {"next-token", "MuToR-2D"}
     assert all(isinstance(value, float) for column in results.values() for value in column.values())
+
+
+def test_info_says_the_same_to_programs(command, tmp_path, trained_run, token_set_path):
+    printed = command("mutor", "info", trained_run, "--json", tmp_path / "run.json").out
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert found["kind"] == "transformer" and found["status"]["state"] == "done"
+    assert f"done at step {found['status']['step']}" in printed
+    for name, weights in found["weights"].items():
+        assert f"{found['checkpoint']}/{name}.safetensors: {weights['numbers']:,} numbers" in printed
+    assert f"    batch_size = {found['config']['batch_size']}\n" in printed
+
+    printed = command("mutor", "info", token_set_path, "--json", tmp_path / "set.json").out
+    found = json.loads((tmp_path / "set.json").read_text())
+    assert f"{found['images']} images of {found['classes']} classes" in printed and found["grid"] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    "typed, expected",
+    [
+        ("tr", {"train", "train-tokenizer"}),
+        ("train --cod", {"--codes"}),
+        ("train --preset digits-mutor-2d", {"digits-mutor-2d", "digits-mutor-2d-15"}),
+        ("train-tokenizer --preset dig", {"digits"}),
+        ("sample runs/x --classes gold", set()),  # a class or a file: bash's own completion
+    ],
+)
+def test_bash_completes(command, typed, expected):
+    if not (bash := shutil.which("bash")):
+        pytest.skip("needs bash")
+    words = f"mutor {typed}".split()
+    script = f"{command('mutor', 'shell-completion').out}\nCOMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}"
+    done = subprocess.run([bash, "-c", script + '\n_mutor; echo "${COMPREPLY[@]}"'], capture_output=True, text=True)
+    assert not done.stderr and set(done.stdout.split()) == expected

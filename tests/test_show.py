@@ -81,6 +81,42 @@ def test_the_grid_grows_row_by_row(server):
     assert events(server, decode="forecast")[0]["passes"] <= 16
 
 
+def picture(folder):
+    """A file of an image, and what a page sends of it."""
+    path = folder / "my photo.png"
+    pixels = np.random.default_rng(0).integers(256, size=(20, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path, {"name": path.name, "content": base64.b64encode(path.read_bytes()).decode()}
+
+
+@pytest.mark.parametrize("decode", ["plain", "forecast"])
+def test_an_image_is_completed_as_the_command_does_it(server, command, tmp_path, monkeypatch, decode):
+    path, image = picture(tmp_path)
+    original, *_, last, again = events(server, image=image, keep_rows=3, decode=decode)
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(again["command"])
+    assert words[words.index("--image") + 1] == path.name and words[words.index("--keep-rows") + 1] == "3"
+    result = command(*words)
+    assert result.code == 0, result.err
+    grid = np.asarray(Image.open(tmp_path / words[words.index("--out") + 1]))
+    shown = [original["original"], *last["images"][:2], original["original"], *last["images"][2:]]
+    left = grid.shape[1] - (3 * 132 + 4)
+    for number, source in enumerate(shown):  # of each class the image, then two completions
+        top, start = 4 + 132 * (number // 3), left + 4 + 132 * (number % 3)
+        assert (grid[top : top + 128 : 8, start : start + 128 : 8] == pixels(source)).all()
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"image": {"name": "a.png", "content": "QUJD"}, "keep_rows": 2}, "a.png: not a complete image"),
+    ({"image": {"name": "a.png", "content": "*"}, "keep_rows": 2}, "cannot read this"),
+    ({"image": "x", "keep_rows": 2}, "cannot read this"),
+    ({"keep_rows": 4}, "expected 1 to 3"),
+])  # fmt: skip
+def test_an_image_that_cannot_be_completed_is_told(server, tmp_path, changes, says):
+    (told,) = events(server, **({"image": picture(tmp_path)[1]} | changes))
+    assert says in told["error"]
+
+
 def test_mistakes_are_told_on_the_page(server):
     for changes, told in (
         ({"classes": []}, "choose one class"), ({"classes": [99]}, "of 0 to 4"),
@@ -194,14 +230,22 @@ def test_in_a_browser(server, tmp_path, width):
         page.find_element(By.ID, "overlay").click()
         page.find_element(By.ID, "draw").click()
         WebDriverWait(page, 60).until(lambda page: page.find_element(By.ID, "again").is_displayed())
-        images = page.find_elements(By.CSS_SELECTOR, "figure img")
+        images = page.find_elements(By.CSS_SELECTOR, "#runs img")
         assert len(images) == 8
         assert all(page.execute_script("return arguments[0].naturalWidth", image) == 16 for image in images)
         assert all(image.size["width"] >= 96 for image in images)
-        names = [caption.text for caption in page.find_elements(By.TAG_NAME, "figcaption")]
+        names = [caption.text for caption in page.find_elements(By.CSS_SELECTOR, "#runs figcaption")]
         assert len(set(names)) == 2 and len(page.find_elements(By.CSS_SELECTOR, "canvas:not([hidden])")) == 8
         assert page.execute_script("return document.documentElement.scrollWidth") <= width
         assert "--classes 2,4" in page.find_element(By.ID, "command").text
         page.save_screenshot(str(tmp_path / f"{width}.png"))
+        page.find_element(By.ID, "image").send_keys(str(picture(tmp_path)[0]))
+        assert page.find_element(By.ID, "keep_rows").get_attribute("value") == "2"
+        page.find_element(By.ID, "draw").click()
+        WebDriverWait(page, 60).until(lambda page: page.find_element(By.ID, "again").is_displayed())
+        assert page.find_element(By.ID, "original").is_displayed()
+        assert "--image 'my photo.png' --keep-rows 2" in page.find_element(By.ID, "command").text
+        assert page.execute_script("return document.documentElement.scrollWidth") <= width
+        page.save_screenshot(str(tmp_path / f"{width}-completed.png"))
         assert not [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"
                     and "favicon" not in entry["message"]]  # fmt: skip

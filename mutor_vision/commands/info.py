@@ -1,80 +1,93 @@
 """The command `mutor info`: what is this folder? One screen on a run, a checkpoint or a token set."""
 
 import argparse
-from collections.abc import Iterable
+import math
 from pathlib import Path
+from typing import Any
 
 from mutor_vision.errors import UserError
 from mutor_vision.names import printable
+from mutor_vision.settings import flat
 from mutor_vision.storage import checkpoint
-from mutor_vision.storage.files import read_json
+from mutor_vision.storage.files import read_json, write_json
+from mutor_vision.storage.outputs import check_out_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what is printed here, too")
 
 
 def main(arguments: argparse.Namespace) -> None:
-    print(describe(arguments.path))
+    if arguments.json:
+        check_out_file(arguments.json)
+    found = facts(arguments.path)
+    if arguments.json:
+        write_json(arguments.json, found)
+    print(describe(arguments.path, found))
 
 
-def describe(path: str | Path) -> str:
-    """A few lines for a person. Raises UserError when `path` is nothing of ours, IntegrityError when it is damaged."""
+def facts(path: str | Path) -> dict[str, Any]:
+    """What a folder says of itself, JSON-ready. Raises UserError when `path` is nothing of ours, IntegrityError when it
+    is damaged."""
     path = Path(path)
     if (path / "manifest.json").is_file() and not (path / "config.json").is_file():
-        return _describe_token_set(path)
+        return _of_token_set(path)
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is no run, checkpoint or token set: it has neither config.json nor manifest.json")
-    return _describe_model(path)
+    return _of_model(path)
 
 
-def _describe_token_set(path: Path) -> str:
+def describe(path: str | Path, found: dict[str, Any]) -> str:
+    """A few lines for a person, of the facts."""
+    if found["kind"] == "token set":
+        return _text([
+            f"token set {path}, complete and verified",
+            f"  {found['images']:,} images of {found['classes']} classes, {found['image_size']} pixels square",
+            f"  {'x'.join(map(str, found['grid']))} codes in [0, {found['codebook_size']}), views "
+            + ", ".join(found["views"]),
+            f"  tokenizer {found['tokenizer_sha256'][:16]}",
+        ])  # fmt: skip
+    lines = [f"{found['kind']} {path}, written by mutor_vision {found['mutor_vision']}"]
+    if status := found["status"]:
+        reason = f": {status['reason']}" if status["reason"] else ""
+        lines.append(f"  {status['state']} at step {status['step']}{reason}")
+    if found["without_weights"]:
+        return _text([*lines, f"  no weights: {found['without_weights']}"])
+    for name, weights in found["weights"].items():
+        what = f"{weights['numbers']:,} numbers in {weights['tensors']} tensors"
+        lines.append(f"  {found['checkpoint']}/{name}.safetensors: {what}")
+    return _text([*lines, "  settings:", *(f"    {name} = {value}" for name, value in flat(found["config"]).items())])
+
+
+def _of_token_set(path: Path) -> dict[str, Any]:
     from mutor_vision.data.token_set import TokenSet
 
     codes = TokenSet.open(path)
-    return _text([
-        f"token set {path}, complete and verified",
-        f"  {codes.num_images:,} images of {len(codes.class_names)} classes, {codes.image_size} pixels square",
-        f"  {codes.grid[0]}x{codes.grid[1]} codes in [0, {codes.codebook_size}), views {', '.join(codes.views)}",
-        f"  tokenizer {codes.tokenizer_identity[:16]}",
-    ])  # fmt: skip
+    return {
+        "kind": "token set", "images": codes.num_images, "classes": len(codes.class_names),
+        "image_size": codes.image_size, "grid": list(codes.grid), "codebook_size": codes.codebook_size,
+        "views": list(codes.views), "tokenizer_sha256": codes.tokenizer_identity,
+    }  # fmt: skip
 
 
-def _describe_model(path: Path) -> str:
+def _of_model(path: Path) -> dict[str, Any]:
     values = read_json(path / "config.json", {"kind": str, "mutor_vision": str, "config": dict})
-    lines = [f"{values['kind']} {path}, written by mutor_vision {values['mutor_vision']}"]
-    status = path / "status.json"
-    if status.is_file():
-        state = read_json(status, {"state": str, "step": int, "reason": str})
-        lines.append(f"  {state['state']} at step {state['step']}{': ' + state['reason'] if state['reason'] else ''}")
+    found = {name: values[name] for name in ("kind", "mutor_vision", "config")}
+    found |= {"status": None, "checkpoint": None, "weights": {}, "without_weights": ""}
+    if (path / "status.json").is_file():
+        found["status"] = read_json(path / "status.json", {"state": str, "step": int, "reason": str})
     try:
         folder = checkpoint.resolve(path)
     except UserError as error:
-        return _text([*lines, f"  no weights: {error}"])
+        return found | {"without_weights": str(error)}
+    found["checkpoint"] = folder.name
     for name in checkpoint.weight_names(folder):
         shapes = [tensor.shape for tensor in checkpoint.read_weights(folder, name).values()]  # mapped, not read
-        count = sum(_product(shape) for shape in shapes)
-        lines.append(f"  {folder.name}/{name}.safetensors: {count:,} numbers in {len(shapes)} tensors")
-    lines.append("  settings:")
-    lines += [f"    {name} = {value}" for name, value in _flat(values["config"])]
-    return _text(lines)
+        found["weights"][name] = {"numbers": sum(math.prod(shape) for shape in shapes), "tensors": len(shapes)}
+    return found
 
 
 def _text(lines: list[str]) -> str:
     # A run may be a stranger's: what it says of itself is text, and no line of its own.
     return "\n".join(map(printable, lines))
-
-
-def _flat(values: dict, prefix: str = ""):
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _product(shape: Iterable[int]) -> int:
-    size = 1
-    for side in shape:
-        size *= side
-    return size

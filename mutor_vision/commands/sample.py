@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from mutor_vision.errors import UserError
 from mutor_vision.names import known_as, match_class, parse_classes, title
 from mutor_vision.progress import progress
 from mutor_vision.runtime import finish, start
-from mutor_vision.sampling.completion import Completing
+from mutor_vision.sampling.completion import completing
 from mutor_vision.sampling.load import LoadedModel, load
 from mutor_vision.sampling.stream import default_batch_size, label_plan, sample_in_order, sample_stream, spread_classes
 from mutor_vision.storage.files import clear, read_json, written
@@ -102,7 +101,7 @@ def _write_grid(loaded, settings, arguments, out: Path, batch_size: int) -> None
     labels = torch.tensor(classes).repeat_interleave(arguments.per_class)
     original = None
     if arguments.image:
-        loaded, original = _completing(loaded, arguments.image, arguments.keep_rows)
+        loaded, original = completing(loaded, images.read_image(arguments.image), arguments.keep_rows)
     stream = sample_in_order(loaded, labels, settings, arguments.seed, min(batch_size, len(labels)))
     pixels, columns = torch.cat(list(_progress(stream, len(labels), loaded))), arguments.per_class
     if original is not None:
@@ -114,20 +113,6 @@ def _write_grid(loaded, settings, arguments, out: Path, batch_size: int) -> None
         identity = loaded.identity
         print(f"{out}: {len(labels)} images of {len(classes)} classes from {identity['run']}/{identity['checkpoint']} "
               f"({identity['weights']} weights), cfg {settings.cfg_scale:g}, seed {arguments.seed}")  # fmt: skip
-
-
-def _completing(loaded: LoadedModel, path: str, rows: int) -> tuple[LoadedModel, Tensor]:
-    """The model that completes an image from its first rows of codes, and that image, cropped, uint8 (3, H, W)."""
-    height, sides = loaded.config.model.grid[0], loaded.image_size
-    if sides[0] != sides[1]:
-        raise UserError(f"the model draws images of {sides[1]}x{sides[0]} pixels; --image needs square ones")
-    rows = rows or height // 2
-    if not 1 <= rows < height:
-        raise UserError(f"--keep-rows is {rows}, expected 1 to {height - 1}: the model draws {height} rows of codes")
-    original = images.to_tensor(images.center_crop(images.read_image(path), sides[0]))
-    codes = loaded.tokenizer.encode(images.to_float(original[None]).to(loaded.runtime.device))
-    completing: Any = Completing(loaded.transformer, codes[0, :rows].flatten())
-    return dataclasses.replace(loaded, transformer=completing), original
 
 
 def _write_set(loaded, settings, arguments, out: Path, batch_size: int) -> None:

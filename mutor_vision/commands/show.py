@@ -1,5 +1,6 @@
 """A page to look at what a run draws: classes by name, guidance and filtering, the grid as it grows row by row, how
-sure the model was of each token, and two runs side by side with the same seeds.
+sure the model was of each token, an image of one's own completed from its first rows, and two runs side by side with
+the same seeds.
 
     mutor show runs/mutor-2d
     mutor show runs/mutor-2d runs/next-token --port 8000
@@ -25,10 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mutor_vision.data.images import to_pil
+from mutor_vision.data.images import read_image, to_pil
 from mutor_vision.errors import UserError
 from mutor_vision.names import in_words
 from mutor_vision.runtime import start
+from mutor_vision.sampling.completion import completing
 from mutor_vision.sampling.decode import Plain
 from mutor_vision.sampling.draw import SampleSettings
 from mutor_vision.sampling.entropy import token_entropies
@@ -38,6 +40,7 @@ from mutor_vision.sampling.load import LoadedModel, load
 from mutor_vision.sampling.stream import decode_images
 
 MOST_IMAGES = 64  # of one request
+MOST_BYTES = 32_000_000  # of one request, in which there may be an image
 # Sent with every answer: the page is its own, and nothing else may be loaded, framed or run in it.
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src "
@@ -113,7 +116,7 @@ def serve(loaded: dict[str, LoadedModel], port: int) -> ThreadingHTTPServer:
             length = int(told) if told.isdecimal() else 0
             # Another site's page cannot send this type without asking first, and is never allowed to.
             is_json = self.headers.get_content_type() == "application/json"
-            if self.path != "/draw" or not is_json or not 0 < length < 100_000:
+            if self.path != "/draw" or not is_json or not 0 < length < MOST_BYTES:
                 self._begin(404, "text/plain")
                 return
             content = self.rfile.read(length)
@@ -121,7 +124,7 @@ def serve(loaded: dict[str, LoadedModel], port: int) -> ThreadingHTTPServer:
             try:
                 with drawing:
                     draw_all(loaded, json.loads(content), self._send)
-            except (UserError, ValueError, KeyError, TypeError) as error:
+            except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
                 self._send({"error": str(error) if isinstance(error, UserError) else f"cannot read this: {error!r}"})
 
         def _is_ours(self) -> bool:
@@ -149,7 +152,8 @@ def serve(loaded: dict[str, LoadedModel], port: int) -> ThreadingHTTPServer:
 
 def draw_all(loaded: dict[str, LoadedModel], asked: dict, send: Callable[[dict], None]) -> None:
     """What a page asked for -> events: {'run', 'images'} while the images grow, {'run', 'images', 'entropy', 'passes'}
-    when those of a run are done, {'command'} at the end. Raises UserError, and what reading another structure raises.
+    when those of a run are done, {'command'} at the end; {'original'}, the image as the tokenizer gets it, before those
+    of a run that completes one. Raises UserError, and what reading another structure raises.
     A page that has gone away ends the drawing with a ConnectionError."""
     names = next(iter(loaded.values())).class_names
     classes, each = [int(label) for label in asked["classes"]], int(asked["each"])
@@ -165,7 +169,15 @@ def draw_all(loaded: dict[str, LoadedModel], asked: dict, send: Callable[[dict],
         top_p=float(asked["top_p"]),
     )  # fmt: skip
     labels = torch.tensor(classes).repeat_interleave(each)
+    given, picture, rows_kept = asked.get("image"), None, 0
+    if given:
+        picture = read_image(str(given["name"]), base64.b64decode(given["content"], validate=True))
+        rows_kept = int(asked["keep_rows"])
     for path, model in loaded.items():
+        whole = model.transformer  # which says how sure it was, of kept codes too
+        if picture is not None:
+            model, original = completing(model, picture, rows_kept)
+            send({"original": _png(original)})
         if settings.cfg_scale != 1 and not model.config.label_dropout:
             raise UserError(f"{path} was trained with label_dropout 0 and has no null class; set guidance to 1")
         grid = model.config.model.grid
@@ -174,8 +186,8 @@ def draw_all(loaded: dict[str, LoadedModel], asked: dict, send: Callable[[dict],
         def grown(codes: Tensor, path=path, model=model, grid=grid) -> None:
             if codes.shape[1] % grid[1] == 0 and codes.shape[1] < math.prod(grid):
                 rows = codes.shape[1] // grid[1]
-                whole = torch.nn.functional.pad(codes, (0, math.prod(grid) - codes.shape[1])).unflatten(1, grid)
-                pictures = decode_images(model, whole)
+                padded = torch.nn.functional.pad(codes, (0, math.prod(grid) - codes.shape[1])).unflatten(1, grid)
+                pictures = decode_images(model, padded)
                 height = pictures.shape[2] * rows // grid[0]
                 send({"run": path, "images": [_png(picture[:, :height]) for picture in pictures], "rows": rows})
 
@@ -184,24 +196,25 @@ def draw_all(loaded: dict[str, LoadedModel], asked: dict, send: Callable[[dict],
                 model.transformer, labels.to(model.runtime.device), settings, seed=seed,
                 indices=np.arange(len(labels)), decoder=forecast or Plain(grown),
             )  # fmt: skip
-            entropy = token_entropies(model.transformer, codes, labels.to(codes.device), settings)
+            entropy = token_entropies(whole, codes, labels.to(codes.device), settings)
         tokens = math.prod(grid)
         send({
             "run": path, "images": [_png(picture) for picture in decode_images(model, codes)], "rows": grid[0],
             "entropy": np.round(entropy.cpu().numpy().astype(float), 3).tolist(), "tokens": tokens,
             "passes": round(forecast.passes / len(labels), 1) if forecast else tokens,
         })  # fmt: skip
-    send({"command": "\n".join(_command(path, classes, each, seed, settings, asked["decode"]) for path in loaded)})
+    more = ["--decode", asked["decode"]] if forecast else []
+    more += ["--image", given["name"], "--keep-rows", rows_kept] if given else []
+    send({"command": "\n".join(_command(path, classes, each, seed, settings, more) for path in loaded)})
 
 
-def _command(path: str, classes: list[int], each: int, seed: int, settings: SampleSettings, decode: str) -> str:
+def _command(path: str, classes: list[int], each: int, seed: int, settings: SampleSettings, more: list) -> str:
     """The command that makes the same picture."""
     words = ["mutor", "sample", path, "--classes", ",".join(map(str, classes)), "--per-class", each, "--seed", seed]
     for field in dataclasses.fields(settings):
         if (value := getattr(settings, field.name)) != field.default:
             words += [f"--{field.name.replace('_', '-')}", f"{value:g}"]
-    words += ["--decode", decode] if decode != "plain" else []
-    return shlex.join(map(str, [*words, "--out", f"{Path(path).name or 'grid'}.png"]))
+    return shlex.join(map(str, [*words, *more, "--out", f"{Path(path).name or 'grid'}.png"]))
 
 
 def _png(picture: Tensor) -> str:
