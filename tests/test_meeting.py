@@ -64,7 +64,7 @@ def test_processes_with_other_plans_do_not_encode_together(tiny_tokenizer_path, 
         )
 
     done = forked(work, ranks=2)
-    assert done.code == 2 and "views is not the same in all 2 processes" in done.out, done.out
+    assert done.code == 2 and "view_plan, views are not the same in all 2 processes" in done.out, done.out
     assert not (tmp_path / "codes" / "plan.json").exists()
 
 

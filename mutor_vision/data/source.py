@@ -2,7 +2,7 @@
 
 A folder (`data/folder.py`) is the first kind. Another one, such as a tar archive or parquet, is a subclass of `Source`
 in a file of its own and a line in `reading.SOURCES`; encoding, tokenizer training and features then read it as they
-read a folder.
+read a folder (docs/adding-a-data-source.md).
 """
 
 from abc import ABC, abstractmethod

@@ -4,7 +4,7 @@ not depend on the number of processes or on interruptions: a second call keeps f
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -96,13 +96,11 @@ def encode_folder(
     source = open_source(data)
     begun = read_json(out / PLAN, _PLAN) if (out / PLAN).is_file() else {}
     suspects = recall_bad(out) + list(begun.get("skipped", {}))
-    runtime.check_same({
-        **asdict(settings), "skip_bad": skip_bad, "verify": verify, "images": source.fingerprint(),
-        "tokenizer": tokenizer_identity(tokenizer_folder(tokenizer_path)),
-    })  # fmt: skip
+    runtime.check_same({"images": len(source), "skip_bad": skip_bad, "verify": verify})
     source = without_bad(source, out, skip_bad, verify, suspects, runtime)
     tokenizer = load_tokenizer(tokenizer_path, runtime.device, settings.weights)
     plan = _plan(tokenizer, source, settings, runtime)
+    runtime.check_same({name: plan[name] for name in plan if name != "skipped"})  # which the first process alone knows
     plan = _begin(out, plan, source, tokenizer_path, settings.weights, runtime)
     if not (out / "manifest.json").is_file():
         views = Views(source, plan["image_size"], views_named(settings.views))

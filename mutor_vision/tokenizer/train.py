@@ -68,7 +68,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path, trackers: Seq
     state = checkpoint.read_training_state(newest) if newest else {}
     source = open_source(config.data)
     suspects = recall_bad(out) + list(state.get("skipped", {}))
-    runtime.check_same(to_dict(config) | dict.fromkeys(PATHS, "") | {"data": source.fingerprint()})
+    runtime.check_same(to_dict(config) | dict.fromkeys(PATHS, "") | {"data": len(source)})
     source = without_bad(source, out, config.skip_bad, config.verify, suspects, runtime)
     source, train_indices, val_source, val_indices = split(config, source)
     images_of_classes, repaired = source.fingerprints_of_classes(), []
@@ -77,6 +77,7 @@ def train_tokenizer(config: TokenizerTrainConfig, out: str | Path, trackers: Seq
     crops = TrainingCrops(source, train_indices, size, config.seed, config.min_crop_scale)
     val_views = Views(val_source, size, center)
     files = f"{source.fingerprint()} {len(train_indices)}"
+    runtime.check_same({"data": files})
 
     # Models and optimizers.
     torch.manual_seed(config.seed)
