@@ -4,10 +4,14 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
+import time
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
+from mutor_vision.data.reading import read_batches
 from mutor_vision.errors import UserError
 from mutor_vision.runtime import Runtime
 from mutor_vision.storage import lock
@@ -21,9 +25,7 @@ def in_another_process(out, then=None):
     ours, theirs = context.Pipe()
 
     def work():
-        for descriptor in lock._held.values():  # a fork shares its parent's locks, another job does not
-            os.close(descriptor)
-        lock._held.clear()
+        lock.leave_to_parent()  # another job has none
         try:
             lock.hold(out, ALONE)
             theirs.send("")
@@ -88,3 +90,20 @@ def test_a_training_holds_its_directory(trained_run, train_config, elsewhere):
     said, process = elsewhere(trained_run)
     with pytest.raises(lock.LockedError, match="in use by process"):
         train(train_config, trained_run)
+
+
+class Slow(Dataset):
+    def __getitem__(self, number):
+        time.sleep(30)
+
+
+def test_readers_that_outlive_a_killed_job_do_not_keep_its_lock(tmp_path, forked):
+    """They are forked from it, and take seconds to see that it is gone."""
+
+    def job():
+        lock.hold(tmp_path / "run", ALONE)
+        threading.Timer(2, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+        next(read_batches(Slow(), [[0]], workers=1))
+
+    assert forked(job).code == -signal.SIGKILL
+    lock.hold(tmp_path / "run", ALONE)

@@ -21,6 +21,7 @@ from mutor_vision.data.source import Source
 from mutor_vision.data.tar import TarImages
 from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import permutation, uniforms
+from mutor_vision.storage import lock
 
 PATIENCE = 600  # seconds that a batch may take to be read
 # Kinds beside folders, asked in this order whether they claim what a user wrote.
@@ -78,7 +79,7 @@ def read_batches(dataset: Dataset, batches: Iterable[Iterable[int]], workers: in
         raise UserError(f"workers is {workers}, expected 0 or more")
     loader = DataLoader(
         _ErrorsAsItems(dataset), batch_sampler=cast(Any, batches), num_workers=workers, collate_fn=_stack,
-        pin_memory=torch.cuda.is_available(), timeout=PATIENCE if workers else 0, worker_init_fn=_deaf,
+        pin_memory=torch.cuda.is_available(), timeout=PATIENCE if workers else 0, worker_init_fn=_begin,
         # The default until Python 3.13. Its successor, forkserver, takes seconds to start and pickles the dataset.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )  # fmt: skip
@@ -105,7 +106,9 @@ def read_batches(dataset: Dataset, batches: Iterable[Iterable[int]], workers: in
             yield torch.from_numpy(batch) if isinstance(batch, np.ndarray) else batch
 
 
-def _deaf(_: int) -> None:
+def _begin(_: int) -> None:
+    """Of a reading process."""
+    lock.leave_to_parent()
     # A signal to stop reaches all processes of a job; the trainer, which saves first, still needs its readers.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -32,6 +32,12 @@ def hold(out: Path, runtime: Runtime) -> None:
     runtime.raise_together(error)
 
 
+def leave_to_parent() -> None:
+    """Called in a forked helper: it shares its parent's locks, and would keep them for as long as it outlives it."""
+    while _held:
+        os.close(_held.popitem()[1])
+
+
 def _hold(out: Path) -> None:
     path = out.resolve() / ".lock"
     if path in _held:
