@@ -223,7 +223,7 @@ def _main() -> None:
         prog="mutor", description="From images to a trained model, its samples and their scores.",
         epilog="mutor COMMAND --help says more. Exit codes: 0 done, 1 a fault of this program, 2 a wrong setting,\n"
                "3 images or weights that cannot be read, 4 a damaged file, 5 things that do not belong together,\n"
-               "75 asked to stop, and saved.",
+               "7 a directory that another job has, 75 asked to stop, and saved.",
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     name, parsers = sys.argv[1] if len(sys.argv) > 1 else "", {}

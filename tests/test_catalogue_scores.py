@@ -723,7 +723,7 @@ MISTAKES = {
     "sweep of no model": ("sweep --model /none --reference R --out o", 2, "expected a run directory or a checkpoint"),
     "sweep of one image": ("sweep --model S --reference R --out o --num-images 1", 2, "--num-images must be 2 or more"),
     "no classes": ("features --data S --out o", 3, "S has images directly in it and no class folders"),
-    "learning rate 0": ("features --data S --out o --lr 0", 2, "--lr more than 0"),
+    "learning rate 0": ("features --data S --out o --lr 0", 2, "--lr a number of more than 0"),
     "output among the images": ("features --data S --out S/o", 2, "lie in one another; give folders apart"),
 } | {
     f"{words}: outputs are tried before the work": (words, 2, says) for words, says in {
