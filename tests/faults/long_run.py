@@ -78,7 +78,8 @@ def main() -> None:
     record(PROMISE, "open files", int(files[1] <= files[0]), 1)
     expected, found = tree(folder / "alone"), tree(folder / "killed")
     differing = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
-    print(f"{kills} kills, exit code {killed.returncode}, {len(found)} files; that differ or are left over: {differing or 'none'}")
+    what = f"{len(found)} files; that differ or are left over: {differing or 'none'}"
+    print(f"{kills} kills, exit code {killed.returncode}, {what}")
     record(PROMISE, f"the same files after {kills} kills", int(not killed.returncode and not differing), 1)
 
 
