@@ -53,6 +53,11 @@ class AuxiliaryConfig(Settings):
         """Whether the loss is computed at all."""
         return self.weight > 0
 
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """Everything that follows schedule.parse_weight_schedule."""
+        return (self.weight_schedule,)
+
     def cost(self, model: "TransformerConfig") -> AuxiliaryCost:
         """What it adds; nothing when it is off."""
         raise NotImplementedError
@@ -75,7 +80,8 @@ class RegisterConfig(AuxiliaryConfig):
     kind: str = "none"  # none (next-token baseline) | 1d | 2d
     count: int = 0  # registers per image; h * w = one at every slot
     offsets: str = ""  # 2d: these, each perhaps with its share (offsets.parse_offsets); '' = max_offset's
-    max_offset: int = 4  # 1d: d in 1..max_offset; 2d: d_h and d_w in 1..max_offset
+    max_offset: int = 4  # m; 1d: d in 1..m; 2d: d_h and d_w in 1..m
+    max_offset_schedule: str = "constant"  # factors of m, as of a weight: '0:0.5,~50%:1' goes from near to far
     min_offset_w: int = 1  # 2d: smallest d_w; 1 = the paper's quadrant, down to -3 adds neighbours below-left
     weight: float = 0.5  # a in (1 - a) L_next + a L_reg
     weight_schedule: str = "constant"  # constant | linear | points: see schedule.parse_weight_schedule
@@ -86,7 +92,7 @@ class RegisterConfig(AuxiliaryConfig):
     class_slot: bool = True  # a register may sit at the class token
     self_attention: bool = True  # a register sees itself
 
-    _absent_in = {3: {"offsets": ""}}
+    _absent_in = {3: {"offsets": ""}, 4: {"max_offset_schedule": "constant"}}
     _prefix = "registers."
     implementation = "mutor_vision.objectives.register_loss:RegisterLoss"
     is_share = True
@@ -111,6 +117,10 @@ class RegisterConfig(AuxiliaryConfig):
         if self.offsets and (self.kind != "2d" or not self.next_token):
             raise UserError(f"registers.offsets is '{self.offsets}'; only 2d registers have it, and next_token says "
                             "nothing beside it")  # fmt: skip
+        parse_weight_schedule(self.max_offset_schedule, "registers.max_offset_schedule")
+        if self.max_offset_schedule != "constant" and (self.offsets or self.min_offset_w > 1):
+            raise UserError("registers.max_offset_schedule is a schedule of max_offset alone; leave out offsets and "
+                            "min_offset_w above 1")  # fmt: skip
         if (0, 0) in parse_offsets(self.offsets, "registers.offsets"):
             raise UserError("registers.offsets has the cell itself, whose token has been read; leave it out")
         if self.max_offset == 1 and self.kind == "2d" and self.min_offset_w == 1 and not self.offsets:
@@ -121,6 +131,15 @@ class RegisterConfig(AuxiliaryConfig):
     @property
     def active(self) -> bool:
         return self.count > 0
+
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        return self.weight_schedule, self.max_offset_schedule
+
+    def max_offset_at(self, step: int, steps: int, epoch_steps: float = 0.0) -> int:
+        """m at a step, as weight_at: rounded, and at least what leaves an offset."""
+        factor = weight_factor(self.max_offset_schedule, step, steps, epoch_steps)
+        return max(round(factor * self.max_offset), 1 if self.kind == "1d" and self.next_token else 2)
 
     def cost(self, model: "TransformerConfig") -> AuxiliaryCost:
         return AuxiliaryCost(inputs=self.count, targets=self.count)

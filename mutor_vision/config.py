@@ -270,6 +270,7 @@ class TrainConfig(Settings):
             "encoder_states.depth": 2 / 3, "encoder_states.projector_width": 0, "encoder_states.reduction": "sum",
             "encoder_states.edge": "wrap", "encoder_states.network": "", "encoder_states.features_width": 0,
         },
+        4: {"registers.max_offset_schedule": "constant"},
     }  # fmt: skip
 
     @property
@@ -286,7 +287,8 @@ class TrainConfig(Settings):
     @property
     def counts_epochs(self) -> bool:
         """Whether a loss's weight depends on the epoch."""
-        return any(own.active and "e" in schedule_units(own.weight_schedule) for own in self.auxiliaries.values())
+        schedules = [each for own in self.auxiliaries.values() if own.active for each in own.schedules]
+        return any("e" in schedule_units(schedule) for schedule in schedules)
 
     @classmethod
     def _migrated(cls, given: dict[str, Any], format: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 from mutor_vision.errors import UserError
 
 Config = TypeVar("Config", bound="Settings")
-FORMAT = 4  # of config.json; see Settings._absent_in
+FORMAT = 5  # of config.json; see Settings._absent_in
 
 
 class Settings:

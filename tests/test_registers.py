@@ -237,3 +237,31 @@ def test_the_loss_of_each_offset_is_that_of_its_registers(random_model):
         assert sums[name].item() == pytest.approx(expected[name], rel=1e-4) and counts[name] == found[name]
     assert counts["register"] == found.total() and sums["register"].item() == pytest.approx(expected.total(), rel=1e-4)
     assert objective.weights(0) == {"next_token": 0.5, "register": 0.5} | dict.fromkeys(expected, 0.0)
+
+
+def test_a_schedule_of_the_largest_offset_goes_from_near_to_far(random_model):
+    """m in training by step; held-out registers have all offsets, so that their losses compare."""
+    from mutor_vision.config import TrainConfig
+    from mutor_vision.objectives.objective import Objective
+    from mutor_vision.objectives.register_loss import RegisterLoss
+
+    own = RegisterConfig("2d", 9, max_offset=4, max_offset_schedule="0:0.25,25%:0.75,~75%:1", offset_per="register")
+    assert [own.max_offset_at(step, 9) for step in range(9)] == [2, 2, 3, 3, 4, 4, 4, 4, 4]  # 3.5 is rounded to even
+    config = TrainConfig(model=random_model.config, registers=own, steps=9)
+    objective = Objective(random_model, [RegisterLoss(own, config)])
+    codes = torch.arange(1, 17).reshape(1, 4, 4).expand(60, -1, -1)
+
+    def largest(**step):
+        sequence = objective.sequence(codes, seed=0, sample_index=np.arange(60), **step)
+        plain = dataclasses.replace(own, max_offset=int(sequence.offsets.max()), max_offset_schedule="constant")
+        assert torch.equal(sequence.targets, sequence_of(plain, batch=60, **step).targets)
+        return plain.max_offset
+
+    assert [largest(step=step) for step in (0, 1, 2, 4, 8)] == [2, 2, 3, 4, 4] and largest() == 4
+
+
+@pytest.mark.parametrize("more", [{"offsets": "below"}, {"min_offset_w": 2}, {"max_offset_schedule": "0:2"}])
+@pytest.mark.bad_input("settings")
+def test_a_schedule_of_the_largest_offset_goes_with_nothing_else(more):
+    with pytest.raises(UserError, match="registers.max_offset_schedule is"):
+        RegisterConfig("2d", 4, **{"max_offset_schedule": "0:0.5,50%:1", **more})

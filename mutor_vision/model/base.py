@@ -1,6 +1,7 @@
 """The base of a fine-tuning run: any checkpoint of a transformer, ours or converted, that a new run starts from."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ class Base:
     config: TrainConfig
     weights: str  # 'ema' or 'model'
 
+    @functools.cached_property
     def record(self) -> dict[str, str]:
         """What identifies these weights, for base.json."""
         return {

@@ -73,7 +73,7 @@ def load_merged(base: str | Path, adapter: str | Path, weights: str = "best") ->
         raise UserError(f"{root} has no {RECORD}; give the run directory of an adapter, or a checkpoint in it")
     record = read_json(root / RECORD, {"checkpoint": str, "weights": str, "weights_sha256": str})
     opened = open_base(base, record["weights"])
-    if (found := opened.record()["weights_sha256"]) != record["weights_sha256"]:
+    if (found := opened.record["weights_sha256"]) != record["weights_sha256"]:
         raise MismatchError(
             f"{adapter} was trained on {record['checkpoint']}, weights sha256 {record['weights_sha256'][:12]}; "
             f"{base} has {found[:12]}; give that base"

@@ -39,10 +39,10 @@ class Auxiliary(nn.Module):
         the tensors of both are this process's shards."""
 
     def extend(
-        self, sequence: TrainingSequence, codes: Tensor, *, seed: int, sample_index: np.ndarray, step: int
+        self, sequence: TrainingSequence, codes: Tensor, *, seed: int, sample_index: np.ndarray, step: int | None
     ) -> TrainingSequence:
         """The sequence with the inputs that it adds, if any. codes (B, h, w) int64; seed, sample_index (B,) and the
-        0-based step fix every draw, whatever the batch."""
+        0-based step fix every draw, whatever the batch. step None: of held-out images, which follow no schedule."""
         return sequence
 
     def count(self, sequence: TrainingSequence) -> int:

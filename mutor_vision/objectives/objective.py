@@ -43,8 +43,8 @@ class Objective(nn.Module):
         return [NEXT_TOKEN, *self.others]
 
     def sequence(
-        self, codes: Tensor, *, seed: int, sample_index: np.ndarray, step: int = 0, labels: Tensor | None = None,
-        features: Tensor | None = None,
+        self, codes: Tensor, *, seed: int, sample_index: np.ndarray, step: int | None = None,
+        labels: Tensor | None = None, features: Tensor | None = None,
     ) -> TrainingSequence:  # fmt: skip
         """codes (B, h, w) int64 -> what `forward` reads. labels (B,): the classes, none of them dropped; features
         (B, N, F): of the token set, where a loss reads them; the other arguments as in Auxiliary.extend."""

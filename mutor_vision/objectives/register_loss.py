@@ -31,10 +31,14 @@ class RegisterLoss(Auxiliary):
         place_registers(own, config.model.grid, seed=0, sample_index=np.zeros(1, dtype=np.int64))  # does the grid do?
 
     def extend(self, sequence, codes, *, seed, sample_index, step) -> TrainingSequence:
+        own = self.own if step is None else self._at(self.own.max_offset_at(step, self.steps, self.epoch_steps))
         return add_registers(
-            sequence, codes, self.own, register_token=self.register_token, seed=seed, sample_index=sample_index,
-            step=step,
+            sequence, codes, own, register_token=self.register_token, seed=seed, sample_index=sample_index,
+            step=step or 0,
         )  # fmt: skip
+
+    def _at(self, max_offset: int) -> RegisterConfig:
+        return self.own if max_offset == self.own.max_offset else dataclasses.replace(self.own, max_offset=max_offset)
 
     def count(self, sequence: TrainingSequence) -> int:
         return sequence.num_register_targets

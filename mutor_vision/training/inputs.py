@@ -42,7 +42,7 @@ def open_inputs(config: TrainConfig, runtime: Runtime) -> Inputs:
         config = dataclasses.replace(config, epoch_images=len(train_images))
     val_images = held_out[choose(0, "validation images", len(held_out), config.val_images)]
     base = open_base(config.init) if config.init else None
-    files = {"codes": token_set.identity, "init": base and base.record(), "eval_reference": "", "eval_weights": ""}
+    files = {"codes": token_set.identity, "init": base and base.record, "eval_reference": "", "eval_weights": ""}
     files["val_codes"] = config.val_codes and val_set.identity
     runtime.check_same(to_dict(config) | files)  # the same files may be elsewhere on another machine
     check(config, token_set, val_set, len(train_images), runtime)

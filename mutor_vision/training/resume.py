@@ -29,11 +29,11 @@ def resume(out: Path, inputs: Inputs, state: State) -> Path | None:
     config, base, runtime = state.config, inputs.base, state.runtime
     found = checkpoint.open_run(out, state.kind)
     lock.hold(out, runtime)  # not before: what is no run of ours gets no file
-    record = base.record() if base else None
+    record = base.record if base else None
     if found is not None:
         # A schedule that ends at a share of `steps` makes another run of another number of them.
-        weights = [own.weight_schedule for own in config.auxiliaries.values() if own.active]
-        fixed = config.schedule != "constant" or any("%" in schedule_units(schedule) for schedule in weights)
+        schedules = [each for own in config.auxiliaries.values() if own.active for each in own.schedules]
+        fixed = config.schedule != "constant" or any("%" in schedule_units(schedule) for schedule in schedules)
         allowed = RESUMABLE - ({"steps"} if fixed else set())
         checkpoint.resolve(out / "tokenizer")  # verifies it: found now, not when the trained model is to sample
         before = checkpoint.read_config(found, state.kind, type(config))
