@@ -205,6 +205,7 @@ COMMANDS = {
     "reference": "statistics of images to compare with (eval/reference.py)",
     "fid": "FID and the rest of ADM's suite, of images or of a run (eval/fid.py)",
     "sweep": "the guidance scale of the lowest FID (eval/cfg_sweep.py)",
+    "demo": "all of it on handwritten digits, in minutes, with a page of pictures (train/demo.py)",
     "info": "say what a run, checkpoint or token set is",
     "merge": "a base and its LoRA adapter -> a plain run",
     "export": "a run -> a folder that diffusers loads, with a model card",

@@ -6,18 +6,20 @@ import json
 import shutil
 
 import numpy as np
+import pytest
 import torch
 from faults.damage import copied, damage_all
 from faults.score import everything, record
+from safetensors.torch import save_file
 
 from mutor_vision.data.token_set import TokenSet
-from mutor_vision.errors import UserError
+from mutor_vision.errors import IntegrityError, MismatchError, UserError
 from mutor_vision.features.extractors import identity_text, load_trained
 from mutor_vision.features.moments import Statistics, read_protocol, read_statistics, statistics_arrays
 from mutor_vision.features.train import FeatureTraining, train
 from mutor_vision.runtime import start
 from mutor_vision.sampling.load import load
-from mutor_vision.storage import checkpoint
+from mutor_vision.storage import checkpoint, foreign
 from mutor_vision.storage.files import state_sha256
 from mutor_vision.storage.npz import Npz
 from mutor_vision.storage.npz_writer import write_arrays
@@ -130,3 +132,29 @@ def test_a_log_is_repaired(trained_run, tmp_path, capsys):
         whole = sum(json.dumps(json.loads(line)) in map(json.dumps, found) for line in lines)
         assert whole >= len(lines) - 2
     assert said
+
+
+def test_a_member_that_a_wrong_length_hides_is_missed(tmp_path):
+    """zipfile reads the directory of an archive until a length leads out of it, and takes that for the end."""
+    path = make_statistics(tmp_path / "one", 0) / "reference.npz"
+    content = path.read_bytes()
+    place = content.rfind(b"PK\x01\x02", 0, content.rfind(b"PK\x01\x02")) + 33  # of a comment that the entry has not
+    path.write_bytes(content[:place] + b"\x80" + content[place + 1 :])
+    with pytest.raises(IntegrityError, match="the zip's directory is damaged"):
+        Npz(path)
+
+
+@pytest.mark.parametrize("name", [".", ".w", "a..w", ""])
+def test_a_tensor_without_a_name_is_refused(tmp_path, name):
+    save_file({name: torch.ones(2), "w": torch.ones(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(MismatchError, match="which no network has"):
+        foreign.read(tmp_path / "x.safetensors")
+
+
+def test_a_pt_file_whose_entry_says_that_it_is_encrypted_is_refused(tmp_path):
+    torch.save({"w": torch.ones(2)}, tmp_path / "x.pt")
+    content = bytearray((tmp_path / "x.pt").read_bytes())
+    content[content.rfind(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(IntegrityError, match="is truncated or damaged"):
+        foreign.read(tmp_path / "x.pt")

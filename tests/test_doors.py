@@ -23,7 +23,7 @@ def test_a_command_says_what_it_does_and_how_it_is_called(name):
 def test_there_is_a_door_at_every_place_that_users_know(root):
     assert set(DOORS.values()) == {
         "tokenizers/train_vq.py", "tokenizers/encode.py", "tokenizers/reconstruct.py", "train/imagenet.py",
-        "eval/fid.py", "eval/reference.py", "eval/train_features.py", "eval/cfg_sweep.py",
+        "train/demo.py", "eval/fid.py", "eval/reference.py", "eval/train_features.py", "eval/cfg_sweep.py",
     }  # fmt: skip
     for name, script in DOORS.items():
         code = (root / script).read_text()

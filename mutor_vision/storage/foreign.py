@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mutor_vision.errors import IntegrityError, MismatchError, UserError
 from mutor_vision.storage.files import read_json, read_tensors
+from mutor_vision.storage.npz import DAMAGE
 
 # Entries of a file that may hold its weights: those of LlamaGen, DDP, DeepSpeed, Lightning, timm, BasicSR, Fabric.
 ENTRIES = (
@@ -166,7 +167,9 @@ def _check_zip(path: Path) -> None:
                 if entry.filename.endswith("/byteorder") and archive.read(entry).strip() != b"little":
                     raise IntegrityError(f"{path} was written by a big-endian machine; save it again on another")
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, ValueError) as error:
+    except DAMAGE as error:
+        if isinstance(error, UserError):  # which is a ValueError
+            raise
         raise IntegrityError(
             f"{path} ({path.stat().st_size:,} bytes) is truncated or damaged ({_short(error)}); download it again"
         ) from None
@@ -215,7 +218,9 @@ def _unwrapped(path: Path, tensors: dict[str, Any], weights: str, layout: str) -
     for name, tensor in tensors.items():
         if not isinstance(name, str):
             raise MismatchError(f"{path}: '{name}' is a {type(name).__name__}, expected the name of a tensor")
-        parts = tuple(part for part in name.split(".") if part not in _WRAPPERS)
+        if "" in (split := name.split(".")):
+            raise MismatchError(f"{path} has a tensor called '{name}', which no network has; save its state dict again")
+        parts = tuple(part for part in split if part not in _WRAPPERS)
         if parts and not _is_beside(parts, tensor, tensors):
             _put(path, named, parts, name, tensor)
     prefix: tuple[str, ...] = ()

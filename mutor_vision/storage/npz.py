@@ -55,6 +55,8 @@ class Npz:
             infos = archive.infolist()
             if len(infos) > MAX_MEMBERS:
                 raise IntegrityError(f"{path} has {len(infos)} members, expected at most {MAX_MEMBERS}")
+            if len(infos) != _told_members(self.path):  # a wrong length in the directory hides what follows it
+                raise IntegrityError(f"{path}: the zip's directory is damaged; copy or download it again")
             self.members = [info.filename for info in infos]
             self.infos: dict[str, zipfile.ZipInfo] = {}
             self.arrays: dict[str, ArrayHeader] = {}
@@ -176,6 +178,14 @@ class Npz:
                 f"{info.file_size:,}"
             )
         return ArrayHeader(tuple(shape), dtype, 8 + width + length, fortran and len(shape) > 1)
+
+
+def _told_members(path: Path) -> int:
+    """How many members the end of a zip file says it has, which zipfile does not compare with what it finds."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - 22 - 65_535))  # its comment is the last, and has at most so many bytes
+        end = file.read()
+    return int.from_bytes(end[(place := end.rfind(b"PK\x05\x06")) + 10 : place + 12], "little")
 
 
 class _Rows:

@@ -95,9 +95,8 @@ LIMITS = """
   kernels were not held to it.
 - At another number of processes a run goes on with the same images at each step; dropout draws other noise.
 - Renaming is atomic on local disks and NFS, not on object stores. Locks are those of the file system.
-- Crash points are all of a job's changes of files (TensorBoard's left out), but for tokenizer training, of which the
-  table has ten. All its 177 were tried once; 18 failed, after the last save: the status stayed "running". That is
-  mended and has a test; all were not tried again.
+- Crash points are all of a job's changes of files, but for TensorBoard's, whose thread writes when it likes.
+- The long run takes three quarters of an hour: its memory is compared between quarters of that, not between hours.
 - A hash shows an accident or an exchange, not who made a file.
 - Loss spikes are logged and not acted upon: what a spike is depends on the run.
 """
