@@ -216,11 +216,9 @@ def _unwrapped(path: Path, tensors: dict[str, Any], weights: str, layout: str) -
     MismatchError when two tensors get the same name."""
     named: _Named = {}
     for name, tensor in tensors.items():
-        if not isinstance(name, str):
-            raise MismatchError(f"{path}: '{name}' is a {type(name).__name__}, expected the name of a tensor")
-        if "" in (split := name.split(".")):
-            raise MismatchError(f"{path} has a tensor called '{name}', which no network has; save its state dict again")
-        parts = tuple(part for part in split if part not in _WRAPPERS)
+        if not isinstance(name, str) or "" in name.split("."):
+            raise MismatchError(f"{path}: {name!r} is a {type(name).__name__}, expected the name of a network's tensor")
+        parts = tuple(part for part in name.split(".") if part not in _WRAPPERS)
         if parts and not _is_beside(parts, tensor, tensors):
             _put(path, named, parts, name, tensor)
     prefix: tuple[str, ...] = ()
