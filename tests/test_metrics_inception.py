@@ -134,3 +134,16 @@ def test_another_inception_is_never_taken_silently(weights_file, tmp_path):
             load_inception(str(path))
     with pytest.raises(IntegrityError, match="looks like a web page"):
         load_inception(str(page), allow_unknown=True)
+
+
+def test_memory_that_is_short_is_not_taken_for_a_wrong_size(monkeypatch):
+    from mutor_vision.features.extractors import load_extractor
+
+    extractor = load_extractor("timm:test_resnet@32", "random")
+
+    def full(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. If reserved memory is large, set max_split_size_mb")
+
+    monkeypatch.setattr(extractor.model, "forward_features", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        extractor(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))

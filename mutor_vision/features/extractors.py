@@ -71,7 +71,9 @@ class TimmFeatures(Extractor):
         try:
             hidden = self.model.forward_features((images.float() / 255 - self.mean) / self.std)
         except (AssertionError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "size" not in str(error):  # of memory, or of the device
+            # Of memory (whose text may advise max_split_size), or of the device.
+            short_of_memory = isinstance(error, torch.OutOfMemoryError)
+            if short_of_memory or (isinstance(error, RuntimeError) and "size" not in str(error)):
                 raise
             raise UserError(
                 f"{self.identity['name']} cannot take images of {self.size} pixels ({short(error)}); give another size "
