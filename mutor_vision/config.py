@@ -285,10 +285,15 @@ class TrainConfig(Settings):
         return any(own.active and own.reads_features for own in self.auxiliaries.values())
 
     @property
+    def schedule_units(self) -> set[str]:
+        """Of what the losses that are on follow by the step: see schedule.schedule_units."""
+        schedules = [each for own in self.auxiliaries.values() if own.active for each in own.schedules]
+        return set().union(*map(schedule_units, schedules))
+
+    @property
     def counts_epochs(self) -> bool:
         """Whether a loss's weight depends on the epoch."""
-        schedules = [each for own in self.auxiliaries.values() if own.active for each in own.schedules]
-        return any("e" in schedule_units(schedule) for schedule in schedules)
+        return "e" in self.schedule_units
 
     @classmethod
     def _migrated(cls, given: dict[str, Any], format: int) -> dict[str, Any]:

@@ -9,7 +9,15 @@ import zlib
 
 import numpy as np
 
+from mutor_vision.errors import UserError
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def check_seed(seed: int, name: str = "--seed") -> None:
+    """Raise UserError for a seed that would be another one's modulo 2^64, or that torch does not take."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"{name} is {seed}, expected 0 to 2^63 - 1")
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

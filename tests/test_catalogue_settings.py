@@ -124,23 +124,12 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def no_labels_dropped(folder):
-    setting(label_dropout=0.0)(folder)
-
-
-def filled(folder):
-    text("run/notes.txt", "x")(folder)
-
-
-def only_a_file(folder):
-    text("out", "x")(folder)
-
-
 def bare(folder):
     (folder / "bare").mkdir()
     os.chdir(folder / "bare")
 
 
+A_FILE = text("out", "x")
 # Row -> what is done to a folder, a command's words, exit code, what the line says.
 WORDS = {
     "D20 a batch over GPUs": (nothing, "plan --preset own-mutor-2d-80 --gpus 7", 2, "cannot be split over 7 GPUs; use"),
@@ -187,7 +176,8 @@ WORDS = {
     "E14 -1": (nothing, GRID + "--cfg-scale -1", 2, "cfg_scale is -1.0, expected 0 to 1e6 (1 = no guidance)"),
     "E14 1e300": (nothing, GRID + "--cfg-scale 1e300", 2, "cfg_scale is 1e+300, expected 0 to 1e6 (1 = no guidance)"),
     "E14 below 1": (nothing, GRID + "--cfg-scale 0.5", 0, "cfg 0.5"),
-    "E15 no null class": (no_labels_dropped, GRID, 2, "trained with label_dropout 0 and has no null class; use --cfg-"),
+    "E15 no null class": (
+        setting(label_dropout=0.0), GRID, 2, "trained with label_dropout 0 and has no null class; use --cfg-"),
     "E16 -1": (nothing, GRID + "--seed -1", 2, "--seed is -1, expected 0 to 2^63 - 1"),
     "E16 2^64": (nothing, GRID + "--seed 18446744073709551616", 2, "expected 0 to 2^63 - 1"),
     "E16 -1, of a tokenizer": (nothing, TOKENIZER + "--set seed=-1", 2, "seed is -1, expected 0 to 2^63 - 1"),
@@ -199,13 +189,13 @@ WORDS = {
     "E21 float8": (nothing, GRID + "--precision float8", 2, "precision is 'float8', expected one of auto, float32, bf"),
     "E21 half": (nothing, GRID + "--precision half", 2, "precision is 'half', expected one of auto, float32, bfloat16"),
     "E23 a folder": (nothing, GRID.replace("{out}.png", "{data}.png"), 2, "is a folder, expected the name of a file"),
-    "E23 a file": (only_a_file, TRAIN, 2, "is a file, expected a folder; give another"),
+    "E23 a file": (A_FILE, TRAIN, 2, "is a file, expected a folder; give another"),
     "E23 no parent": (nothing, GRID.replace("{out}", "{out}/deeper/x"), 0, "1 images"),
     "E23 read-only": (nothing, GRID.replace("{out}", "/proc/x"), 2, "/proc/x.png cannot be written ("),
     "E23 a bucket": (nothing, GRID.replace("{out}", "s3://bucket/x"), 2, "begins with 's3:/', expected a path on this"),
     "E23 read-only, for figures": (
         nothing, "plan --preset own-mutor-2d-80 --json /proc/x.json", 2, "/proc/x.json cannot be written ("),
-    "E23 a file as a folder": (only_a_file, TRAIN.replace("{out}", "{out}/run"), 2, "cannot be written (Not a directo"),
+    "E23 a file as a folder": (A_FILE, TRAIN.replace("{out}", "{out}/run"), 2, "cannot be written (Not a directo"),
     "E23 up from nowhere": (nothing, TRAIN.replace("{out}", "{out}/samples/.."), 2, "goes up from a folder that does "),
     "E24 nothing": (nothing, TRAIN.replace("{out}", "{nothing}"), 2, "out is '', expected a path; give one"),
     "E24 nothing, for a set": (nothing, SET.replace("{out}.npz", "{nothing}"), 2, "out is '', expected a path; give o"),
@@ -413,16 +403,9 @@ def test_bad_settings(called, row):
     called(row, DRY + words, code, says)
 
 
-@pytest.mark.parametrize("row", FILES | WORDS)
-def test_bad_files_and_words(called, place, row):
-    make, words, code, says = (FILES | WORDS)[row]
-    make(place)
-    called(row, words, code, says)
-
-
-@pytest.mark.parametrize("row", RESUMED)
-def test_a_run_that_goes_on_otherwise(called, place, row):
-    make, words, code, says = RESUMED[row]
+@pytest.mark.parametrize("row", FILES | WORDS | RESUMED)
+def test_files_and_words(called, place, row):
+    make, words, code, says = (FILES | WORDS | RESUMED)[row]
     make(place)
     called(row, words, code, says)
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from faults.crash_points import Counted, chosen, tree
+from faults.crash_points import Counted, chosen, differing, tree
 from faults.score import everything, record
 from faults.small_disk import enlarged, mounted
 
@@ -74,11 +74,9 @@ def test_a_job_that_is_killed_is_started_again(jobs, forked, enter, tmp_path, na
         killed = run(folder, kill_at=point)
         assert killed.code == -9, f"point {point} was not reached: {killed.out[-500:]}"
         again = run(folder)
-        if again.code or tree(folder) != expected:
-            found = tree(folder)
-            differing = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
+        if (wrong := differing(tree(folder), expected)) or again.code:
             failed.append(f"killed before {changes[point - 1]} ({point} of {len(changes)}): exit {again.code}, "
-                          f"{differing[:5]}, {again.out[-300:]}")  # fmt: skip
+                          f"{wrong[:5]}, {again.out[-300:]}")  # fmt: skip
     record("A killed job is started again by the same command", name, len(points) - len(failed), len(points))
     assert not failed, "\n\n".join(failed)
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from faults.crash_points import tree
+from faults.crash_points import differing, tree
 from faults.score import everything, record
 
 TRAIN = """--preset digits-mutor-2d-15 --set registers.count=5 --set model.layers=1 --set model.heads=2
@@ -101,10 +101,9 @@ def test_a_job_of_two_processes_survives_kills(jobs, root, tmp_path, name):
         if killed and code:
             kills += 1
             continue
-        found = tree(out)  # it came to its end, perhaps just before a kill
-        differing = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
-        if code or differing:
-            failed = [f"exit {code}", *differing, out.with_suffix(".log").read_text()[-2000:]]
+        wrong = differing(tree(out), expected)  # it came to its end, perhaps just before a kill
+        if code or wrong:
+            failed = [f"exit {code}", *wrong, out.with_suffix(".log").read_text()[-2000:]]
         elif kills >= wanted:
             break
         shutil.rmtree(out)

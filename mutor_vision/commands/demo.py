@@ -244,4 +244,3 @@ several tokens in one pass (docs/drafts.md), here of 60 images. Classes:</p>
 
 def _cell(value) -> str:
     return html.escape(f"{value:.3f}" if isinstance(value, float) else str(value))
-

@@ -22,7 +22,7 @@ from mutor_vision.data.reading import Views, open_source, read_batches
 from mutor_vision.data.source import Source
 from mutor_vision.errors import MismatchError, UserError
 from mutor_vision.features.train import FeatureTraining, train
-from mutor_vision.keyed_random import permutation
+from mutor_vision.keyed_random import check_seed, permutation
 from mutor_vision.metrics.evaluate import check_outputs
 from mutor_vision.runtime import start
 
@@ -49,8 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     if not 8 <= arguments.image_size <= LARGEST or arguments.shift < 0 or not 0 < arguments.lr < math.inf:
         raise UserError(f"--image-size must be 8 to {LARGEST}, --shift 0 or more, and --lr a number of more than 0")
-    if not 0 <= arguments.seed < 2**63:
-        raise UserError(f"--seed is {arguments.seed}, expected 0 to 2^63 - 1")
+    check_seed(arguments.seed)
     check_apart(arguments.data, arguments.out)
     runtime = start("float32", arguments.device)
     if runtime.world_size > 1:

@@ -19,6 +19,7 @@ from mutor_vision.data.images import save_png
 from mutor_vision.errors import UserError
 from mutor_vision.features.extractors import load_extractor
 from mutor_vision.features.sources import RunImages
+from mutor_vision.keyed_random import check_seed
 from mutor_vision.metrics import report
 from mutor_vision.metrics.evaluate import METRICS, ImageSet, Options, check_outputs, evaluate, open_set
 from mutor_vision.metrics.several import IN_EVERY_NETWORK, combine
@@ -74,8 +75,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError(f"--model needs --num-images, 2 or more; got {arguments.num}")
     if min(arguments.num, arguments.sample_batch_size) < 0:
         raise UserError("--num-images and --sample-batch-size must not be negative")
-    if not 0 <= arguments.seed < 2**63:
-        raise UserError(f"--seed is {arguments.seed}, expected 0 to 2^63 - 1")
+    check_seed(arguments.seed)
     work = arguments.work or (arguments.json.with_name(arguments.json.name + ".work") if arguments.json else None)
     options = Options(
         metrics=tuple(name.strip() for name in arguments.metrics.split(",") if name.strip()),

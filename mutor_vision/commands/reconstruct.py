@@ -22,7 +22,7 @@ from mutor_vision.data.images import center, save_png, to_pil
 from mutor_vision.data.reading import Views, open_source, read_batches
 from mutor_vision.data.source import Source
 from mutor_vision.errors import UserError
-from mutor_vision.keyed_random import permutation
+from mutor_vision.keyed_random import check_seed, permutation
 from mutor_vision.storage.files import write_json, written_folder
 from mutor_vision.storage.outputs import check_out_folder
 
@@ -46,8 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     if arguments.num < 0 or arguments.grid < 1 or arguments.batch_size < 1:
         raise UserError("--num, --grid and --batch-size must be positive")
-    if not 0 <= arguments.seed < 2**63:
-        raise UserError(f"--seed is {arguments.seed}, expected 0 to 2^63 - 1")
+    check_seed(arguments.seed)
 
     from mutor_vision.tokenizer.model import load_tokenizer, tokenizer_identity
     from mutor_vision.tokenizer.reconstruction import reconstruct, score_reconstructions, side_by_side

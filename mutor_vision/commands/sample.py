@@ -14,6 +14,7 @@ import mutor_vision
 from mutor_vision.commands.flags import add_execution, add_settings, decoding_from, settings_from
 from mutor_vision.data import images
 from mutor_vision.errors import UserError
+from mutor_vision.keyed_random import check_seed
 from mutor_vision.names import known_as, match_class, parse_classes, title
 from mutor_vision.progress import progress
 from mutor_vision.runtime import finish, start
@@ -56,8 +57,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError(f"--batch-size is {arguments.batch_size}, expected 1 or more, or 0 to choose by free memory")
     if arguments.resize < 0:
         raise UserError(f"--resize is {arguments.resize}, expected pixels, or 0 for images as decoded")
-    if not 0 <= arguments.seed < 2**63:
-        raise UserError(f"--seed is {arguments.seed}, expected 0 to 2^63 - 1")
+    check_seed(arguments.seed)
     if arguments.keep_rows and not arguments.image:
         raise UserError("--keep-rows needs --image FILE, the image whose rows are kept")
     if arguments.image and (arguments.num is not None or arguments.resize):

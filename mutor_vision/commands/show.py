@@ -28,6 +28,7 @@ from torch import Tensor
 
 from mutor_vision.data.images import read_image, to_pil
 from mutor_vision.errors import UserError
+from mutor_vision.keyed_random import check_seed
 from mutor_vision.names import in_words
 from mutor_vision.runtime import start
 from mutor_vision.sampling.completion import completing
@@ -124,7 +125,7 @@ def serve(loaded: dict[str, LoadedModel], port: int) -> ThreadingHTTPServer:
             try:
                 with drawing:
                     draw_all(loaded, json.loads(content), self._send)
-            except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (UserError, ValueError, KeyError, TypeError) as error:
                 self._send({"error": str(error) if isinstance(error, UserError) else f"cannot read this: {error!r}"})
 
         def _is_ours(self) -> bool:
@@ -162,8 +163,7 @@ def draw_all(loaded: dict[str, LoadedModel], asked: dict, send: Callable[[dict],
     if not 1 <= len(classes) * each <= MOST_IMAGES:
         raise UserError(f"{len(classes)} classes of {each} images each; expected 1 to {MOST_IMAGES} images in all")
     seed = int(asked["seed"])
-    if not 0 <= seed < 2**63:
-        raise UserError(f"the seed is {seed}, expected 0 to 2^63 - 1")
+    check_seed(seed, "the seed")
     settings = SampleSettings(
         cfg_scale=float(asked["cfg_scale"]), temperature=float(asked["temperature"]), top_k=int(asked["top_k"]),
         top_p=float(asked["top_p"]),

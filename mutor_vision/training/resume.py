@@ -6,7 +6,6 @@ from pathlib import Path
 
 from mutor_vision.errors import MismatchError
 from mutor_vision.model.base import RECORD
-from mutor_vision.schedule import schedule_units
 from mutor_vision.settings import differences
 from mutor_vision.storage import checkpoint, lock
 from mutor_vision.storage.files import read_json, sha256, write_json
@@ -32,8 +31,7 @@ def resume(out: Path, inputs: Inputs, state: State) -> Path | None:
     record = base.record if base else None
     if found is not None:
         # A schedule that ends at a share of `steps` makes another run of another number of them.
-        schedules = [each for own in config.auxiliaries.values() if own.active for each in own.schedules]
-        fixed = config.schedule != "constant" or any("%" in schedule_units(schedule) for schedule in schedules)
+        fixed = config.schedule != "constant" or "%" in config.schedule_units
         allowed = RESUMABLE - ({"steps"} if fixed else set())
         checkpoint.resolve(out / "tokenizer")  # verifies it: found now, not when the trained model is to sample
         before = checkpoint.read_config(found, state.kind, type(config))

@@ -120,6 +120,11 @@ def tree(folder: Path) -> dict[str, str]:
     return found
 
 
+def differing(one: dict[str, str], other: dict[str, str]) -> list[str]:
+    """Names of the files that two trees do not have alike."""
+    return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
+
+
 def _plain(value) -> str:
     if isinstance(value, dict):
         return "{" + ",".join(f"{key!r}:{_plain(each)}" for key, each in value.items()) + "}"

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conftest import _write_token_set, write_tiny_tokenizer  # noqa: E402
 
-from faults.crash_points import tree  # noqa: E402
+from faults.crash_points import differing, tree  # noqa: E402
 from faults.score import record  # noqa: E402
 
 PROMISE = "A long run stays as it is"
@@ -77,10 +77,10 @@ def main() -> None:
     record(PROMISE, f"memory within 2 % ({grown:+.1%} over {steps:,} steps)", int(abs(grown) < 0.02), 1)
     record(PROMISE, "open files", int(files[1] <= files[0]), 1)
     expected, found = tree(folder / "alone"), tree(folder / "killed")
-    differing = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
-    what = f"{len(found)} files; that differ or are left over: {differing or 'none'}"
+    wrong = differing(expected, found)
+    what = f"{len(found)} files; that differ or are left over: {wrong or 'none'}"
     print(f"{kills} kills, exit code {killed.returncode}, {what}")
-    record(PROMISE, f"the same files after {kills} kills", int(not killed.returncode and not differing), 1)
+    record(PROMISE, f"the same files after {kills} kills", int(not killed.returncode and not wrong), 1)
 
 
 if __name__ == "__main__":
