@@ -5,7 +5,7 @@ FAST := -m "not slow"
 # A worker on each core; every test uses one thread, or says so. A file stays with its worker, where its fixtures are.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile
 # What computes with the transformer, and so may take a fast path: test_layout.py compares this list with the imports.
-PLAIN := $(addprefix tests/test_,$(addsuffix .py,adding_an_objective aligned_states completion device_rules \
+PLAIN := $(addprefix tests/test_,$(addsuffix .py,adding_an_objective aligned_states averages completion device_rules \
     drafter drafts encoder_states eval export fine_tuning forecast generate llamagen look_ahead_grid looking_ahead \
     made_before mutor nonfinite offsets other_processes parallel_heads plan preflight private_blocks registers \
     resume sample sharding show tokenizer_commands trackers train_loop transformer))

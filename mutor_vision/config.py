@@ -52,15 +52,14 @@ class TokenizerConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._require("channels", bool, "whole numbers with commas")
         self._require_positive("image_size layers_per_block latent_channels code_dim norm_groups")
         self._require("codebook_size", lambda size: 2 <= size <= 2**32, "2 to 2^32, the most that token sets can hold")
         if odd := [channels for channels in self.channels if channels < 1 or channels % self.norm_groups]:
             raise UserError(f"model.channels has {odd[0]}, expected multiples of model.norm_groups {self.norm_groups}")
         if self.image_size % self.downsample:
-            raise UserError(
-                f"model.image_size is {self.image_size}, expected a multiple of {self.downsample} "
-                f"({len(self.channels)} levels of channels)"
-            )
+            raise UserError(f"model.image_size is {self.image_size}, expected a multiple of {self.downsample} "
+                            f"({len(self.channels)} levels of channels)")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,25 +112,19 @@ class TokenizerTrainConfig(Settings):
         1: {"val_images": 2000, "quantize_after": 0},
         2: {"model.quantizer": "vq"},
         3: {
-            "perceptual_weight": 0.0,
-            "perceptual_network": "",
-            "perceptual_weights": "",
-            "perceptual_stages": [0, 1, 2, 3],
-            "discriminator_width": 64,
-            "discriminator_layers": 3,
-            "skip_bad": 0,
+            "perceptual_weight": 0.0, "perceptual_network": "", "perceptual_weights": "",
+            "perceptual_stages": [0, 1, 2, 3], "discriminator_width": 64, "discriminator_layers": 3, "skip_bad": 0,
             "verify": False,
         },
-    }
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("steps batch_size lr")
         self._require_not_negative(
-            "l1_weight l2_weight lpips_weight perceptual_weight codebook_weight commitment_weight entropy_weight "
-            "adversarial_weight clip skip_bad "
-            "workers dead_code_steps quantize_after adversarial_start warmup_steps val_images log_every val_every "
-            "sample_every save_every"
+            "l1_weight l2_weight lpips_weight perceptual_weight codebook_weight commitment_weight entropy_weight clip "
+            "adversarial_weight adversarial_start skip_bad workers dead_code_steps quantize_after warmup_steps "
+            "val_images log_every val_every sample_every save_every"
         )
         self._require_betas()
         self._require("val_fraction", lambda share: 0 <= share <= 0.99, "0 to 0.99")
@@ -142,6 +135,7 @@ class TokenizerTrainConfig(Settings):
         self._require_one_of("schedule", "constant", "cosine")
         self._require_one_of("precision", "auto", "float32", "bfloat16")
         self._require_positive("discriminator_width discriminator_layers")
+        self._require("perceptual_stages", bool, "whole numbers with commas")
         if self.perceptual_network and not self.perceptual_network.startswith("timm:"):
             raise UserError(f"perceptual_network is '{self.perceptual_network}', expected timm:NAME or timm:NAME@SIZE")
         if self.perceptual_weight > 0 and not self.perceptual_network:
@@ -234,6 +228,7 @@ class TrainConfig(Settings):
     min_lr: float = 0.0  # where cosine ends
     label_dropout: float = 0.1  # share of sequences that see the null class, 0 = no guidance at sampling
     ema_decay: float = 0.9999  # 0 = no EMA
+    more_ema_decays: tuple[float, ...] = ()  # further averages, kept and validated beside it as ema-0.99 and so on
     seed: int = 0
     precision: str = "auto"  # auto | float32 | bfloat16
     compile: str = "auto"  # torch.compile the blocks: auto (on CUDA; measured not to pay on a CPU) | on | off
@@ -271,7 +266,14 @@ class TrainConfig(Settings):
             "encoder_states.edge": "wrap", "encoder_states.network": "", "encoder_states.features_width": 0,
         },
         4: {"registers.max_offset_schedule": "constant"},
+        5: {"more_ema_decays": []},
     }  # fmt: skip
+
+    @property
+    def ema_decays(self) -> dict[str, float]:
+        """File stem in a checkpoint -> decay of each average of the weights, the one that is sampled first."""
+        more = {f"ema-{decay}": decay for decay in self.more_ema_decays}
+        return ({"ema": self.ema_decay} if self.ema_decay else {}) | more
 
     @property
     def auxiliaries(self) -> dict[str, AuxiliaryConfig]:
@@ -313,6 +315,9 @@ class TrainConfig(Settings):
         )
         self._require_betas()
         self._require_share("label_dropout val_fraction ema_decay")
+        decays = [self.ema_decay, *self.more_ema_decays]
+        several = lambda more: not more or len({decay for decay in decays if 0 < decay < 1}) == len(decays)  # noqa: E731
+        self._require("more_ema_decays", several, "decays above 0 and below 1, each once, beside an ema_decay above 0")
         self._require("keep", lambda keep: keep >= 2, "2 or more: the newest checkpoint may turn out damaged")
         self._require_seed()
         self._require_one_of("schedule", "constant", "cosine")
@@ -329,8 +334,7 @@ class TrainConfig(Settings):
             raise UserError("parallel is fsdp and lora_rank is set, which do not go together; an adapter has so little "
                             "to train that ddp will do: set parallel=ddp")  # fmt: skip
         if self.lora_rank and not self.init:
-            raise UserError(f"lora_rank is {self.lora_rank} and init is ''; an adapter needs --init RUN to be trained "
-                            "on")  # fmt: skip
+            raise UserError(f"lora_rank is {self.lora_rank} and init is ''; an adapter needs a model: --init RUN")
         on = {name: own for name, own in self.auxiliaries.items() if own.active}
         if self.lora_rank and (own := [name for name in on if on[name].has_weights]):
             raise UserError(f"{own[0]} has weights of its own and lora_rank is {self.lora_rank}; an adapter leaves the "

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 from mutor_vision.errors import UserError
 
 Config = TypeVar("Config", bound="Settings")
-FORMAT = 5  # of config.json; see Settings._absent_in
+FORMAT = 6  # of config.json; see Settings._absent_in
 
 
 class Settings:
@@ -164,7 +164,7 @@ def _is_of(value: Any, hint: Any) -> bool:
     """Whether a value is of a field's type. A truth value is no number, a whole number is a float, nan is nothing."""
     if get_origin(hint) is tuple:
         kinds = get_args(hint)
-        if not isinstance(value, tuple) or not value:
+        if not isinstance(value, tuple):
             return False
         kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
         return len(kinds) == len(value) and all(map(_is_of, value, kinds))

@@ -29,7 +29,8 @@ def runs(tmp_path_factory, train_config, forked):
     plain = dataclasses.replace(train_config, model=NO_DROPOUT)
     train(plain, folder / "one")
     train(dataclasses.replace(plain, steps=5), folder / "one, then two")
-    both = dataclasses.replace(train_config, parallel_heads=ParallelHeadsConfig(2, weight=0.25))  # and registers
+    heads = ParallelHeadsConfig(2, weight=0.25)
+    both = dataclasses.replace(train_config, parallel_heads=heads, more_ema_decays=(0.5,))  # and registers
     sharded = {"parallel": "fsdp"}
     bfloat16 = {"precision": "bfloat16"}
     trainings = [
@@ -56,7 +57,8 @@ def runs(tmp_path_factory, train_config, forked):
     return folder
 
 
-@pytest.mark.parametrize("name", ["loss", "heads", "val_next_token", "val_next_token_ema", "val_register"])
+@pytest.mark.parametrize("name", ["loss", "heads", "val_next_token", "val_next_token_ema",
+                                  "val_next_token_ema-0.5", "val_register"])  # fmt: skip
 def test_fsdp_trains_to_the_curve_of_ddp(runs, name):
     """With dropout, EMA, registers, parallel heads and clipping."""
     assert len(curve(runs / "ddp", name)) >= 2
@@ -81,7 +83,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(runs):
     assert curve(runs / "fsdp, cut") == curve(runs / "fsdp")
     first, second = (checkpoint.newest(runs / run) for run in ("fsdp, cut", "fsdp"))
     files = [path.relative_to(first) for path in first.rglob("*.safetensors")]
-    assert len(files) == 5  # weights, heads, EMA, and the moments of two processes
+    assert len(files) == 6  # weights, heads, two averages, and the moments of two processes
     for file in files:
         tensors, others = load_file(first / file), load_file(second / file)
         assert tensors.keys() == others.keys() and len(tensors) > 7

@@ -11,6 +11,7 @@ from mutor_vision.settings import flat
 from mutor_vision.storage import checkpoint
 from mutor_vision.storage.files import read_json, write_json
 from mutor_vision.storage.outputs import check_out_file
+from mutor_vision.storage.run_log import held_out_losses
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +58,11 @@ def describe(path: str | Path, found: dict[str, Any]) -> str:
     for name, weights in found["weights"].items():
         what = f"{weights['numbers']:,} numbers in {weights['tensors']} tensors"
         lines.append(f"  {found['checkpoint']}/{name}.safetensors: {what}")
+    if losses := found["held_out"]:
+        lowest = min(losses, key=losses.__getitem__)
+        which = f", lowest with --weights {lowest}" if len(losses) > 1 else ""
+        said = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        lines.append(f"  held-out loss at step {found['held_out_step']}: {said}{which}")
     return _text([*lines, "  settings:", *(f"    {name} = {value}" for name, value in flat(found["config"]).items())])
 
 
@@ -74,7 +80,7 @@ def _of_token_set(path: Path) -> dict[str, Any]:
 def _of_model(path: Path) -> dict[str, Any]:
     values = read_json(path / "config.json", {"kind": str, "mutor_vision": str, "config": dict})
     found = {name: values[name] for name in ("kind", "mutor_vision", "config")}
-    found |= {"status": None, "checkpoint": None, "weights": {}, "without_weights": ""}
+    found |= {"status": None, "checkpoint": None, "weights": {}, "without_weights": "", "held_out": {}}
     if (path / "status.json").is_file():
         found["status"] = read_json(path / "status.json", {"state": str, "step": int, "reason": str})
     try:
@@ -85,6 +91,8 @@ def _of_model(path: Path) -> dict[str, Any]:
     for name in checkpoint.weight_names(folder):
         shapes = [tensor.shape for tensor in checkpoint.read_weights(folder, name).values()]  # mapped, not read
         found["weights"][name] = {"numbers": sum(math.prod(shape) for shape in shapes), "tensors": len(shapes)}
+    if (path / "log.jsonl").is_file() and (losses := held_out_losses(path)):
+        found["held_out_step"], found["held_out"] = losses
     return found
 
 

@@ -76,6 +76,18 @@ def read_log(run: Path) -> list[dict]:
     return lines
 
 
+def held_out_losses(run: Path) -> tuple[int, dict[str, float]] | None:
+    """The last step of RUN's log with held-out losses of the next token, and file stem of a checkpoint -> loss in nats:
+    of the model, and of each average of its weights that was kept. None before the first validation."""
+    head = "val_next_token"
+    for line in reversed(read_log(run)):
+        losses = {key.removeprefix(f"{head}_") if key != head else "model": value for key, value in line.items()
+                  if (key == head or key.startswith(f"{head}_")) and isinstance(value, float)}  # fmt: skip
+        if losses:
+            return line["step"], losses
+    return None
+
+
 def _parsed(text: str) -> dict | None:
     """A parsed line of a log; None for a line that is damaged or cut."""
     try:

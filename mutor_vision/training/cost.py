@@ -147,7 +147,7 @@ class Memory:
     moments: float
     ema: float
     gathered: float  # FSDP: weights and gradients in full, of the block that is being computed and what is in none
-    buffers: float  # rotary tables, EMA's too
+    buffers: float  # rotary tables, averages' too
     cast_weights: float  # in the compute type, from the forward pass to the end of the backward pass
     activations: float  # kept from the forward to the backward pass
     workspace: float  # on top of them in the loss or in a block's backward pass, whichever needs more
@@ -192,9 +192,9 @@ def memory(config: TrainConfig, gpus: int, micro_batch: int, on_cpu: bool = Fals
         weights=state + share * more.teacher_parameters,
         gradients=state,
         moments=2 * state,
-        ema=share * count.total if config.ema_decay else 0.0,
+        ema=share * count.total * len(config.ema_decays),
         gathered=gathered,
-        buffers=2 * 4 * (model.num_tokens + 1) * model.head_dim * (2 if config.ema_decay else 1),
+        buffers=2 * 4 * (model.num_tokens + 1) * model.head_dim * (1 + len(config.ema_decays)),
         cast_weights=cast_weights,
         activations=micro_batch * kept,
         workspace=max(in_loss, micro_batch * in_block),

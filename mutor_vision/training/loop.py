@@ -120,13 +120,12 @@ def train(config: TrainConfig, out: Path, trackers: Sequence[str] = ()) -> None:
 
 
 def _held_out(inputs: Inputs, state: State) -> dict[str, float]:
-    """Collective: 'val_<loss>' of the model, and 'val_<loss>_ema'."""
+    """Collective: 'val_<loss>' of the model, and 'val_<loss>_ema', and of each further average."""
     found: dict[str, float] = {}
-    for suffix, model in (("", state.model), ("_ema", state.ema.module if state.ema else None)):
-        if model is not None:
-            objective = state.objective.on_held_out(sharding.whole(model))
-            scores = validate(objective, inputs.val_set, inputs.val_images, state.config, state.runtime)
-            found |= {f"val_{name}{suffix}": value for name, value in scores.items()}
+    for stem, model in {"": state.model, **state.averaged}.items():
+        objective = state.objective.on_held_out(sharding.whole(model))
+        scores = validate(objective, inputs.val_set, inputs.val_images, state.config, state.runtime)
+        found |= {f"val_{name}{stem and '_'}{stem}": value for name, value in scores.items()}
     return found
 
 

@@ -28,9 +28,11 @@ from mutor_vision.storage.files import clear
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def parallelize(objective: Objective, ema: Transformer | None, kind: str, runtime: Runtime) -> nn.Module:
-    """What to call instead of `objective`, whose weights `ema` averages; kind 'ddp' or 'fsdp'. FSDP shards both in
-    place, so the optimizer is built afterwards."""
+def parallelize(
+    objective: Objective, averages: Iterable[Transformer], kind: str, runtime: Runtime
+) -> nn.Module:
+    """What to call instead of `objective`, whose transformer `averages` average; kind 'ddp' or 'fsdp'. FSDP shards
+    all in place, so the optimizer is built afterwards."""
     if runtime.world_size == 1:
         return objective
     if kind == "ddp":
@@ -40,8 +42,8 @@ def parallelize(objective: Objective, ema: Transformer | None, kind: str, runtim
             objective, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
         )
     _shard(objective, runtime)
-    if ema is not None:
-        _shard(Objective(ema), runtime)
+    for average in averages:
+        _shard(Objective(average), runtime)
     return objective
 
 

@@ -40,7 +40,7 @@ class State:
             lora.add_adapter(self.model, config.lora_rank, config.lora_alpha, config.lora_inputs)
         self.model.to(runtime.device)
         warmup: dict[str, Any] = {"use_warmup": True, "warmup_gamma": 10, "warmup_power": 1}
-        self.ema = ModelEmaV3(self.model, config.ema_decay, **warmup) if config.ema_decay else None
+        self.averages = {name: ModelEmaV3(self.model, decay, **warmup) for name, decay in config.ema_decays.items()}
         self.objective = Objective(self.model, [each.to(runtime.device) for each in auxiliaries_of(config)])
         self.compiled = config.compile == "on" or (config.compile == "auto" and runtime.device.type == "cuda")
         if self.compiled:
@@ -59,9 +59,14 @@ class State:
         return {"model": self.model, **own}
 
     @property
+    def averaged(self) -> dict[str, Transformer]:
+        """File stem -> average of the model's weights."""
+        return {name: cast(Transformer, ema.module) for name, ema in self.averages.items()}
+
+    @property
     def kept(self) -> dict[str, nn.Module]:
         """File stem -> everything whose weights a checkpoint keeps."""
-        return self.trained | ({"ema": self.ema.module} if self.ema else {})
+        return self.trained | self.averaged
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """File stem -> state dict, of an adapter its own part; of a sharded model this rank's shards."""
@@ -77,18 +82,18 @@ class State:
 
     def parallelize(self, found: Path | None) -> None:
         """Shard or wrap, and build the optimizer with the state of the checkpoint `found`."""
-        averaged = self.ema.module if self.ema else None
+        averaged = self.averaged.values()
         self.parallel = sharding.parallelize(self.objective, averaged, self.config.parallel, self.runtime)
         self.optimizer = build_optimizer(self.objective, self.config)
         if found:
             self.processes_before = sharding.load_optimizer(self.optimizer, self.trained, found, self.runtime)
 
     def advance(self) -> int:
-        """The optimizer has taken a step: update the EMA and teachers; returns the number of steps taken."""
+        """The optimizer has taken a step: update averages and teachers; returns the number of steps taken."""
         self.step += 1
         self.objective.after_step()
-        if self.ema:
-            self.ema.update(self.model, step=self.step)
+        for ema in self.averages.values():
+            ema.update(self.model, step=self.step)
         return self.step
 
     def skips(self, step: int, say: Callable[[str], None]) -> dict[str, int]:
@@ -114,7 +119,7 @@ class State:
 
     def best(self) -> Transformer:
         """Collective: the EMA, where there is one, else the model, with all of its weights in every process."""
-        return sharding.whole(self.ema.module if self.ema else self.model)
+        return sharding.whole(self.averaged.get("ema", self.model))
 
     def uncompiled(self) -> AbstractContextManager:
         """Around sampling, whose shapes change at every token: compiled blocks would recompile each time."""
@@ -141,4 +146,4 @@ class State:
         return f"{num_parameters(self.model):,} parameters{adapter}"
 
     def _is_adapter(self, name: str) -> bool:
-        return bool(self.config.lora_rank) and name in ("model", "ema")
+        return bool(self.config.lora_rank) and name in ("model", *self.averages)
