@@ -1,4 +1,4 @@
-"""The pictures of docs/results.md."""
+"""The pictures of docs/first-grid.md."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
-"""Every run of docs/results.md, declared: what is trained, on what, for how long. run.py makes the runs and results.py
-the page; neither knows a setting."""
+"""Every run of docs/first-grid.md, declared: what is trained, on what, for how long. run.py makes the runs and
+results.py the page; neither knows a setting."""
 
 from dataclasses import dataclass, replace
 

@@ -1,4 +1,4 @@
-"""The JSON of experiments/run.py -> docs/results.md and its pictures. Nothing on that page is typed by hand.
+"""The JSON of experiments/run.py -> docs/first-grid.md and its pictures. Nothing on that page is typed by hand.
 
 python experiments/results.py                        # write page and pictures
 python experiments/results.py --check                # is the page what the JSON says? (text only)
@@ -60,8 +60,8 @@ MEANING = {
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=ROOT / "experiments/results", help="folder of JSON")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs/results.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "experiments/first_grid", help="folder of JSON")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/first-grid.md")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is another")
     arguments = parser.parse_args()
     setup, runs = read(arguments.results)
@@ -498,7 +498,7 @@ def repeat(setup: dict, runs: list[dict]) -> str:
         f"{len(runs)} runs ({counted}), {seconds / 3600:.1f} hours of one thread in all ({setup['machine']}, torch "
         f"{setup['torch']}; other programs ran beside them, so times say little, and compute is counted). "
         "experiments/grid.py declares them in the order of their importance, and the page is of those that have "
-        "run; experiments/results/ has a JSON for each, with its command.\n\n```\npython experiments/run.py --zips "
+        "run; experiments/first_grid/ has a JSON for each, with its command.\n\n```\npython experiments/run.py --zips "
         "DIR --work WORK                     # all; again, or twice at once: goes on\npython experiments/run.py "
         "--grid small --images FOLDER --work WORK   # 2 objectives, 2 seeds, your images\npython "
         "experiments/results.py                                        # this page\npython experiments/results.py "

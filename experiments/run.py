@@ -1,6 +1,6 @@
 """Does MuToR-2D work, and what decides it? A grid of small runs on real photographs -> JSON, one file a run.
 
-    python experiments/run.py --zips DIR --work /tmp/grid                     # everything; docs/results.md's numbers
+    python experiments/run.py --zips DIR --work /tmp/grid                     # everything; docs/first-grid.md's numbers
     python experiments/run.py --grid small --images FOLDER --work /tmp/small  # 2 objectives x 2 seeds, and their page
 
 Run it again to continue where it stopped, and start it several times with the same --work to share the runs out.
@@ -46,13 +46,13 @@ def main() -> None:
     parser.add_argument("--zips", type=Path, help="folder with tiny-imagenet-a.zip")
     parser.add_argument("--images", type=Path, help="in place of --zips: a folder with train/ and val/")
     parser.add_argument("--work", type=Path, required=True, help="folder for images, codes and runs")
-    parser.add_argument("--results", type=Path, help="folder of JSON (default experiments/results; small: WORK/json)")
+    parser.add_argument("--results", type=Path, help="of JSON; default experiments/first_grid, for small WORK/json")
     parser.add_argument("--only", default="", help="only runs whose name has this part")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further run after this long")
     arguments = parser.parse_args()
     runs = [run for run in preset(GRIDS, arguments.grid) if arguments.only in run.name]
     work, begun = arguments.work, time.monotonic()
-    results = arguments.results or (ROOT / "experiments/results" if arguments.grid == "main" else work / "json")
+    results = arguments.results or (ROOT / "experiments/first_grid" if arguments.grid == "main" else work / "json")
     results.mkdir(parents=True, exist_ok=True)
     with lock(work / "prepare", wait=True):
         prepare(arguments, results)
@@ -65,7 +65,7 @@ def main() -> None:
                 result = measure(run, train(run, work), work)
                 write_json(results / f"{run.name}.json", result)
                 print(f"{run.name}: done", flush=True)
-    page = ROOT / "docs/results.md" if arguments.grid == "main" else work / "results.md"
+    page = ROOT / "docs/first-grid.md" if arguments.grid == "main" else work / "results.md"
     if any((results / f"{run.name}.json").exists() for run in runs):
         save_panel(preset(GRIDS, arguments.grid), work / "panel", page.with_suffix("") / "samples.png")
         command("experiments/results.py", "--results", results, "--page", page)

@@ -1,4 +1,4 @@
-"""docs/results.md is what its JSON says, and the rules by which the page chooses its words."""
+"""docs/first-grid.md is what its JSON says, and the rules by which the page chooses its words."""
 
 import dataclasses
 import importlib
@@ -65,16 +65,16 @@ def write(folder, experiments, effect, keep=lambda run: True):
 
 def test_the_committed_page_is_what_the_committed_json_says(root, experiments):
     results = experiments["results"]
-    expected = results.page(*experiments["comparison"].read(root / "experiments/results"), "results")
-    assert (root / "docs/results.md").read_text() == expected, "run experiments/results.py"
+    expected = results.page(*experiments["comparison"].read(root / "experiments/first_grid"), "first-grid")
+    assert (root / "docs/first-grid.md").read_text() == expected, "run experiments/results.py"
     for name in ("curves", "longer", "regimes", "offsets", "positions", "samples"):
-        if f"(results/{name}.png)" in expected:
-            assert (root / f"docs/results/{name}.png").stat().st_size < 700_000
+        if f"(first-grid/{name}.png)" in expected:
+            assert (root / f"docs/first-grid/{name}.png").stat().st_size < 700_000
 
 
 def test_every_committed_run_is_declared_and_says_how_to_repeat_it(root, experiments):
     declared = {run.name: run for run in experiments["grid"].GRIDS["main"]}
-    for path in (root / "experiments/results").glob("*-seed-*.json"):
+    for path in (root / "experiments/first_grid").glob("*-seed-*.json"):
         found, run = read_json(path), declared[path.stem]
         assert (found["method"], found["seed"], found["steps"]) == (run.method, run.config.seed, run.config.steps)
         assert from_dict(RegisterConfig, found["registers"], format=3) == run.config.registers
