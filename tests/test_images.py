@@ -316,6 +316,23 @@ def test_a_picture_with_any_name_before_its_rows_can_be_drawn():
     cells = torch.zeros(6, 3, 16, 16, dtype=torch.uint8)
     names = ["two\nlines", "\udcff\x1b[31m", "", "\u05e9\u05dc\u05d5\u05dd", "\u732b", "long " * 80]
     assert images.grid(cells, 1, names).width < 2000
+    plain, captioned = images.grid(cells, 3), images.grid(cells, 3, captions=names)
+    assert captioned.width == plain.width and captioned.height > plain.height
+
+
+def test_a_caption_stands_under_its_own_cell():
+    """Grey cells, so that text is what is darker, and white what is lighter."""
+    cells = torch.full((4, 3, 128, 128), 100, dtype=torch.uint8)
+    captions = ["", "alp", "a name as long as no cell is " * 3, ""]
+    picture = np.asarray(images.grid(cells, 2, captions=captions).convert("L"))
+    pitch_x, pitch_y = (picture.shape[1] - 4) // 2, (picture.shape[0] - 4) // 2
+    dark = {
+        (row, column): int((picture[4 + row * pitch_y :, 4 + column * pitch_x :][:pitch_y, :pitch_x] < 60).sum())
+        for row in range(2) for column in range(2)
+    }  # fmt: skip
+    assert dark[0, 0] == dark[1, 1] == 0 and 0 < dark[0, 1] < dark[1, 0]
+    strip = picture[4 + 128 : pitch_y, 4:]
+    assert strip.min() < 60 and (picture[4 : 4 + 128, 4 : 4 + 128] == 100).all(), "below the cell, not over it"
 
 
 # Crops.

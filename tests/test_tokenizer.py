@@ -345,3 +345,7 @@ def test_the_grid_pairs_each_image_with_its_reconstruction():
     middle = picture[:, picture.shape[1] - 20 - 7 * 132]  # a column of pixels through the first image of each row
     shades = [int(middle[66 + 132 * row].max()) for row in range(4)]
     assert shades == [0, 100, 0, 100]
+    named = np.asarray(side_by_side(originals + 200, originals + 200, names=[f"class {i}" for i in range(10)]))
+    pitch = (named.shape[0] - 4) // 4
+    words = [(named[4 + row * pitch + 130 :][: pitch - 130, -8 * 132 :] < 60).sum() for row in range(4)]
+    assert words[0] > words[2] > 0 == words[1] == words[3], "eight names under the first row, two under the third"

@@ -23,6 +23,7 @@ from mutor_vision.data.reading import Views, open_source, read_batches
 from mutor_vision.data.source import Source
 from mutor_vision.errors import UserError
 from mutor_vision.keyed_random import check_seed, permutation
+from mutor_vision.names import title
 from mutor_vision.storage.files import write_json, written_folder
 from mutor_vision.storage.outputs import check_out_folder
 
@@ -72,9 +73,11 @@ def main(arguments: argparse.Namespace) -> None:
             batches = saved(batches, chosen, folder, tokenizer, folders, reconstruct)
         scores = score_reconstructions(tokenizer, batches, where)
 
-    shown = torch.cat([views[i] for i in order[: arguments.grid].tolist()])
+    in_grid = order[: arguments.grid].tolist()
+    shown = torch.cat([views[i] for i in in_grid])
     out.mkdir(parents=True, exist_ok=True)
-    save_png(side_by_side(shown, reconstruct(tokenizer, shown)[0]), out / "grid.png")
+    names = None if folder.labels is None else [title(folder.class_names[folder.labels[i]]) for i in in_grid]
+    save_png(side_by_side(shown, reconstruct(tokenizer, shown)[0], names=names), out / "grid.png")
     protocol = {
         "tokenizer_sha256": tokenizer_identity(tokenizer), "weights": arguments.weights, "image_size": size,
         "crop": "ADM centre crop", "codebook_size": tokenizer.config.codebook_size,

@@ -244,27 +244,47 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.float().mul(127.5).add_(128).clamp_(0, 255).to(torch.uint8)
 
 
-def grid(images: Tensor, columns: int, row_labels: list[str] | None = None, min_cell: int = 128) -> Image.Image:
-    """uint8 (B, 3, H, W) -> one Pillow image, row by row with white lines between the cells and an optional name before
-    each row. Images narrower than `min_cell` pixels are enlarged by a whole factor, pixel by pixel."""
+def grid(
+    images: Tensor, columns: int, row_labels: list[str] | None = None, min_cell: int = 128,
+    captions: list[str] | None = None,
+) -> Image.Image:  # fmt: skip
+    """uint8 (B, 3, H, W) -> one Pillow image, row by row with white lines between the cells, an optional name before
+    each row, and B optional captions, cut to the width of the cell that they stand under. Images narrower than
+    `min_cell` pixels are enlarged by a whole factor, pixel by pixel."""
     from torchvision.utils import make_grid
 
     factor = max(1, -(-min_cell // images.shape[-1])) if images.shape[-1] < min_cell else 1
     images = images.cpu().repeat_interleave(factor, -1).repeat_interleave(factor, -2)
     padding = 4
+    size = max(12, images.shape[-2] // 8)
+    font, strip = ImageFont.load_default(size=size), int(1.4 * size) if captions else 0
+    images = torch.nn.functional.pad(images, (0, 0, 0, strip), value=255)
+    height, width = (side + padding for side in images.shape[-2:])
     cells = to_pil(make_grid(images, nrow=columns, padding=padding, pad_value=255))
+    pen = ImageDraw.Draw(cells)
+    for cell, caption in enumerate(captions or []):
+        row, column = divmod(cell, columns)
+        place = (padding // 2 + column * width + width // 2, (row + 1) * height - strip // 2)
+        pen.text(place, _fitting(printable(caption), font, width - padding), fill="black", font=font, anchor="mm")
     if row_labels is None:
         return cells
     row_labels = [printable(label, limit=40) for label in row_labels]
-    font = ImageFont.load_default(size=max(12, images.shape[-2] // 8))
     margin = max(int(font.getlength(label)) for label in row_labels) + 16
     labelled = Image.new("RGB", (cells.width + margin, cells.height), "white")
     labelled.paste(cells, (margin, 0))
     pen = ImageDraw.Draw(labelled)
     for row, label in enumerate(row_labels):
-        middle = padding + row * (images.shape[-2] + padding) + images.shape[-2] // 2
+        middle = padding + row * height + (images.shape[-2] - strip) // 2
         pen.text((margin - 8, middle), label, fill="black", font=font, anchor="rm")
     return labelled
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """The text, or as much of its beginning as `width` pixels hold with three dots behind it."""
+    if font.getlength(text) <= width:
+        return text
+    shorter = (f"{text[:end].rstrip()}..." for end in range(len(text), 0, -1))
+    return next((cut for cut in shorter if font.getlength(cut) <= width), "")
 
 
 def to_pil(image: Tensor) -> Image.Image:

@@ -71,11 +71,19 @@ def score_reconstructions(tokenizer: VQTokenizer, batches: Iterable[Tensor], run
             "images": int(sums[3])}  # fmt: skip
 
 
-def side_by_side(images: Tensor, copies: Tensor, columns: int = 8) -> Image.Image:
-    """uint8 (B, 3, H, W) twice -> a grid of row pairs: a row of originals above the row of their reconstructions."""
+def side_by_side(
+    images: Tensor, copies: Tensor, columns: int = 8, names: list[str] | None = None
+) -> Image.Image:  # fmt: skip
+    """uint8 (B, 3, H, W) twice -> a grid of row pairs: a row of originals above the row of their reconstructions.
+    names: B captions, which stand between the two."""
     rows, labels = [], []
+    captions: list[str] = []
     for originals, reconstructions in zip(images.cpu().split(columns), copies.cpu().split(columns), strict=True):
         white = originals.new_full((columns - len(originals), *originals.shape[1:]), 255)
         rows += [originals, white, reconstructions, white]
         labels += ["original", "from codes"]
-    return grid(torch.cat(rows), columns, row_labels=labels)
+        if names:
+            first = len(captions) // 2
+            own = names[first : first + columns]
+            captions += own + [""] * (2 * columns - len(own))
+    return grid(torch.cat(rows), columns, row_labels=labels, captions=captions)
