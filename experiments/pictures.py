@@ -4,9 +4,9 @@ goes on where it was stopped.
     python experiments/pictures.py --data FOLDER --out runs/pictures [--tokenizer RUN]
 
 FOLDER has train/WNID/*.JPEG and val/WNID/*.JPEG. Every stage runs a command of this project, printed before it
-runs: a tokenizer with a perceptual loss, token sets, a next-token model and MuToR-2D at equal steps,
-grids, and scores of 2,000 samples of each. The networks that look at images are ImageNet's; their
-weights come from two packages of the extra `offline`, or from files.
+runs: a tokenizer with a perceptual loss, token sets, a next-token model and MuToR-2D at equal steps, grids, and scores
+of 2,000 samples of each, drawn with the average of the weights that has the lowest held-out loss. The networks that
+look at images are ImageNet's; their weights come from two packages of the extra `offline`, or from files.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from mutor_vision.cli import Parser, run_command
 from mutor_vision.errors import DataError
+from mutor_vision.storage.run_log import held_out_losses
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = {
@@ -71,12 +72,13 @@ def main() -> None:
         mutor("train", "--preset", preset, "--codes", out / "codes", "--val-codes", out / "codes-val",
               "--out", out / name, *changes)  # fmt: skip
     for name in OBJECTIVES:
+        weights = lowest(out / name)
         mutor("sample", out / name, "--classes", ",".join(map(str, range(len(CLASSES)))), "--per-class", 8,
-              "--out", out / f"samples-{name}.png")  # fmt: skip
+              "--weights", weights, "--out", out / f"samples-{name}.png")  # fmt: skip
         if not (out / f"metrics-{name}.json").exists():
-            mutor("fid", "--model", out / name, "--num-images", arguments.samples, "--reference", val,
-                  "--features", arguments.judge, "--weights", arguments.judge_weights, "--allow-lossy",
-                  "--json", out / f"metrics-{name}.json")  # fmt: skip
+            mutor("fid", "--model", out / name, "--run-weights", weights, "--num-images", arguments.samples,
+                  "--reference", val, "--features", arguments.judge, "--weights", arguments.judge_weights,
+                  "--allow-lossy", "--json", out / f"metrics-{name}.json")  # fmt: skip
     print(f"done; look at {out}/samples-*.png", flush=True)
 
 
@@ -90,6 +92,13 @@ def select(source: Path, out: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(source / wnid, partial)
             partial.rename(out / wnid)
+
+
+def lowest(run: Path) -> str:
+    """The average of its weights with the lowest held-out loss at the last validation; 'best' where there was none."""
+    _, losses = held_out_losses(run) or (0, {})
+    averages = {name: loss for name, loss in losses.items() if name != "model"}
+    return min(averages, key=averages.__getitem__, default="best")
 
 
 def mutor(*words: object) -> None:

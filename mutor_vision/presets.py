@@ -163,7 +163,8 @@ _TINY = TrainConfig(
 # CPU cores. A register at 20 of the 64 slots is the paper's 31 %. Not trained to the end yet.
 _PICTURES = TrainConfig(
     model=TransformerConfig(6, 4, 256), batch_size=32, lr=6e-4, steps=6000, warmup_steps=100, schedule="cosine",
-    val_images=600, ema_decay=0.999, log_every=50, val_every=500, sample_every=1000, save_every=500,
+    val_images=600, ema_decay=0.999, more_ema_decays=(0.99, 0.9995), log_every=50, val_every=500, sample_every=1000,
+    save_every=500,
 )  # fmt: skip
 _PICTURES_OBJECTIVES = {"next-token": RegisterConfig(), "mutor-2d": RegisterConfig("2d", 20)}
 

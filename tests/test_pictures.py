@@ -7,6 +7,8 @@ import pictures
 import pytest
 from PIL import Image
 
+from mutor_vision.storage.run_log import held_out_losses
+
 
 @pytest.mark.slow
 def test_one_command_from_a_folder_to_scores_which_goes_on(tmp_path, monkeypatch, starts_are_forked, capsys):
@@ -26,12 +28,17 @@ def test_one_command_from_a_folder_to_scores_which_goes_on(tmp_path, monkeypatch
     out = tmp_path / "out"
     words = ["pictures.py", "--data", tmp_path / "tiny", "--out", out, "--steps", 2, "--samples", 12, "--judge",
              "timm:test_efficientnet@32", "--judge-weights", "random", "--perceptual-weights", "", "--set",
-             "model.layers=1", "--set", "model.dim=32", "--set", "batch_size=8"]  # fmt: skip
+             "val_every=1", "--set", "model.layers=1", "--set", "model.dim=32", "--set", "batch_size=8"]  # fmt: skip
     monkeypatch.setattr("sys.argv", [str(word) for word in words])
     pictures.main()
     for name in pictures.OBJECTIVES:
         assert Image.open(out / f"samples-{name}.png").height == 2 * (128 + 4) + 4
         assert json.loads((out / f"metrics-{name}.json").read_text())["protocol"]
+        step, losses = held_out_losses(out / name)
+        assert step == 2 and {"ema", "ema-0.99", "ema-0.9995"} < losses.keys()
+        drawn = [words for words in starts_are_forked if words[1] == "sample" and str(out / name) in words]
+        del losses["model"]
+        assert drawn[0][drawn[0].index("--weights") + 1] == min(losses, key=losses.get)
     assert sorted(path.name for path in (out / "images" / "train").iterdir()) == ["n01443537", "n01917289"]
     before = len(starts_are_forked)
     (out / "metrics-mutor-2d.json").unlink()
