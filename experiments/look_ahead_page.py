@@ -35,7 +35,7 @@ COMMANDS = """\
 mutor train-tokenizer --preset tiny-imagenet-8x8 --data IMAGES/train --val-data IMAGES/val --out vq --set steps=1600 \\
     --set model.codebook_size=1024 --set model.channels=16,32,64,128 --set model.latent_channels=128 \\
     --set perceptual_weight=1 --set perceptual_network=timm:tf_efficientnet_lite0@128 --set perceptual_weights=package
-mutor encode --tokenizer vq --data IMAGES/train --out codes --features timm:tf_efficientnet_lite1@256 \\
+mutor encode --tokenizer vq --data IMAGES/train --out codes --features timm:tf_efficientnet_lite1@128 \\
     --features-weights package
 mutor encode --tokenizer vq --data IMAGES/val --views center --out codes-val
 mutor reconstruct --tokenizer vq --data IMAGES/train --out shown/train --save-images

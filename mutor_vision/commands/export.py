@@ -12,7 +12,8 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="run directory or checkpoint")
     parser.add_argument("folder", help="folder to write; must not exist")
-    parser.add_argument("--weights", default="best", help="best (default: EMA where there is one), ema or model")
+    parser.add_argument("--weights", default="best", help="best (default: EMA where there is one), ema, model, or "
+                        "another that `mutor info` lists")  # fmt: skip
     parser.add_argument("--adapter", default="", help="LoRA run trained on the model, to be merged into it")
     parser.add_argument("--metrics", default="", help="result of `mutor fid --json`, for the model card")
     parser.add_argument("--license", default="", help="identifier for the card, such as mit; default: none stated")

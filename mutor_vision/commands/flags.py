@@ -56,7 +56,8 @@ def add_sampled_run(parser) -> None:
     """The flags of a command that measures what a run draws. parser: an argparse parser, or a group of one."""
     parser.add_argument("--labels", default="balanced", help=", ".join(LABEL_PLANS))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--run-weights", default="best", help="best (EMA where there is one), ema or model")
+    parser.add_argument("--run-weights", default="best", help="best (EMA where there is one), ema, model, or another "
+                        "that `mutor info` lists")  # fmt: skip
     parser.add_argument("--precision", default="auto", help="of sampling: auto, float32 or bfloat16")
     add_execution(parser)
 

@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", default="", help="LoRA run trained on the model; its classes then count")
     parser.add_argument("--resize", type=int, default=0, help="pixels (LlamaGen: 256 for 384 models), 0 = as decoded")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--weights", default="best", help="best (default: EMA where there is one), ema or model")
+    parser.add_argument("--weights", default="best", help="best (default: EMA where there is one), ema, model, or "
+                        "another that `mutor info` lists")  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=0, help="images at once per process, 0 = by free memory")
     parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")

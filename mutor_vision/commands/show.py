@@ -53,7 +53,8 @@ _HEADERS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", help="one or two run directories or checkpoints")
     parser.add_argument("--port", type=int, default=8000, help="on 127.0.0.1 (default 8000), 0 = any that is free")
-    parser.add_argument("--weights", default="best", help="best (default: EMA where there is one), ema or model")
+    parser.add_argument("--weights", default="best", help="best (default: EMA where there is one), ema, model, or "
+                        "another that `mutor info` lists")  # fmt: skip
     parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
