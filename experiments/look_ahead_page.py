@@ -30,7 +30,7 @@ MEASURES = {
     "coverage": ("coverage", 3, False),
     "class_accuracy": ("class accuracy (%)", 1, False),
 }
-LEVEL = 0.05
+LEVEL, NEAR = 0.05, 0.04
 COMMANDS = """\
 mutor train-tokenizer --preset tiny-imagenet-8x8 --data IMAGES/train --val-data IMAGES/val --out vq --set steps=1600 \\
     --set model.codebook_size=1024 --set model.channels=16,32,64,128 --set model.latent_channels=128 \\
@@ -104,22 +104,26 @@ def loss(run: dict, step: float) -> float:
     return at(run, step, lowest(run, step))
 
 
-def measured(run: dict, step: float, name: str) -> float:
-    """A measure of samples at the scored step nearest to `step`; accuracy in per cent."""
+def measured(run: dict, step: float, name: str) -> float | None:
+    """A measure of samples at the scored step nearest to `step`, None where that is NEAR away; accuracy in per cent."""
     known = min(run["scores"], key=lambda other: abs(int(other) - step))
+    if abs(int(known) / step - 1) > NEAR:
+        return None
     return run["scores"][known][name] * (100 if name == "class_accuracy" else 1)
 
 
-def columns(runs: list[dict], lr: float, value) -> tuple[Table, dict[str, Table], Table]:
-    """value(run, step) -> every method's at its last step, next-token's included, which is read at the step of the
-    others; and next-token's at the 'steps' and at the 'compute' of each method."""
+def columns(runs: list[dict], lr: float, value) -> tuple[Table, dict[str, Table]]:
+    """value(run, step) -> every method's at its last step; and next-token's at the 'steps' and at the 'compute' of each
+    method, without those where value is None."""
     baseline, own, other = of(runs, lr, BASELINE), {}, {"steps": {}, "compute": {}}
     for name in present(runs, lr):
         found = of(runs, lr, name)
         both = sorted(found.keys() & baseline.keys())
         own[name] = {seed: value(found[seed], found[seed]["steps"]) for seed in both}
         for kind, factor in (("steps", 1.0), ("compute", next(iter(found.values()))["relative_compute"])):
-            other[kind][name] = {seed: value(baseline[seed], found[seed]["steps"] * factor) for seed in both}
+            theirs = {seed: value(baseline[seed], found[seed]["steps"] * factor) for seed in both}
+            if None not in theirs.values():
+                other[kind][name] = theirs
     return own, other
 
 
@@ -160,7 +164,10 @@ def differences(runs: list[dict], lr: float, value) -> dict[tuple[str, str], Dif
     if own:
         rows[BASELINE] = next(iter(other["steps"].values()))
     found = noise(rows)
-    return {(name, kind): Difference(own[name], other[kind][name], *found) for name in own for kind in other}
+    return {
+        (name, kind): Difference(own[name], other[kind][name], *found)
+        for name in own for kind in other if name in other[kind]
+    }  # fmt: skip
 
 
 def clear_ones(found: dict) -> set:
@@ -311,9 +318,9 @@ def samples(setup: dict, runs: list[dict], lr: float, figures: str) -> list[str]
     rows = []
     for method in (BASELINE, *present(scored, lr)):
         each = of(scored, lr, method).values()
-        steps = min(int(step) for step in next(iter(each))["scores"])
-        cells = [spread([measured(run, steps, name) for run in each], MEASURES[name][1]) for name in names]
-        rows.append([method, *cells])
+        for step in sorted(int(step) for step in next(iter(each))["scores"]):
+            cells = [spread([measured(run, step, name) for run in each], MEASURES[name][1]) for name in names]
+            rows.append([f"{method}, step {step}" if method == BASELINE else method, *cells])
     real = setup["real"]
     shown = {name: real[name] * (100 if name == "class_accuracy" else 1) for name in names if name in real}
     cells = [f"{shown[name]:.{MEASURES[name][1]}f}" if name in shown else "" for name in names]
@@ -323,14 +330,15 @@ def samples(setup: dict, runs: list[dict], lr: float, figures: str) -> list[str]
         "everywhere, against the training images as the tokenizer shows them. Networks: EfficientNet-lite2, which no "
         "loss has seen, for all but the second column, and lite0, which the tokenizer's loss has seen, both at 128 "
         "pixels. Class accuracy is lite2's best guess among the classes. Held-out images stand at the top, fewer of "
-        "them, so that their distances are too large.",
-        table(["at equal steps", *(MEASURES[name][0] for name in names)], rows),
+        "them, so that their distances are too large. At equal compute, only methods of a compute at which "
+        "next-token's samples were scored.",
+        table(["objective", *(MEASURES[name][0] for name in names)], rows),
     ]
     for kind in ("steps", "compute"):
         rows = [
             [method, *(found[method, kind, n].shown(MEASURES[n][1], (method, kind, n) in clear) for n in names)]
-            for method in present(scored, lr)
-        ]
+            for method in present(scored, lr) if (method, kind, names[0]) in found
+        ]  # fmt: skip
         parts.append(table([f"less next-token's, equal {kind}", *(MEASURES[name][0] for name in names)], rows))
     copies = [step["copies"] for run in scored for step in run["scores"].values() if "copies" in step]
     if copies:
