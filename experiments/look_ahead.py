@@ -92,17 +92,18 @@ PANEL = 12  # samples of each method in the picture, one of a class
 
 
 def runs_of(scale: Scale) -> list[Run]:
-    """Every method but the last three with one seed, then the other seeds, then those three; then the same at the other
-    learning rate."""
+    """Every method but the last three with one seed, then the other seeds, then each of those three with all seeds;
+    then the same at the other learning rate."""
     training = scale.training
     dearest = max(compute_of(scale, losses) for losses in METHODS.values())
     longer = -(-training.steps * dearest // training.val_every) * training.val_every
-    first, rest = list(METHODS)[:-3], list(METHODS)[-3:]
+    names = list(METHODS)
+    order = [(seed, name) for seed in scale.seeds for name in names[:-3]]
+    order += [(seed, name) for name in names[-3:] for seed in scale.seeds]
     return [
-        Run(f"lr {lr:g}", name, replace(training, **adapted(losses, training), lr=lr, seed=seed,
-                                        steps=training.steps if losses else int(longer)))
-        for lr in scale.learning_rates for names in (first, rest) for seed in scale.seeds
-        for name, losses in METHODS.items() if name in names
+        Run(f"lr {lr:g}", name, replace(training, **adapted(METHODS[name], training), lr=lr, seed=seed,
+                                        steps=training.steps if METHODS[name] else int(longer)))
+        for lr in scale.learning_rates for seed, name in order
     ]  # fmt: skip
 
 

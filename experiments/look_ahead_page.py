@@ -129,7 +129,9 @@ def columns(runs: list[dict], lr: float, value) -> tuple[Table, dict[str, Table]
 
 def noise(values: Table) -> tuple[float, int]:
     """Standard deviation of one run's value about method + seed, and its degrees of freedom: the residuals of a table
-    of two ways (methods by seeds), for the seeds that all methods have. nan and 0 with fewer than two."""
+    of two ways (methods by seeds), of the methods that have most seeds. nan and 0 with fewer than two."""
+    most = max(map(len, values.values()), default=0)
+    values = {name: row for name, row in values.items() if len(row) == most}
     seeds = sorted(set.intersection(*(set(row) for row in values.values()))) if values else []
     if len(seeds) < 2 or len(values) < 2:
         return math.nan, 0
@@ -144,7 +146,7 @@ class Difference:
 
     def __init__(self, own: dict[int, float], other: dict[int, float], deviation: float, freedom: int):
         differences = [own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())]
-        self.seeds, self.mean, self.half, self.p = len(differences), float(np.mean(differences)), math.nan, 1.0
+        self.seeds, self.mean, self.half, self.p = len(differences), float(np.mean(differences)), math.nan, math.nan
         if self.seeds > 2 and freedom > 0:
             error = deviation * math.sqrt(2 / self.seeds)
             self.half = float(stdtrit(freedom, 1 - LEVEL / 2)) * error
@@ -171,8 +173,9 @@ def differences(runs: list[dict], lr: float, value) -> dict[tuple[str, str], Dif
 
 
 def clear_ones(found: dict) -> set:
-    """Keys of differences that survive Holm's correction (1979) over all of them, at LEVEL."""
-    ordered, clear = sorted(found, key=lambda key: found[key].p), set()
+    """Keys of differences that survive Holm's correction (1979) over all that have a p, at LEVEL."""
+    tested = [key for key in found if not math.isnan(found[key].p)]
+    ordered, clear = sorted(tested, key=lambda key: found[key].p), set()
     for rank, key in enumerate(ordered):
         if found[key].p > LEVEL / (len(ordered) - rank):
             break

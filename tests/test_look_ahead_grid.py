@@ -97,7 +97,7 @@ def test_the_grid_fits_an_h100_in_forty_minutes():
     scale = module.SCALES["gpu"]
     runs = module.runs_of(scale)
     assert len(runs) == len({run.name for run in runs}) == 9 * 3 * 2
-    assert [run.config.seed for run in runs[:27]] == [0] * 9 + [1] * 9 + [2] * 9, "the first rate first"
+    assert [run.config.seed for run in runs[:27]] == [0] * 6 + [1] * 6 + [2] * 6 + [0, 1, 2] * 3, "the first rate first"
     from mutor_vision.training.cost import parameters
 
     for run in runs:
@@ -241,6 +241,7 @@ def test_the_noise_is_the_residual_of_a_table_of_two_ways():
     assert found.half == pytest.approx(stats.t.ppf(0.975, 12) * error, rel=1e-10)
     assert found.p == pytest.approx(2 * stats.t.sf(abs((cells[1] - cells[0]).mean()) / error, 12), rel=1e-8)
     assert page.noise({"a": {0: 1.0}, "b": {0: 2.0}})[1] == 0
+    assert page.noise(values | {"with one seed": {0: 3.0}}) == (deviation, freedom)
 
 
 def test_holms_correction():
@@ -254,6 +255,7 @@ def test_holms_correction():
     found = {name: Found(p) for name, p in zip("abcd", (0.01, 0.04, 0.03, 0.005), strict=True)}
     assert page.clear_ones(found) == {"a", "d"}
     assert page.clear_ones({"a": Found(0.06)}) == set()
+    assert page.clear_ones(found | {"of one seed": Found(math.nan)}) == {"a", "d"}
 
 
 def test_check_fails_on_a_page_that_was_edited(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ def test_one_command_from_a_folder_to_scores_which_goes_on(tmp_path, monkeypatch
     monkeypatch.setattr(pictures, "TOKENIZER", ("steps=2", "warmup_steps=0", "batch_size=4", "dead_code_steps=0",
                                                 "model.channels=8,8,8,8", "model.latent_channels=8", "val_every=0",
                                                 "sample_every=0", "perceptual_weight=0", "workers=0"))  # fmt: skip
+    monkeypatch.setattr(pictures, "SCALES", "1.5,3")
     out = tmp_path / "out"
     words = ["pictures.py", "--data", tmp_path / "tiny", "--out", out, "--steps", 2, "--samples", 12, "--judge",
              "timm:test_efficientnet@32", "--judge-weights", "random", "--perceptual-weights", "", "--set",
@@ -37,6 +38,10 @@ def test_one_command_from_a_folder_to_scores_which_goes_on(tmp_path, monkeypatch
         step, losses = held_out_losses(out / name)
         assert step == 2 and {"ema", "ema-0.99", "ema-0.9995"} < losses.keys()
         drawn = [words for words in starts_are_forked if words[1] == "sample" and str(out / name) in words]
+        scored = next(words for words in starts_are_forked if words[1] == "fid" and str(out / name) in words)
+        points = json.loads((out / f"sweep-{name}" / "sweep.json").read_text())["points"]
+        best = min(points, key=lambda point: point["value"])["cfg_scale"]
+        assert len(points) == 2 and {words[words.index("--cfg-scale") + 1] for words in (*drawn, scored)} == {str(best)}
         del losses["model"]
         assert drawn[0][drawn[0].index("--weights") + 1] == min(losses, key=losses.get)
     assert sorted(path.name for path in (out / "images" / "train").iterdir()) == ["n01443537", "n01917289"]
