@@ -44,6 +44,7 @@ class Scale:
     training: TrainConfig  # of every method; next-token goes on to the compute of the dearest
     learning_rates: tuple[float, ...]  # two, so that no method is hurt by what suits another; samples of the first
     planned: dict  # of the token set that --plan assumes
+    features_width: int  # and of its features
     samples: int  # of each model
     seeds: tuple[int, ...] = (0, 1, 2)
 
@@ -54,7 +55,7 @@ SCALES = {
         TrainConfig(
             model=TransformerConfig(8, 8, 512), batch_size=256, steps=2000, warmup_steps=100, ema_decay=0.999,
             more_ema_decays=(0.99,), log_every=50, val_every=100, val_images=5000, sample_every=0, save_every=500,
-        ), (4e-4, 1e-3), {"vocab_size": 4096, "num_classes": 100, "grid": (8, 8)}, 5000,
+        ), (4e-4, 1e-3), {"vocab_size": 4096, "num_classes": 100, "grid": (8, 8)}, 768, 5000,
     ),
     # 1.3 M parameters on 64 codes of 1024; 12 classes of 500 images, of which 15,360 are seen.
     "cpu": Scale(
@@ -62,7 +63,7 @@ SCALES = {
             model=TransformerConfig(4, 4, 128, token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0), batch_size=32,
             steps=480, warmup_steps=50, ema_decay=0.99, more_ema_decays=(0.95,), log_every=50, val_every=40,
             val_images=600, sample_every=0, save_every=240, precision="bfloat16",
-        ), (3e-3, 1e-3), {"vocab_size": 1024, "num_classes": 12, "grid": (8, 8)}, 1000,
+        ), (3e-3, 1e-3), {"vocab_size": 1024, "num_classes": 12, "grid": (8, 8)}, 1280, 1000,
     ),
 }  # fmt: skip
 
@@ -101,17 +102,20 @@ def runs_of(scale: Scale) -> list[Run]:
     order = [(seed, name) for seed in scale.seeds for name in names[:-3]]
     order += [(seed, name) for name in names[-3:] for seed in scale.seeds]
     return [
-        Run(f"lr {lr:g}", name, replace(training, **adapted(METHODS[name], training), lr=lr, seed=seed,
+        Run(f"lr {lr:g}", name, replace(training, **adapted(METHODS[name], scale), lr=lr, seed=seed,
                                         steps=training.steps if METHODS[name] else int(longer)))
         for lr in scale.learning_rates for seed, name in order
     ]  # fmt: skip
 
 
-def adapted(losses: dict, training: TrainConfig) -> dict:
-    """To a scale: teachers average as many steps as the model that is sampled does, and private blocks are a quarter of
-    the model's (MTAR has 2 at 12)."""
-    blocks = training.model.layers // 4
-    changes = {"aligned_states": {"decay": training.ema_decay}, "private_blocks": {"blocks": blocks}}
+def adapted(losses: dict, scale: Scale) -> dict:
+    """Teachers average as many steps as the model that is sampled does, and private blocks are a quarter of the model's
+    (MTAR has 2 at 12)."""
+    changes = {
+        "aligned_states": {"decay": scale.training.ema_decay},
+        "private_blocks": {"blocks": scale.training.model.layers // 4},
+        "encoder_states": {"features_width": scale.features_width},
+    }
     return {name: replace(own, **changes[name]) if name in changes and getattr(own, "blocks", 1) else own
             for name, own in losses.items()}  # fmt: skip
 
@@ -119,16 +123,16 @@ def adapted(losses: dict, training: TrainConfig) -> dict:
 def compute_of(scale: Scale, losses: dict) -> float:
     """FLOPs of a step, in those of a next-token step."""
     return relative_compute(replace(scale.training, model=replace(scale.training.model, **scale.planned),
-                                    **adapted(losses, scale.training)))  # fmt: skip
+                                    **adapted(losses, scale)))  # fmt: skip
 
 
 def scored_steps(scale: Scale) -> list[int]:
     """Validated steps of next-token whose samples are scored: those of all, and the compute of the method after it and
-    of the dearest. Losses are compared at every method's compute; samples of as many checkpoints would cost more than
+    of the last. Losses are compared at every method's compute; samples of as many checkpoints would cost more than
     the training."""
     steps, every = scale.training.steps, scale.training.val_every
     computes = [compute_of(scale, losses) for losses in METHODS.values()]
-    return sorted({round(steps * compute / every) * every for compute in (*computes[:2], max(computes))})
+    return sorted({round(steps * compute / every) * every for compute in (*computes[:2], computes[-1])})
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from comparison import BASELINE, interval, spread
-from look_ahead import METHODS, SCALES, at, lowest
+from look_ahead import METHODS, SCALES, lowest
 from results import bullets, table
 from scipy.special import stdtr, stdtrit
 
@@ -99,9 +99,14 @@ def present(runs: list[dict], lr: float) -> list[str]:
     return [name for name in OTHERS if of(runs, lr, name).keys() & of(runs, lr, BASELINE).keys()]
 
 
-def loss(run: dict, step: float) -> float:
-    """Of the average that is best there."""
-    return at(run, step, lowest(run, step))
+def loss(run: dict, step: float) -> float | None:
+    """Held-out loss of the average that is best at a step, between validations by a straight line; None where training
+    ended before."""
+    curves = [run[f"val_next_token_{name}"] for name in run["averages"]]
+    known = [int(other) for other in curves[0]]
+    if step > known[-1] * (1 + NEAR):
+        return None
+    return min(float(np.interp(step, known, list(curve.values()))) for curve in curves)
 
 
 def measured(run: dict, step: float, name: str) -> float | None:
@@ -271,7 +276,8 @@ def losses(runs: list[dict], lr: float, figures: str) -> list[str]:
         first = next(iter(each.values()))
         rows.append([name, f"{first['relative_compute']:.2f}", f"{len(each)}",
                      spread([loss(run, run["steps"]) for run in each.values()], 3),
-                     *(found[name, k].shown(3, (name, k) in clear) for k in ("steps", "compute"))])  # fmt: skip
+                     *(found[name, k].shown(3, (name, k) in clear) if (name, k) in found else ""
+                       for k in ("steps", "compute"))])  # fmt: skip
     last = next(iter(baseline.values()))
     steps = first["steps"]
     own = [[f"{BASELINE}, step {step}", f"{step / steps:.2f}", f"{len(baseline)}",
@@ -351,7 +357,8 @@ def samples(setup: dict, runs: list[dict], lr: float, figures: str) -> list[str]
     return [
         *parts,
         f"![Samples]({figures}/samples.png)",
-        "*Seed 0's models, one sample of each class with the same random numbers, none selected.*",
+        "*Seed 0's models, one sample of each class with the same random numbers, none selected. Left to right: "
+        f"{', '.join(setup['names'])}.*",
     ]
 
 
@@ -380,12 +387,13 @@ def forecasts(runs: list[dict], lr: float) -> list[str]:
 
 def other_rate(runs: list[dict]) -> list[str]:
     first, *others = rates(runs)
-    parts, rows = [], []
+    parts = [] if others else [f"The other learning rate was not run: all rows are at {first:g}."]
     for lr in others:
+        rows = []
         for name in (BASELINE, *present(runs, lr)):
             other, main = of(runs, lr, name), of(runs, first, name)
             both = sorted(other.keys() & main.keys())
-            steps = other[both[0]]["steps"] if name != BASELINE else main[both[0]]["steps"]
+            steps = min(run["steps"] for run in runs)
             own = [loss(other[seed], steps) - loss(main[seed], steps) for seed in both]
             against = of(runs, lr, BASELINE)
             rest = [loss(other[seed], steps) - loss(against[seed], steps) for seed in both if seed in against]
@@ -488,9 +496,10 @@ def draw(runs: list[dict], path: Path) -> None:
         steps = [int(step) for step in first["val_next_token"] if int(step) >= first["steps"] // 4]
         style = "-" if index < len(COLORS) else "--"
         for axis, factor in zip(axes, (1.0, first["relative_compute"]), strict=True):
-            rows = [[loss(run, step) - loss(baseline[seed], step * factor) for step in steps]
+            reached = [step for step in steps if all(loss(run, step * factor) is not None for run in baseline.values())]
+            rows = [[loss(run, step) - loss(baseline[seed], step * factor) for step in reached]
                     for seed, run in found.items() if seed in baseline]  # fmt: skip
-            x, color = np.array(steps) * factor, COLORS[index % len(COLORS)]
+            x, color = np.array(reached) * factor, COLORS[index % len(COLORS)]
             axis.plot(x, np.mean(rows, 0), style, color=color, label=name, linewidth=1.6)
             axis.fill_between(x, np.min(rows, 0), np.max(rows, 0), color=color, alpha=0.13, linewidth=0)
     for axis, words in zip(axes, ("step", "compute (steps of next-token)"), strict=True):
@@ -519,7 +528,7 @@ def draw_panel(runs: list[dict], strips: Path, path: Path) -> None:
                 rows += list(torch.from_numpy(np.load(strip, allow_pickle=False)).permute(0, 3, 1, 2))
                 labels.append(f"{name}, step {step}")
     if rows:
-        save_png(grid(torch.stack(rows), len(rows) // len(labels), labels, min_cell=64).quantize(128), path)
+        save_png(grid(torch.stack(rows), len(rows) // len(labels), labels).quantize(128), path)
 
 
 def _slug(method: str) -> str:

@@ -28,7 +28,7 @@ def look_ahead(monkeypatch):
         name: {key: dataclasses.replace(own, count=5) if key == "registers" else own for key, own in losses.items()}
         for name, losses in module.METHODS.items()
     }
-    tiny = module.Scale(training, (1e-3,), {"vocab_size": 32, "num_classes": 5, "grid": (4, 4)}, 10, (0,))
+    tiny = module.Scale(training, (1e-3,), {"vocab_size": 32, "num_classes": 5, "grid": (4, 4)}, 24, 10, (0,))
     monkeypatch.setattr(module, "METHODS", methods)
     monkeypatch.setattr(module, "SCALES", {"gpu": tiny})
     return module
