@@ -282,7 +282,7 @@ def losses(runs: list[dict], lr: float, figures: str) -> list[str]:
     steps = first["steps"]
     own = [[f"{BASELINE}, step {step}", f"{step / steps:.2f}", f"{len(baseline)}",
             spread([loss(run, step) for run in baseline.values()], 3), "", ""]
-           for step in (steps, last["steps"])]  # fmt: skip
+           for step in (steps, min(run["steps"] for run in baseline.values()))]  # fmt: skip
     return [
         f"Nats per token on {last['val_images']:,} held-out images, of the better of two averages of the weights; "
         f"learning rate {lr:g}. Compute is that of a step in next-token steps.",
@@ -306,13 +306,16 @@ def samples_found(runs: list[dict], lr: float) -> dict:
 
 
 def said_of_samples(found: dict) -> str:
-    clear = clear_ones(found)
-    texts = []
-    for method, kind, name in sorted(clear, key=lambda key: (key[1] != "steps", OTHERS.index(key[0]))):
+    clear, grouped = clear_ones(found), {}
+    order = [[*OTHERS], ["steps", "compute"], [*MEASURES]]
+    places = lambda key: [names.index(part) for part, names in zip(key, order, strict=True)]  # noqa: E731
+    for method, kind, name in sorted(clear, key=places):
         title, digits, less = MEASURES[name]
-        better = (found[method, kind, name].mean < 0) == less
-        texts.append(f"{method} {'better' if better else 'worse'} in {title} at equal {kind} "
-                     f"({found[method, kind, name].mean:+.{digits}f})")  # fmt: skip
+        mean = found[method, kind, name].mean
+        word = "better" if (mean < 0) == less else "worse"
+        grouped.setdefault((kind, method, word), []).append(f"{title} ({mean:+.{digits}f})")
+    texts = [f"{method} is {word} at equal {kind} in {', '.join(names)}"
+             for (kind, method, word), names in grouped.items()]  # fmt: skip
     rest = len(found) - len(clear)
     return ("; ".join(texts) + f"; the other {rest} differences are not told apart." if texts
             else f"none of {rest} differences from next-token is told apart.")  # fmt: skip

@@ -10,7 +10,6 @@ import look_ahead_page as page
 import numpy as np
 import pytest
 
-from mutor_vision.config import TransformerConfig
 from mutor_vision.data.token_set import TokenSet, features_name, save_array, write_features
 from mutor_vision.errors import MismatchError, UserError
 from mutor_vision.storage.files import read_json, write_json
@@ -19,8 +18,9 @@ from mutor_vision.storage.files import read_json, write_json
 @pytest.fixture
 def look_ahead(monkeypatch):
     """The module with a tiny model, 4 steps, one seed and one learning rate."""
+    training = module.SCALES["cpu"].training
     training = dataclasses.replace(
-        module.SCALES["cpu"].training, model=TransformerConfig(4, 2, 32), batch_size=12, steps=4, warmup_steps=1,
+        training, model=dataclasses.replace(training.model, heads=2, dim=32), batch_size=12, steps=4, warmup_steps=1,
         ema_decay=0.5, more_ema_decays=(0.1,), log_every=2, val_every=2, save_every=4, val_images=8,
         precision="float32",
     )  # fmt: skip
@@ -148,7 +148,7 @@ def test_samples_are_scored_and_passes_counted(
         for step, score in run["scores"].items():
             assert {"fd", "fd timm:test_vit", "mind", "density", "coverage", "copies"} <= score.keys()
             assert score["weights"] == look_ahead.lowest(run, int(step))
-    left = sorted(path.name for path in (tmp_path / "work/runs/lr-0.001-next-token-seed-0/checkpoints").iterdir())
+    left = list((tmp_path / "work/runs").glob("*next-token*/checkpoints/*"))
     assert len(left) == 1, "the others were needed for scoring alone"
     page.draw(runs, tmp_path / "curves.png")
     page.draw_panel(runs, tmp_path / "work/panel", tmp_path / "samples.png")
@@ -217,7 +217,7 @@ def test_samples_are_compared_at_equal_compute_where_next_tokens_were_scored():
     assert {key[:2] for key in found} == {("MuToR-2D", "steps"), ("MuToR-2D", "compute"), ("registers", "steps")}
     assert found["MuToR-2D", "steps", "class_accuracy"].mean == pytest.approx(5.01, abs=0.001)
     said = page.said_of_samples(found)
-    assert "MuToR-2D better in class accuracy (%) at equal steps (+5.0)" in said
+    assert "MuToR-2D is better at equal steps in class accuracy (%) (+5.0)" in said
     assert "registers" not in said and "FD" not in said
     setup = SETUP | {"real": {"class_accuracy": 0.55, "fd": 180.0}}
     text = "\n".join(page.samples(setup, runs, 2e-3, "results"))
@@ -271,3 +271,23 @@ def test_check_fails_on_a_page_that_was_edited(tmp_path, monkeypatch):
     out.write_text(out.read_text().replace("0.05", "0.06").replace("MuToR-2D (", "MuToR-3D ("))
     with pytest.raises(MismatchError, match="is not what"):
         page.main()
+
+
+def test_the_committed_page_is_what_the_committed_json_says(root):
+    folder, committed = root / "experiments/look_ahead_results", root / "docs/results.md"
+    setup, runs = page.read(folder)
+    assert committed.read_text() == page.page(setup, runs, "results"), "run experiments/look_ahead_page.py"
+    for name in ("curves", "samples"):
+        assert (root / f"docs/results/{name}.png").stat().st_size < 700_000
+    first = [run for run in runs if run["lr"] == page.rates(runs)[0]]
+    assert all(len(page.of(first, run["lr"], run["method"])) == 3 for run in first), "three seeds for every row"
+
+
+def test_every_committed_run_is_declared(root):
+    declared = {run.name: run for run in module.runs_of(module.SCALES["cpu"])}
+    for path in (root / "experiments/look_ahead_results").glob("lr-*.json"):
+        found, run = read_json(path), declared[path.stem]
+        assert (found["method"], found["seed"], found["steps"]) == (run.method, run.config.seed, run.config.steps)
+        for name, own in found["losses"].items():
+            assert own | {"network": ""} == dataclasses.asdict(getattr(run.config, name)) | {"network": ""}
+        assert path.stat().st_size < 20_000
