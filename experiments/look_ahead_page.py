@@ -314,7 +314,7 @@ def said_of_samples(found: dict) -> str:
         mean = found[method, kind, name].mean
         word = "better" if (mean < 0) == less else "worse"
         grouped.setdefault((kind, method, word), []).append(f"{title} ({mean:+.{digits}f})")
-    texts = [f"{method} is {word} at equal {kind} in {', '.join(names)}"
+    texts = [f"{method}: {word} at equal {kind} in {', '.join(names)}"
              for (kind, method, word), names in grouped.items()]  # fmt: skip
     rest = len(found) - len(clear)
     return ("; ".join(texts) + f"; the other {rest} differences are not told apart." if texts
@@ -464,6 +464,8 @@ def limits(setup: dict, runs: list[dict], lr: float) -> str:
         "Weights of the losses, other than two settings of registers, are the papers', chosen for ImageNet.",
         "The baseline has no dropout to tune: in so few passes nothing overfits. The earlier grid has that comparison.",
     ]
+    if missing := [name for name in OTHERS if name not in present(runs, lr)]:
+        lines.append(f"Declared and not run: {', '.join(missing)}.")
     if accuracy:
         real, chance = 100 * setup["real"]["class_accuracy"], 100 / setup["classes"]
         lines.append(f"Samples: next-token's are taken for their class in {np.mean(accuracy):.0f} % of cases, "

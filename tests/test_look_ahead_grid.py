@@ -217,7 +217,7 @@ def test_samples_are_compared_at_equal_compute_where_next_tokens_were_scored():
     assert {key[:2] for key in found} == {("MuToR-2D", "steps"), ("MuToR-2D", "compute"), ("registers", "steps")}
     assert found["MuToR-2D", "steps", "class_accuracy"].mean == pytest.approx(5.01, abs=0.001)
     said = page.said_of_samples(found)
-    assert "MuToR-2D is better at equal steps in class accuracy (%) (+5.0)" in said
+    assert "MuToR-2D: better at equal steps in class accuracy (%) (+5.0)" in said
     assert "registers" not in said and "FD" not in said
     setup = SETUP | {"real": {"class_accuracy": 0.55, "fd": 180.0}}
     text = "\n".join(page.samples(setup, runs, 2e-3, "results"))
