@@ -36,6 +36,14 @@ def fewest_rows() -> int:
     return 4 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 2
 
 
+@cache
+def rows_at_once(dtype: torch.dtype) -> int:
+    """Rows of every packed product, 0 = any number. With AMX's tiles oneDNN chooses a kernel for bfloat16 by the number
+    of rows, and kernels round differently; where torch cannot tell whether there are tiles, there may be."""
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    return 32 if dtype == torch.bfloat16 and tiles() else 0
+
+
 def prefix_attention() -> bool:
     """Whether `prefix_attention_forward` and `..._backward` work on this machine's CPU."""
     return _allowed() and _tried(_try_prefix_attention, torch.float32)

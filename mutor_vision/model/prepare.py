@@ -25,9 +25,10 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the weight's type."""
         rows = x.to(self.dtype).reshape(-1, self.in_features)
-        if (missing := fast_paths.fewest_rows() - len(rows)) > 0:
+        size = fast_paths.rows_at_once(self.dtype) or max(len(rows), fast_paths.fewest_rows())
+        if missing := -len(rows) % size:
             rows = F.pad(rows, (0, 0, 0, missing))
-        y = fast_paths.packed_product(rows, self.packed)
+        y = torch.cat([fast_paths.packed_product(part, self.packed) for part in rows.split(size)])
         return y[: x.numel() // self.in_features].view(*x.shape[:-1], self.out_features)
 
 
