@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from comparison import BASELINE, interval, spread
 from look_ahead import METHODS, SCALES, lowest
-from results import bullets, table
+from results import bullets, check, table
 from scipy.special import stdtr, stdtrit
 
 from mutor_vision.cli import Parser, run_command
 from mutor_vision.commands.plot import COLORS
-from mutor_vision.errors import MismatchError, UserError
+from mutor_vision.errors import UserError
 from mutor_vision.storage.files import read_json, written
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,9 +56,7 @@ def main() -> None:
     setup, runs = read(arguments.results)
     text = page(setup, runs, arguments.page.stem)
     if arguments.check:
-        if not arguments.page.is_file() or arguments.page.read_text() != text:
-            raise MismatchError(f"{arguments.page} is not what {arguments.results} says; run look_ahead_page.py")
-        return print(f"{arguments.page} is what {len(runs)} runs say")
+        return check(arguments, text, len(runs), "look_ahead_page.py")
     pictures = arguments.page.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
     draw(runs, pictures / "curves.png")
@@ -71,7 +69,7 @@ def main() -> None:
 
 def read(folder: Path) -> tuple[dict, list[dict]]:
     """setup.json, and every run sorted by name."""
-    runs = [read_json(path) for path in sorted(folder.glob("lr-*.json"))]
+    runs = [read_json(path) | {"name": path.stem} for path in sorted(folder.glob("lr-*.json"))]
     if not runs or not (folder / "setup.json").is_file():
         raise UserError(f"{folder} has no setup.json or no finished run; run experiments/look_ahead.py")
     setup, pair = read_json(folder / "setup.json"), folder / "longer-pair.json"
@@ -528,17 +526,12 @@ def draw_panel(runs: list[dict], strips: Path, path: Path) -> None:
         run = of(runs, lr, name).get(0)
         steps = sorted(map(int, run["scores"])) if run else []
         for step in steps[:1] + steps[1:][-1:]:
-            strip = strips / f"lr-{lr:g}-{_slug(name)}-seed-0-{step}.npy"
+            strip = strips / f"{run['name']}-{step}.npy"
             if strip.exists():
                 rows += list(torch.from_numpy(np.load(strip, allow_pickle=False)).permute(0, 3, 1, 2))
                 labels.append(f"{name}, step {step}")
     if rows:
         save_png(grid(torch.stack(rows), len(rows) // len(labels), labels).quantize(128), path)
-
-
-def _slug(method: str) -> str:
-    """As Run.name writes it."""
-    return "-".join(method.replace("%", "percent").replace("=", "").replace(",", "").split())
 
 
 if __name__ == "__main__":

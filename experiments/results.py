@@ -67,12 +67,17 @@ def main() -> None:
     setup, runs = read(arguments.results)
     text = page(setup, runs, arguments.page.stem)
     if arguments.check:
-        if not arguments.page.is_file() or arguments.page.read_text() != text:
-            raise MismatchError(f"{arguments.page} is not what {arguments.results} says; run experiments/results.py")
-        return print(f"{arguments.page} is what {len(runs)} runs say")
+        return check(arguments, text, len(runs), "experiments/results.py")
     draw(runs, arguments.page.with_suffix(""))
     arguments.page.write_text(text)
     print(arguments.page)
+
+
+def check(arguments, text: str, runs: int, command: str) -> None:
+    """Raise MismatchError unless the page is `text`, which `command` makes of --results."""
+    if not arguments.page.is_file() or arguments.page.read_text() != text:
+        raise MismatchError(f"{arguments.page} is not what {arguments.results} says; run {command}")
+    print(f"{arguments.page} is what {runs} runs say")
 
 
 def page(setup: dict, runs: list[dict], figures: str) -> str:

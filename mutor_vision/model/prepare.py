@@ -28,7 +28,8 @@ class PackedLinear(nn.Module):
         size = fast_paths.rows_at_once(self.dtype) or max(len(rows), fast_paths.fewest_rows())
         if missing := -len(rows) % size:
             rows = F.pad(rows, (0, 0, 0, missing))
-        y = torch.cat([fast_paths.packed_product(part, self.packed) for part in rows.split(size)])
+        parts = [fast_paths.packed_product(part, self.packed) for part in rows.split(size)]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts)  # cat copies even one
         return y[: x.numel() // self.in_features].view(*x.shape[:-1], self.out_features)
 
 
